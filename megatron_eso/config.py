@@ -1,0 +1,260 @@
+"""The configuration: one frozen dataclass per TOML section, every value resolved.
+
+Keys bear Megatron-Core's names or the Eso-LM paper's (arXiv 2506.01928). A value that depends on
+others where the user leaves it out (`DERIVED`) is filled in when its section, or for
+`validation.micro_batch_size` the whole, is built: a `Config` never holds an open choice. What
+values may stand together is checked by `config_checks.py`; files are read by `config_io.py`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+FORMAT_VERSION = 1
+
+DERIVED: Any = None
+"""Default of a value that follows from others; `dataclasses.replace` keeps what was derived."""
+
+SWIGLU_MULTIPLE = 64
+"""A SwiGLU's derived width, 8/3 of the hidden size, is rounded up to a multiple of this."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Where the run lives and what it draws its randomness from."""
+
+    directory: str
+    """Run directory: logs, metrics and checkpoints; a run resumes from what it finds there."""
+    seed: int = 1
+    """Key of everything random: sample order, noise, initial weights, dropout."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """The training objective."""
+
+    name: str = "eso_lm"
+    """Objective; `eso_lm` so far."""
+    variant: str = "b"
+    """Eso-LM variant: `b` (causal over slots) so far."""
+    alpha_0: float = 0.125
+    """Share of tokens that the diffusion phase reveals: 1 is pure diffusion, 0 pure AR."""
+    batch_split: float = DERIVED
+    """Share of the samples that train the diffusion phase; 1 at alpha_0=1, 0 at 0, else 0.5."""
+    loss_type: Literal["elbo", "low_var"] = "elbo"
+    """Weight of a masked token in the diffusion phase: of the bound, or 1."""
+    sampling_eps: float = 1e-3
+    """Diffusion times are drawn from [sampling_eps, 1]."""
+
+    def __post_init__(self) -> None:
+        """Derive the split from the edges of alpha_0, where a phase is empty."""
+        if self.batch_split is None:
+            split = self.alpha_0 if self.alpha_0 in (0, 1) else 0.5
+            object.__setattr__(self, "batch_split", float(split))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The transformer."""
+
+    num_layers: int
+    """Transformer layers."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_attention_heads: int
+    """Query heads; a head has hidden_size / num_attention_heads channels."""
+    num_query_groups: int = DERIVED
+    """Key and value heads; num_attention_heads."""
+    ffn_hidden_size: int = DERIVED
+    """Width of the MLP; 4 hidden_size, or for SwiGLU 8/3 of it rounded up to a multiple of 64."""
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    """Norm before each branch and before the head; LayerNorm has a bias."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """Activation of the MLP; GELU in its tanh approximation."""
+    rotary_base: int = 10000
+    """Base of the rotary position embedding."""
+    qk_layernorm: bool = False
+    """Normalise queries and keys per head."""
+    add_bias_linear: bool = True
+    """Biases of the layers' linear maps."""
+    share_embeddings_and_output_weights: bool = False
+    """Tie the head to the embedding."""
+    head_bias: bool = False
+    """Bias of the head."""
+    residual_gates: bool = False
+    """A per-channel gate on each residual branch, zero at the start, folded away at export."""
+    zero_init_head: bool = False
+    """Start with a head of zeros, that is from the uniform distribution."""
+    hidden_dropout: float = 0.0
+    """Dropout after the embedding and on each residual branch."""
+    init_method_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    fp32_residual_connection: bool = True
+    """Keep the residual stream in float32 under bf16."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this, whatever the tensor parallelism."""
+
+    def __post_init__(self) -> None:
+        """Derive widths."""
+        if self.num_query_groups is None:
+            object.__setattr__(self, "num_query_groups", self.num_attention_heads)
+        if self.ffn_hidden_size is None:
+            width = 4 * self.hidden_size
+            if self.activation == "swiglu":
+                width = round_up(-(-8 * self.hidden_size // 3), SWIGLU_MULTIPLE)
+            object.__setattr__(self, "ffn_hidden_size", width)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def pad_vocabulary(self, vocab_size: int) -> int:
+        """Rows of the embedding and of the head for a vocabulary of `vocab_size` tokens."""
+        return round_up(vocab_size, self.make_vocab_size_divisible_by)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Token shards."""
+
+    train: str
+    """Directory of the training shards."""
+    validation: str | None = None
+    """Directory of the validation shards."""
+    sequence_length: int
+    """Tokens of a sample."""
+    vocab_size: int | None = None
+    """Tokens of the vocabulary, the mask token among them; the shards tell."""
+    mask_token_id: int | None = None
+    """The mask token; the shards tell."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Length, batch and arithmetic of the run."""
+
+    num_steps: int
+    """Optimizer steps of the run."""
+    global_batch_size: int
+    """Samples of a step, over all ranks."""
+    micro_batch_size: int
+    """Samples that a rank processes at once."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic; bf16 keeps main parameters, gradients and optimizer state in float32."""
+    recompute_granularity: Literal["none", "full"] = "none"
+    """Activations to recompute in the backward pass: none, or all of a layer."""
+    log_interval: int = 10
+    """Steps between lines of the log and of metrics.jsonl."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig:
+    """Periodic validation."""
+
+    interval: int = 0
+    """Steps between validations; 0: at the start and at the end only."""
+    num_samples: int = 0
+    """Samples of a validation; 0: all."""
+    micro_batch_size: int = DERIVED
+    """Samples that a rank validates at once; train.micro_batch_size."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW, its schedule, and the moving average of the weights."""
+
+    learning_rate: float
+    """Peak learning rate."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the end of a decay."""
+    lr_decay_style: Literal["constant", "cosine", "WSD"] = "constant"
+    """After the warm-up: constant, cosine to the last step, or stable then linear decay."""
+    lr_warmup_steps: int = 0
+    """Steps of the linear warm-up."""
+    lr_wsd_decay_steps: int = 0
+    """Steps of the decay at the end of WSD."""
+    adam_beta1: float = 0.9
+    """Decay of the mean of the gradient."""
+    adam_beta2: float = 0.999
+    """Decay of the mean of its square."""
+    adam_eps: float = 1e-8
+    """Added to the root of the mean square."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    weight_decay_exclude: Literal["biases_and_norms", "none"] = "biases_and_norms"
+    """What weight decay spares."""
+    clip_grad: float = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights; 0: none is kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """Layout over ranks; data parallelism takes what tensor and pipeline parallelism leave."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer."""
+    pipeline_model_parallel_size: int = 1
+    """Stages of the pipeline."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per stage of an interleaved pipeline; left out: not interleaved."""
+    sequence_parallel: bool = False
+    """Split norms and dropout over the tensor-parallel ranks by rows."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients during the backward pass."""
+    overlap_param_gather: bool = False
+    """Gather the distributed optimizer's parameters during the forward pass."""
+    overlap_p2p_comm: bool = False
+    """Overlap the pipeline's sends with computation; an interleaved pipeline needs it."""
+    batch_p2p_comm: bool = True
+    """Batch the pipeline's sends and receives; an interleaved pipeline needs it off."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Checkpoints of the run."""
+
+    interval: int = 0
+    """Steps between checkpoints; 0: at the end only."""
+    keep_last: int = 2
+    """Complete checkpoints to keep."""
+    init_from: str | None = None
+    """Run directory whose newest weights a new run starts from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """All of a run's settings, a field per TOML section."""
+
+    run: RunConfig
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        """Derive what one section takes from another."""
+        if self.validation.micro_batch_size is None:
+            size = self.train.micro_batch_size
+            validation = dataclasses.replace(self.validation, micro_batch_size=size)
+            object.__setattr__(self, "validation", validation)
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is no less than `number`."""
+    return -(-number // multiple) * multiple

@@ -1,0 +1,141 @@
+"""Attention over packed rows, and the last layer that goes on with the loss rows alone.
+
+The row plan travels with the call as Megatron-Core's `packed_seq_params`: recompute keeps it in its
+closure, and no micro-batch can see the plan of another.
+
+Shape suffixes: R rows, E loss rows, 1 the batch dimension of Megatron-Core's [rows, 1, hidden],
+H heads and G key/value groups of this tensor-parallel rank, D head size, F half of it.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_eso.diffusion.rows import RowPlan
+from megatron_eso.model.row_attention import attend_loss_rows, attend_rows
+
+
+def rotary_table(positions_R: Tensor, head_size: int, base: float) -> Tensor:
+    """Cosine and sine of every row's rotary angles, [2, R, 1, F] float32.
+
+    A row keeps the angle of its original position whatever its slot.
+    """
+    exponents_F = torch.arange(0, head_size, 2, device=positions_R.device).float() / head_size
+    angles_R1F = (positions_R.float()[:, None] * base**-exponents_F)[:, None]
+    return torch.stack((angles_R1F.cos(), angles_R1F.sin()))
+
+
+def rotate(states_RHD: Tensor, table_2R1F: Tensor) -> Tensor:
+    """Rotate the two halves of each head by its row's angle, in float32."""
+    first_RHF, second_RHF = states_RHD.float().chunk(2, dim=-1)
+    cosine_R1F, sine_R1F = table_2R1F
+    rotated = (
+        first_RHF * cosine_R1F - second_RHF * sine_R1F,
+        second_RHF * cosine_R1F + first_RHF * sine_R1F,
+    )
+    return torch.cat(rotated, dim=-1).to(states_RHD.dtype)
+
+
+class RowCoreAttention(torch.nn.Module):
+    """Core attention of the body: causal streams, and mask queries strictly before their slot."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    def forward(self, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, plan: RowPlan) -> Tensor:
+        """Attend as the plan says; [R, H, D], zeros at padding rows."""
+        return attend_rows(q_RHD, k_RGD, v_RGD, plan)
+
+
+class LossRowCoreAttention(torch.nn.Module):
+    """Core attention of the last layer: the loss rows read, all rows are read."""
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()
+
+    def forward(self, q_EHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, plan: RowPlan) -> Tensor:
+        """Attend as the plan says; [E, H, D], zeros at padding rows."""
+        return attend_loss_rows(q_EHD, k_RGD, v_RGD, plan)
+
+
+class RowSelfAttention(SelfAttention):
+    """Megatron-Core's self-attention with a rotary angle for each row."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        rotary_pos_emb: Tensor,
+        packed_seq_params: RowPlan,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend among the rows of `packed_seq_params`, [R, 1, hidden] to output and bias."""
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        q_RHD, k_RGD, v_RGD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        q_RHD, q_table = self.select_queries(q_RHD, rotary_pos_emb, packed_seq_params)
+        mixed = self.core_attention(
+            rotate(q_RHD, q_table), rotate(k_RGD, rotary_pos_emb), v_RGD, packed_seq_params
+        )
+        projected: tuple[Tensor, Tensor | None] = self.linear_proj(mixed.flatten(1).unsqueeze(1))
+        return projected
+
+    def select_queries(
+        self, q_RHD: Tensor, table_2R1F: Tensor, _plan: RowPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Rows that read, with their rotary table: all of them."""
+        return q_RHD, table_2R1F
+
+
+class LossRowSelfAttention(RowSelfAttention):
+    """Self-attention whose output is wanted for the loss rows only."""
+
+    def select_queries(
+        self, q_RHD: Tensor, table_2R1F: Tensor, plan: RowPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Rows that read, with their rotary table: the loss rows."""
+        return q_RHD[plan.loss_rows_E], table_2R1F[:, plan.loss_rows_E]
+
+
+class LossRowTransformerLayer(TransformerLayer):
+    """The last layer: [R, 1, hidden] in, [E, 1, hidden] out.
+
+    The other rows are needed no further than their keys and values.
+    """
+
+    def _forward_attention(
+        self,
+        hidden_states: Tensor,
+        *,
+        rotary_pos_emb: Tensor,
+        packed_seq_params: RowPlan,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        output_with_bias = self.self_attention(
+            self.input_layernorm(hidden_states),
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
+        )
+        residual = self.select_loss_rows(hidden_states, packed_seq_params)
+        add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
+        return add(output_with_bias, residual, self.hidden_dropout), None
+
+    def select_loss_rows(self, hidden_states: Tensor, plan: RowPlan) -> Tensor:
+        """Take the loss rows of the residual stream; collective over TP under sequence parallelism.
+
+        Each rank holds the whole gradient of the selected rows after the scatter's backward
+        gathers it, so the gather's backward must split and not sum
+        (`tensor_parallel_output_grad=False`): summing would scale it by the group's size.
+        """
+        if not self.config.sequence_parallel:
+            return hidden_states[plan.loss_rows_E]
+        rows = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
+        )
+        return scatter_to_sequence_parallel_region(rows[plan.loss_rows_E], group=self.tp_group)

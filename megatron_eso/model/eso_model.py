@@ -1,0 +1,144 @@
+"""The Eso-LM on Megatron-Core: one pipeline stage's part of embedding, transformer and head.
+
+Shape suffixes: R packed rows, E loss rows, V the vocabulary's part of this tensor-parallel rank.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor
+
+from megatron_eso.config import Config
+from megatron_eso.diffusion.rows import RowPlan
+from megatron_eso.model.attention import rotary_table
+from megatron_eso.model.layer_specs import build_block_submodules
+
+
+class EsoModel(LanguageModule):
+    """An Eso-LM of variant B over packed rows (arXiv 2506.01928, section 3).
+
+    Args:
+        config: The resolved configuration; `data.vocab_size` and `data.mask_token_id` are set.
+        transformer_config: The same for Megatron-Core.
+        pg_collection: Groups of this rank.
+        pre_process: Whether this part holds the embedding.
+        post_process: Whether this part holds the head and gives the loss.
+        vp_stage: Number of the virtual chunk under an interleaved pipeline.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        transformer_config: TransformerConfig,
+        pg_collection: ProcessGroupCollection,
+        *,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+    ) -> None:
+        super().__init__(transformer_config, pg_collection=pg_collection)
+        model = config.model
+        vocab_size, mask_token_id = config.data.vocab_size, config.data.mask_token_id
+        assert vocab_size is not None
+        assert mask_token_id is not None
+        padded_size = model.pad_vocabulary(vocab_size)
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = model.share_embeddings_and_output_weights
+        self.rotary_base = model.rotary_base
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=transformer_config,
+                vocab_size=padded_size,
+                max_sequence_length=config.data.sequence_length,
+                position_embedding_type="rope",
+                tp_group=pg_collection.tp,
+            )
+            # The reference drops out the residual branches and not the embedding.
+            self.embedding.embedding_dropout.p = 0.0
+        self.decoder = TransformerBlock(
+            config=transformer_config,
+            spec=build_block_submodules(
+                model, transformer_config, pg_collection.pp.rank(), vp_stage
+            ),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            tied = self.share_embeddings_and_output_weights
+            self.output_layer = ColumnParallelLinear(
+                model.hidden_size,
+                padded_size,
+                config=transformer_config,
+                init_method=transformer_config.init_method,
+                bias=model.head_bias,
+                skip_weight_param_allocation=tied and pre_process,
+                tp_group=pg_collection.tp,
+            )
+            part = padded_size // pg_collection.tp.size()
+            ids_V = torch.arange(part) + part * pg_collection.tp.rank()
+            self.register_buffer(
+                "impossible_V", (ids_V == mask_token_id) | (ids_V >= vocab_size), persistent=False
+            )
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take the previous stage's output, as Megatron-Core's schedules hand it over."""
+        tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
+        self.decoder.set_input_tensor(tensors[0])
+
+    def forward(self, plan: RowPlan) -> Tensor:
+        """Run this stage's part over the rows of `plan`; collective over TP.
+
+        Returns:
+            On the last stage the negative log-likelihood of each loss row's target in nats,
+            float32 [E], anything at padding; elsewhere the hidden states for the next stage.
+        """
+        head_size = self.config.kv_channels
+        hidden = self.decoder(
+            hidden_states=self.embed(plan) if self.pre_process else None,
+            attention_mask=None,
+            rotary_pos_emb=rotary_table(plan.positions_R, head_size, self.rotary_base),
+            packed_seq_params=plan,
+        )
+        if not self.post_process:
+            return hidden
+        logits_E1V = self.compute_logits(hidden)
+        nll_E1 = vocab_parallel_cross_entropy(logits_E1V, plan.targets_E[:, None])
+        return nll_E1[:, 0]
+
+    def embed(self, plan: RowPlan) -> Tensor:
+        """Embed the rows' tokens, [R, 1, hidden] (R / TP under sequence parallelism)."""
+        embedded: Tensor = self.embedding(
+            input_ids=plan.tokens_R[None], position_ids=plan.positions_R[None]
+        )
+        return embedded
+
+    def compute_logits(self, hidden_E1D: Tensor) -> Tensor:
+        """This rank's logits [E, 1, V] in float32, the mask token and padded entries at -inf."""
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        logits_E1V, _ = self.output_layer(hidden_E1D, weight=weight)
+        masked: Tensor = logits_E1V.float().masked_fill(self.impossible_V, float("-inf"))
+        return masked
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Shards of this part for a distributed checkpoint, a tied embedding once."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        # Linear layers report an empty extra state for Transformer Engine's sake.
+        return {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}

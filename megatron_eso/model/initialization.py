@@ -1,0 +1,56 @@
+"""Initial values as a function of (seed, global name): the same on every layout.
+
+Megatron-Core's own initialisation depends on the pipeline layout.
+"""
+
+import hashlib
+import math
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+
+from megatron_eso.config import ModelConfig
+from megatron_eso.model.eso_model import EsoModel
+from megatron_eso.model.sharding import shard_parameters
+
+BRANCH_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+@torch.no_grad()
+def initialize_parameters(model: EsoModel, config: ModelConfig, seed: int) -> None:
+    """Fill the parameters that this rank holds; no communication."""
+    for parameter, sharded in shard_parameters(model):
+        parts = sharded.build() if isinstance(sharded, ShardedTensorFactory) else [sharded]
+        for part in parts:
+            assert isinstance(part, ShardedTensor)
+            place = zip(part.global_offset, part.local_shape, strict=True)
+            index = tuple(slice(start, start + size) for start, size in place)
+            whole = draw_parameter(part.key, part.global_shape, config, seed)
+            part.data.copy_(whole[index])
+        if parts[0].local_shape != parts[0].global_shape:
+            # Megatron-Core's own initialisation would set it: the gradient's norm counts a
+            # parameter without this mark on the first tensor-parallel rank only.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        assert parameter.isfinite().all(), sharded.key
+
+
+def draw_parameter(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
+    """Initial value of the whole parameter `name`, float32.
+
+    Norms are the identity, biases and residual gates zero, weights normal with `init_method_std`.
+    The outputs of the residual branches are scaled by 1 / sqrt(2 num_layers) as in Megatron-Core,
+    unless gates close the branches at the start anyway.
+    """
+    if name.endswith(("norm.weight", "norm_weight")):
+        return torch.ones(shape)
+    if name.endswith(("bias", ".gate")):
+        return torch.zeros(shape)
+    if name == "output_layer.weight" and config.zero_init_head:
+        return torch.zeros(shape)
+    std = config.init_method_std
+    if name.endswith(BRANCH_OUTPUTS) and not config.residual_gates:
+        std /= math.sqrt(2 * config.num_layers)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

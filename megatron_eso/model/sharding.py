@@ -1,0 +1,27 @@
+"""Global names and places of a model's parameters: what its distributed checkpoint is made of."""
+
+from typing import Any
+
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.nn import Parameter
+
+from megatron_eso.model.eso_model import EsoModel
+
+Sharded = ShardedTensor | ShardedTensorFactory
+
+
+def sharding_metadata(pg_collection: ProcessGroupCollection) -> dict[str, Any]:
+    """What Megatron-Core is told about the checkpoint: layers under keys of their own."""
+    return {"non_homogeneous_layers": True, "dp_cp_group": pg_collection.dp_cp}
+
+
+def shard_parameters(model: EsoModel) -> list[tuple[Parameter, Sharded]]:
+    """Pair every parameter of `model` with its part of the global tensor, in the model's order.
+
+    A tied embedding comes once on each stage that holds it.
+    """
+    sharded = model.sharded_state_dict(metadata=sharding_metadata(model.pg_collection))
+    by_identity = {id(value.data): value for value in nested_values(sharded)}
+    return [(parameter, by_identity[id(parameter)]) for parameter in model.parameters()]

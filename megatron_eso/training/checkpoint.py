@@ -1,0 +1,250 @@
+"""Distributed checkpoints: one format for every layout, and published atomically.
+
+A checkpoint holds float32 tensors under the model's global names: the main parameters by their own
+names, Adam's moments under `optimizer.state.{exp_avg,exp_avg_sq}.`, the EMA under `ema.`, a tied
+embedding once. The weights that a bf16 model computes with are its main parameters rounded, so they
+are not stored. Megatron-Core's own optimizer format differs between its optimizers, and its
+distributed one cannot be loaded into torch's Adam; this one is read by any of them on any layout.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_eso.config import Config
+from megatron_eso.config_io import config_to_dict
+from megatron_eso.errors import CheckpointError
+from megatron_eso.training.files import sync_folder, sync_tree, write_atomically, write_json
+from megatron_eso.training.main_parameters import (
+    MainParameter,
+    gather_owned,
+    publish_main_parameters,
+)
+from megatron_eso.safe_pickle import read_checkpoint_metadata
+from megatron_eso.training.train_state import Counters, TrainState
+
+FORMAT_VERSION = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PREFIXES = {"param": "", "ema": "ema."} | {name: f"optimizer.state.{name}." for name in MOMENTS}
+
+
+class DirectSaveStrategy(TorchDistSaveShardedStrategy):
+    """Megatron-Core's torch_dist format, written by each rank itself.
+
+    Megatron-Core 0.16.1 hands even a synchronous save to forked and spawned processes.
+    """
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
+        """Write this rank's tensors, fsynced, and on rank 0 the index; collective over the world."""
+        renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        torch_checkpoint.save(
+            mcore_to_pyt_state_dict(renamed, False),
+            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """The checkpoints of a run directory.
+
+    Attributes:
+        directory: `RUN_DIR/checkpoints`.
+        keep_last: Number of the newest checkpoints that are kept.
+    """
+
+    directory: Path
+    keep_last: int
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint; a folder gets its final name once it is complete."""
+        steps = sorted(self.directory.glob("step_" + "[0-9]" * 8))
+        return steps[-1] if steps else None
+
+    def save(self, state: TrainState, config: Config, groups: ProcessGroupCollection) -> Path:
+        """Write and publish a checkpoint of `state`; collective over the world.
+
+        A kill at any instant leaves the previous one whole and findable.
+        """
+        final = self.directory / f"step_{state.counters.step:08d}"
+        if final.exists():
+            return final
+        partial = final.with_suffix(".tmp")
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        dist_checkpointing.save(
+            shards_to_save(state, groups), str(partial), DirectSaveStrategy("torch_dist", 1)
+        )
+        if dist.get_rank() == 0:
+            write_json(partial / "config.json", config_to_dict(config))
+            write_json(partial / "state.json", describe(state))
+            sync_tree(partial)
+            partial.replace(final)
+            sync_folder(self.directory)
+            write_atomically(self.directory / "latest", final.name + "\n")
+            self._remove_old()
+        dist.barrier()
+        return final
+
+    def _remove_old(self) -> None:
+        steps = sorted(self.directory.glob("step_" + "[0-9]" * 8))
+        for old in steps[: -self.keep_last]:
+            # Renamed first: a half-deleted folder must not look like a checkpoint.
+            doomed = old.with_suffix(".deleting")
+            old.replace(doomed)
+        for doomed in self.directory.glob("step_*.deleting"):
+            shutil.rmtree(doomed)
+
+
+def describe(state: TrainState) -> dict[str, Any]:
+    """What `state.json` says of a checkpoint."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": "training",
+        **dataclasses.asdict(state.counters),
+        "ema_updates": None if state.ema is None else state.ema.num_updates,
+        "torch_version": str(torch.__version__),
+    }
+
+
+def read_state_json(checkpoint: Path) -> dict[str, Any]:
+    """Read `state.json` of a checkpoint.
+
+    Raises:
+        CheckpointError: It is missing, unreadable or of another format version.
+    """
+    path = checkpoint / "state.json"
+    try:
+        state = json.loads(path.read_text())
+        version = state["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not readable as a checkpoint's state ({error})") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version {version}, this version reads {FORMAT_VERSION}: "
+            f"use the megatron-eso that wrote it"
+        )
+    return dict(state)
+
+
+def shards_to_save(state: TrainState, groups: ProcessGroupCollection) -> dict[str, Any]:
+    """The tensors that this rank writes, by global name; collective over the data-parallel ranks."""
+    shards = {}
+    for kind, values in _state_values(state).items():
+        for parameter, whole in gather_owned(state.parameters, values, groups.dp_cp):
+            sharded = _place(parameter, PREFIXES[kind], whole)
+            # Replicas over data-parallel ranks are left to the owner, which is this rank; those
+            # over tensor-parallel ranks, and a tied embedding's copy, to the first.
+            replica = (*sharded.replica_id[:-1], 0)
+            if not any(replica):
+                shards[sharded.key] = dataclasses.replace(sharded, replica_id=replica)
+    return shards
+
+
+@torch.no_grad()
+def load_weights(checkpoint: Path, state: TrainState, *, prefix: str = "") -> None:
+    """Read weights, and nothing else, into the main parameters, and publish them; collective."""
+    read_checkpoint_metadata(checkpoint)  # refuses an index whose pickle is more than an index
+    for parameter, whole in _load(checkpoint, state.parameters, prefix):
+        if parameter.main is not None:
+            parameter.main.copy_(parameter.take_range(whole))
+    publish_main_parameters(state.chunks, state.optimizer)
+
+
+@torch.no_grad()
+def load_training_state(checkpoint: Path, state: TrainState) -> None:
+    """Continue `state` from a checkpoint of any layout; collective over the world.
+
+    Raises:
+        CheckpointError: It is damaged, of another format, or holds weights only.
+    """
+    record = read_state_json(checkpoint)
+    if record["kind"] != "training":
+        load_weights(checkpoint, state)
+        if state.ema is not None:
+            state.ema.restart()
+        return
+    counters = Counters(**{f.name: record[f.name] for f in dataclasses.fields(Counters)})
+    load_weights(checkpoint, state)
+    state.counters = counters
+    moments = {name: _load(checkpoint, state.parameters, PREFIXES[name]) for name in MOMENTS}
+    for name, loaded in moments.items():
+        for parameter, whole in loaded:
+            if parameter.main is not None:
+                value = parameter.take_range(whole).clone()
+                parameter.inner.state[parameter.main][name] = value
+    _set_optimizer_step(state, counters.step - counters.skipped_steps)
+    if state.ema is None:
+        return
+    if record["ema_updates"] is None:
+        state.ema.restart()
+        return
+    state.ema.num_updates = record["ema_updates"]
+    loaded = _load(checkpoint, state.parameters, PREFIXES["ema"])
+    for average, (parameter, whole) in zip(state.ema.averages, loaded, strict=True):
+        if average is not None:
+            average.copy_(parameter.take_range(whole))
+
+
+def _state_values(state: TrainState) -> dict[str, list[Tensor | None]]:
+    """This rank's range of every kind of state, aligned with `state.parameters`."""
+    values: dict[str, list[Tensor | None]] = {"param": [p.main for p in state.parameters]}
+    for name in MOMENTS:
+        values[name] = [
+            None if p.main is None else p.inner.state[p.main].get(name, torch.zeros_like(p.main))
+            for p in state.parameters
+        ]
+    if state.ema is not None:
+        values["ema"] = state.ema.averages
+    return values
+
+
+def _place(parameter: MainParameter, prefix: str, whole: Tensor) -> Any:
+    """`whole` as the part of the global tensor `prefix + name` that `parameter` is."""
+    changes = {"key": prefix + parameter.sharded.key, "data": whole.detach()}
+    if isinstance(parameter.sharded, ShardedTensor):
+        changes["dtype"] = whole.dtype
+    return dataclasses.replace(parameter.sharded, **changes)
+
+
+def _load(
+    checkpoint: Path, parameters: list[MainParameter], prefix: str
+) -> Iterable[tuple[MainParameter, Tensor]]:
+    """Read one kind of state whole for every parameter; collective over the world."""
+    wanted = {}
+    for number, parameter in enumerate(parameters):
+        whole = torch.empty(parameter.model.shape, device=parameter.model.device)
+        # A shorter vocabulary's padding is zero-filled by Megatron-Core where it allows it.
+        wanted[str(number)] = _place(parameter, prefix, whole)
+    loaded = dist_checkpointing.load(wanted, str(checkpoint), validate_access_integrity=False)
+    return [(parameter, loaded[str(number)]) for number, parameter in enumerate(parameters)]
+
+
+def _set_optimizer_step(state: TrainState, step: int) -> None:
+    """Tell Adam how many updates its moments have seen: torch's per tensor, fused ones per group."""
+    for parameter in state.parameters:
+        if parameter.main is not None and isinstance(parameter.inner, torch.optim.AdamW):
+            parameter.inner.state[parameter.main]["step"] = torch.tensor(float(step))
+    if not isinstance(state.parameters[0].inner, torch.optim.AdamW):
+        for group in state.parameters[0].inner.param_groups:
+            group["step"] = step

@@ -1,0 +1,118 @@
+"""Megatron-Core 0.16.1 on machines without a GPU, over gloo.
+
+Megatron-Core names CUDA devices in many places. Where torch sees none, `install_cpu_backend` lets
+those names mean the CPU: torch's factory functions accept a CUDA device, `Tensor.cuda` is the
+identity, and a few functions of `torch.cuda` answer for the CPU. Functions are wrapped rather than
+a TorchFunctionMode entered, since a mode is not active in backward and would break recompute.
+
+This is one of the two modules that change Megatron-Core or torch; it refuses every other version
+and does nothing where a CUDA device is there.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_eso.errors import ConfigError
+
+SUPPORTED_MEGATRON_CORE = "0.16.1"
+
+FACTORIES = (
+    "arange",
+    "empty",
+    "empty_like",
+    "full",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
+
+logger = logging.getLogger(__name__)
+
+
+def install_cpu_backend() -> bool:
+    """Make Megatron-Core run on the CPU if there is no CUDA device; once per process, before use.
+
+    Returns:
+        Whether the CPU stands in for a GPU.
+
+    Raises:
+        ConfigError: Megatron-Core is not the version that this was written for.
+    """
+    if getattr(torch.cuda.current_device, "stands_in", False):
+        return True
+    if torch.cuda.is_available():
+        return False
+    import megatron.core
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    if megatron.core.__version__ != SUPPORTED_MEGATRON_CORE:
+        raise ConfigError(
+            f"megatron-core {megatron.core.__version__} is installed, and without a GPU only "
+            f"{SUPPORTED_MEGATRON_CORE} runs: pip install megatron-core=={SUPPORTED_MEGATRON_CORE}"
+        )
+    for name in FACTORIES:
+        setattr(torch, name, _place_on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *_args, **_kwargs: self  # type: ignore[method-assign]
+    torch.Tensor.type = _name_cuda_type(torch.Tensor.type)  # type: ignore[method-assign]
+    _replace_cuda_functions()
+    megatron_random._set_cuda_rng_state = _set_rng_state
+    logger.info("no CUDA device: Megatron-Core runs on the CPU over gloo")
+    return True
+
+
+class _NullStream:
+    """Stands for a CUDA stream where everything runs in order anyway."""
+
+    def wait_stream(self, *_: Any) -> None: ...
+    def wait_event(self, *_: Any) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+def _place_on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> Any:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _name_cuda_type(plain_type: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron-Core compares type strings with "torch.cuda.FloatTensor" and the like."""
+
+    @functools.wraps(plain_type)
+    def name_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = plain_type(self, *args, **kwargs)
+        return answer if args or kwargs else answer.replace("torch.", "torch.cuda.", 1)
+
+    return name_type
+
+
+def _set_rng_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+def _replace_cuda_functions() -> None:
+    cuda: Any = torch.cuda
+
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    current_device.stands_in = True  # type: ignore[attr-defined]
+    cuda.current_device = current_device
+    cuda.synchronize = lambda *_args, **_kwargs: None
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = _set_rng_state
+    cuda.default_stream = cuda.current_stream = lambda *_args: _NullStream()

@@ -1,0 +1,150 @@
+"""The float32 main parameters and what belongs to each: one view of every Megatron-Core optimizer.
+
+Megatron-Core keeps main parameters in three ways: the model's own tensors (float32), whole float32
+copies (bf16), and shards of flattened parameters over the data-parallel ranks (distributed
+optimizer). Here each is a range of a flattened model parameter, so that EMA and checkpoints have
+one code for all three, and a checkpoint does not depend on which of them wrote it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    FP32Optimizer,
+    MegatronOptimizer,
+)
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron_eso.model.sharding import Sharded, shard_parameters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MainParameter:
+    """This rank's part of the main parameter of one model parameter."""
+
+    model: Parameter
+    """The parameter that the network computes with."""
+    sharded: Sharded
+    """Global name of the parameter, and which part of the global tensor `model` is."""
+    main: Tensor | None
+    """Float32 values of the range, a tensor that the inner optimizer steps; none if it is empty."""
+    start: int
+    """First element of the range in the flattened model parameter."""
+    end: int
+    """One past the last element of the range."""
+    inner: torch.optim.Optimizer
+    """The optimizer that steps `main`."""
+    is_sharded: bool
+    """Whether the data-parallel ranks hold different ranges; else each holds the whole."""
+
+    def take_range(self, whole: Tensor) -> Tensor:
+        """This rank's range of a tensor of the model parameter's shape, in the shape of `main`."""
+        assert self.main is not None
+        return whole.flatten()[self.start : self.end].view_as(self.main)
+
+
+def list_main_parameters(
+    chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer
+) -> list[MainParameter]:
+    """Every parameter of this rank's model chunks, in the same order on all data-parallel ranks."""
+    (part,) = optimizer.chained_optimizers
+    find = _finder(part)
+    found = []
+    for chunk in chunks:
+        for parameter, sharded in shard_parameters(unwrap_model(chunk)):
+            main, start, end = find(parameter)
+            found.append(
+                MainParameter(
+                    model=parameter,
+                    sharded=sharded,
+                    main=main,
+                    start=start,
+                    end=end,
+                    inner=part.optimizer,
+                    is_sharded=isinstance(part, DistributedOptimizer),
+                )
+            )
+    return found
+
+
+Range = tuple[Tensor | None, int, int]
+
+
+def _finder(part: MegatronOptimizer) -> Callable[[Parameter], Range]:
+    """How one of Megatron-Core's optimizers keeps main parameters."""
+
+    def find_model(parameter: Parameter) -> Range:
+        return parameter, 0, parameter.numel()
+
+    def find_copy(parameter: Parameter) -> Range:
+        return parameter.main_param, 0, parameter.numel()  # type: ignore[attr-defined]
+
+    def find_shard(parameter: Parameter) -> Range:
+        if parameter not in part.model_param_group_index_map:
+            return None, 0, 0
+        group, order = part.model_param_group_index_map[parameter]
+        place = part._get_model_param_range_map(parameter)["param"]
+        return part.optimizer.param_groups[group]["params"][order], place.start, place.end
+
+    if isinstance(part, DistributedOptimizer):
+        return find_shard
+    return find_model if isinstance(part, FP32Optimizer) else find_copy
+
+
+@torch.no_grad()
+def gather_owned(
+    parameters: list[MainParameter], values: list[Tensor | None], dp_group: dist.ProcessGroup
+) -> Iterator[tuple[MainParameter, Tensor]]:
+    """Make whole the values of each parameter on one data-parallel rank; collective over `dp_group`.
+
+    The ranks own the parameters in turn, so that each holds and writes its share only.
+
+    Args:
+        parameters: As listed, in the same order on every rank of the group.
+        values: For each parameter this rank's range of some float32 state of it.
+        dp_group: The data-parallel group.
+
+    Yields:
+        Each parameter that this rank owns with the whole values, in the model parameter's shape.
+    """
+    for number, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
+        owner = number % dp_group.size()
+        if not parameter.is_sharded:
+            if owner == dp_group.rank():
+                assert value is not None
+                yield parameter, value
+            continue
+        whole = torch.zeros(parameter.model.numel(), device=parameter.model.device)
+        if value is not None:
+            whole[parameter.start : parameter.end] = value.flatten()
+        dist.reduce(whole, dist.get_global_rank(dp_group, owner), group=dp_group)
+        if owner == dp_group.rank():
+            yield parameter, whole.view(parameter.model.shape).cpu()
+
+
+@torch.no_grad()
+def publish_main_parameters(
+    chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer
+) -> None:
+    """Have the network compute with the main parameters as they are now; collective over DP."""
+    for part in optimizer.chained_optimizers:
+        if not isinstance(part, FP32Optimizer):
+            part._copy_main_params_to_model_params()
+    synchronize_parameters(chunks)
+
+
+def synchronize_parameters(chunks: list[DistributedDataParallel]) -> None:
+    """Gather the distributed optimizer's shards into every rank's model; collective over DP.
+
+    With overlapped gathering the model holds the previous step's weights until its next forward.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.use_distributed_optimizer:
+            chunk.start_param_sync(force_sync=True)

@@ -1,0 +1,97 @@
+"""Optimizer, learning-rate schedule and the update itself, on Megatron-Core's."""
+
+import math
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_eso.config import Config
+from megatron_eso.model.transformer_config import PARAMS_DTYPE
+
+
+def build_optimizer(
+    config: Config, chunks: list[DistributedDataParallel], pg_collection: ProcessGroupCollection
+) -> ChainedOptimizer:
+    """AdamW over the chunks' parameters with float32 main parameters; collective over the world."""
+    optimizer, parallel = config.optimizer, config.parallel
+    optimizer_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.learning_rate,
+        min_lr=optimizer.min_learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=config.train.precision == "bf16",
+        params_dtype=PARAMS_DTYPE[config.train.precision],
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    # None exempts biases and one-dimensional parameters from weight decay, {} exempts nothing.
+    excludes = optimizer.weight_decay_exclude == "biases_and_norms"
+    built = get_megatron_optimizer(
+        optimizer_config,
+        chunks,
+        config_overrides=None if excludes else {},
+        use_gloo_process_groups=False,
+        pg_collection=pg_collection,
+    )
+    assert isinstance(built, ChainedOptimizer)
+    return built
+
+
+def build_scheduler(config: Config, optimizer: ChainedOptimizer) -> OptimizerParamScheduler:
+    """Learning rate as a function of the number of steps taken; construct anew on resume."""
+    section, num_steps = config.optimizer, config.train.num_steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.learning_rate,
+        min_lr=section.min_learning_rate,
+        lr_warmup_steps=section.lr_warmup_steps,
+        lr_decay_steps=num_steps,
+        lr_decay_style=section.lr_decay_style,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=section.lr_wsd_decay_steps,
+        lr_wsd_decay_style="linear",
+    )
+
+
+@torch.no_grad()
+def update_parameters(optimizer: ChainedOptimizer, *, loss_is_finite: bool) -> tuple[float, bool]:
+    """Clip and apply the gradients, unless they or the loss are not finite; collective.
+
+    Megatron-Core would apply gradients that are not finite where no loss scaler is in use.
+
+    Returns:
+        The norm of the whole gradient before clipping, and whether the update was applied. All
+        ranks agree: the norm is reduced over every rank that holds another part of the gradient.
+    """
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not (loss_is_finite and math.isfinite(grad_norm)):
+        return grad_norm, False
+    max_norm = optimizer.config.clip_grad
+    if max_norm > 0:
+        for part in optimizer.chained_optimizers:
+            clip_grad_by_total_norm_fp32(
+                part.get_parameters(), max_norm=max_norm, total_norm=grad_norm
+            )
+    optimizer.step_with_ready_grads()
+    return grad_norm, True
+
+
+def inner_optimizers(optimizer: ChainedOptimizer) -> list[Any]:
+    """Megatron-Core's optimizers that the chain is made of."""
+    return list(optimizer.chained_optimizers)

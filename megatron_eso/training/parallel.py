@@ -1,0 +1,66 @@
+"""Process groups: the one place that touches Megatron-Core's global parallel state.
+
+Everything else receives the ProcessGroupCollection.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from megatron_eso.config import ParallelConfig
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the launcher's processes (torchrun's environment), or be a world of one without it.
+
+    NCCL where CUDA is there, gloo elsewhere. Collective over the world.
+    """
+    store = None
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if "MASTER_ADDR" not in os.environ:
+        store = dist.HashStore()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def model_parallel_groups(parallel: ParallelConfig) -> Iterator[ProcessGroupCollection]:
+    """Build the groups of the layout inside the world's process group; collective over the world."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    # Megatron-Core looks its random streams up by name even where nothing is dropped out.
+    seed_dropout(0)
+    try:
+        yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def seed_dropout(seed: int) -> None:
+    """Restart Megatron-Core's random streams; the tensor-parallel one differs between TP ranks."""
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

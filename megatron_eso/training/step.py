@@ -1,0 +1,165 @@
+"""One training step, whole: forward and backward over the micro-batches, update, average."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.utils import is_pp_last_stage
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_eso.config import Config
+from megatron_eso.data.batches import MicroBatch, TrainingBatches
+from megatron_eso.diffusion.loss import PhaseTokens, normalize_phases, sum_phases
+from megatron_eso.diffusion.random import Purpose, random_bits
+from megatron_eso.training.optimizer import update_parameters
+from megatron_eso.training.parallel import seed_dropout
+from megatron_eso.training.train_state import TrainState
+
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a step says of itself, the same on every rank; losses in nats per token of their phase.
+
+    `loss` is the objective, `loss_diffusion + loss_sequential`; `nelbo` the same with ELBO weights.
+    """
+
+    loss: float
+    loss_diffusion: float
+    loss_sequential: float
+    nelbo: float
+    grad_norm: float
+    learning_rate: float
+    skipped: bool
+
+
+def train_step(
+    config: Config,
+    state: TrainState,
+    batches: TrainingBatches,
+    groups: ProcessGroupCollection,
+    flops_per_token: float,
+) -> StepResult:
+    """Take one step with the samples that come next; collective over the world."""
+    for chunk in state.chunks:
+        chunk.zero_grad_buffer()
+    state.optimizer.zero_grad()
+    micro_batches = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
+    # Megatron-Core averages over micro-batches and data-parallel ranks; the loss is a sum.
+    scale = len(micro_batches) * groups.dp.size()
+    step = partial(
+        forward_step,
+        tokens=batches.phase_tokens,
+        scale=scale,
+        dropout_seed=config.run.seed if config.model.hidden_dropout > 0 else None,
+        pp_rank=groups.pp.rank(),
+    )
+    reports = run_schedule(step, state, micro_batches, groups, forward_only=False)
+    losses = reduce_over_world(sum(reports, torch.zeros(4, dtype=torch.float64)), groups)
+    loss, nelbo = float(losses[:2].sum()), float(losses[2:].sum())
+
+    learning_rate = float(state.optimizer.param_groups[0]["lr"])
+    grad_norm, applied = update_parameters(state.optimizer, loss_is_finite=math.isfinite(loss))
+    state.scheduler.step(1)
+    if applied and state.ema is not None:
+        state.ema.update()
+    num_samples = config.train.global_batch_size
+    num_tokens = num_samples * config.data.sequence_length
+    done = state.counters
+    state.counters = dataclasses.replace(
+        done,
+        step=done.step + 1,
+        consumed_samples=done.consumed_samples + num_samples,
+        tokens=done.tokens + num_tokens,
+        flops=done.flops + num_tokens * flops_per_token,
+        skipped_steps=done.skipped_steps + (not applied),
+    )
+    return StepResult(
+        loss=loss,
+        loss_diffusion=float(losses[0]),
+        loss_sequential=float(losses[1]),
+        nelbo=nelbo,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        skipped=not applied,
+    )
+
+
+def forward_step(
+    micro_batches: Iterator[MicroBatch],
+    model: torch.nn.Module,
+    *,
+    tokens: PhaseTokens,
+    scale: int,
+    dropout_seed: int | None,
+    pp_rank: int,
+) -> tuple[Tensor, LossFunction]:
+    """One micro-batch through this stage's part of the model, as Megatron-Core's schedules call it."""
+    micro_batch = next(micro_batches)
+    if dropout_seed is not None:
+        chunk = 8192 * (pp_rank + 1024 * (unwrap_model(model).vp_stage or 0))
+        words = random_bits(dropout_seed, Purpose.DROPOUT, int(micro_batch.indices.min()), 1)
+        seed_dropout(int(words[0] >> np.uint64(33)) + chunk)
+    plan = micro_batch.plan.to(torch.cuda.current_device())
+
+    def compute_loss(nll_E: Tensor) -> tuple[Tensor, Tensor]:
+        phases = normalize_phases(sum_phases(nll_E, plan.weights_E, plan), tokens)
+        with torch.no_grad():
+            sums = sum_phases(nll_E.double(), plan.weights_E.double(), plan)
+            elbo = sum_phases(nll_E.double(), plan.elbo_weights_E.double(), plan)
+            report = torch.cat([normalize_phases(sums, tokens), normalize_phases(elbo, tokens)])
+        return phases.sum() * scale, report
+
+    return model(plan), compute_loss
+
+
+def run_schedule(
+    step: Callable[..., tuple[Tensor, Callable[..., Any]]],
+    state: TrainState,
+    micro_batches: list[MicroBatch],
+    groups: ProcessGroupCollection,
+    *,
+    forward_only: bool,
+) -> list[Tensor]:
+    """Run Megatron-Core's schedule of this layout; collective over the model-parallel ranks.
+
+    Returns:
+        On the last stage what the loss function reported for each micro-batch, elsewhere nothing.
+    """
+    chunks = state.chunks
+    schedule = get_forward_backward_func(
+        pp_size=groups.pp.size(), vp_size=len(chunks) if len(chunks) > 1 else None
+    )
+    reports: list[Tensor] = schedule(
+        forward_step_func=step,
+        data_iterator=[iter(micro_batches) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(micro_batches),
+        # Neither is used: the stages tell each other the number of rows.
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return reports if is_pp_last_stage(groups.pp) else []
+
+
+def reduce_over_world(report: Tensor, groups: ProcessGroupCollection) -> Tensor:
+    """Sum a report over the last stages' data-parallel ranks for every rank; collective over the world.
+
+    Tensor-parallel ranks hold the same report: one of them counts.
+    """
+    total = report.to(torch.cuda.current_device())
+    if groups.tp.rank() > 0:
+        total = torch.zeros_like(total)
+    dist.all_reduce(total)
+    return total.cpu()

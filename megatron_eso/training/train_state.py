@@ -1,0 +1,121 @@
+"""All that a step changes, and how it is built."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+
+from megatron_eso.config import Config
+from megatron_eso.model.eso_model import EsoModel
+from megatron_eso.model.initialization import initialize_parameters
+from megatron_eso.model.transformer_config import build_transformer_config
+from megatron_eso.training.ema import ExponentialMovingAverage
+from megatron_eso.training.main_parameters import MainParameter, list_main_parameters
+from megatron_eso.training.optimizer import build_optimizer, build_scheduler
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counters:
+    """How far a run has come; with the parameters, all that a checkpoint needs."""
+
+    step: int = 0
+    """Steps taken, skipped ones included."""
+    consumed_samples: int = 0
+    """Samples taken from the training order: the whole state of the data."""
+    tokens: int = 0
+    """Tokens of these samples."""
+    flops: float = 0.0
+    """Floating-point operations that the objective needed for them."""
+    skipped_steps: int = 0
+    """Steps whose update was not applied, since loss or gradient was not finite."""
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class TrainState:
+    """Model, optimizer, schedule, average and counters of this rank."""
+
+    chunks: list[DistributedDataParallel]
+    """This rank's parts of the model: one, or one for each virtual pipeline stage."""
+    optimizer: ChainedOptimizer
+    scheduler: OptimizerParamScheduler
+    parameters: list[MainParameter]
+    ema: ExponentialMovingAverage | None
+    counters: Counters
+
+
+def build_train_state(config: Config, groups: ProcessGroupCollection) -> TrainState:
+    """Build a fresh state on this rank; collective over the world."""
+    chunks = build_model_chunks(config, groups)
+    optimizer = build_optimizer(config, chunks, groups)
+    chunks[0].config.grad_scale_func = optimizer.scale_loss
+    parameters = list_main_parameters(chunks, optimizer)
+    decay = config.optimizer.ema_decay
+    return TrainState(
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer),
+        parameters=parameters,
+        ema=ExponentialMovingAverage(parameters, decay) if decay > 0 else None,
+        counters=Counters(),
+    )
+
+
+def build_model_chunks(
+    config: Config, groups: ProcessGroupCollection
+) -> list[DistributedDataParallel]:
+    """Build and initialise this rank's parts of the model, wrapped for bf16 and data parallelism."""
+    parallel = config.parallel
+    transformer_config = build_transformer_config(config)
+    transformer_config.finalize_model_grads_func = finalize_model_grads
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        check_for_nan_in_grad=False,
+    )
+    vp_size = parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in [None] if vp_size is None else range(vp_size):
+        model = EsoModel(
+            config,
+            transformer_config,
+            groups,
+            pre_process=is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(groups.pp),
+            post_process=is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(groups.pp),
+            vp_stage=vp_stage,
+        )
+        initialize_parameters(model, config.model, config.run.seed)
+        module = model.cuda(torch.cuda.current_device())
+        if transformer_config.bf16:
+            module = Float16Module(transformer_config, module)
+        chunks.append(
+            DistributedDataParallel(
+                transformer_config,
+                ddp_config,
+                module,
+                # Reducing chunks after the first is not on the critical path.
+                disable_bucketing=bool(vp_stage),
+                pg_collection=groups,
+            )
+        )
+    if parallel.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        transformer_config.no_sync_func = no_sync if vp_size else no_sync[0]
+        grad_sync = [chunk.start_grad_sync for chunk in chunks]
+        transformer_config.grad_sync_func = grad_sync if vp_size else None
+    return chunks
