@@ -6,7 +6,6 @@ that another layout trains on the same samples in the same phases.
 """
 
 from dataclasses import dataclass
-from enum import Enum
 from fractions import Fraction
 
 import numpy as np
@@ -16,13 +15,6 @@ from numpy.typing import NDArray
 from megatron_eso.errors import ConfigError
 
 _MAX_DENOMINATOR = 1_000_000
-
-
-class Phase(Enum):
-    """The two phases of Eso-LM's objective."""
-
-    DIFFUSION = "diffusion"
-    SEQUENTIAL = "sequential"
 
 
 def _steps_up(numbers: NDArray[np.int64], share: int, whole: int) -> NDArray[np.bool_]:

@@ -177,41 +177,6 @@ def draw_noise(
     )
 
 
-def draw_validation_noise(
-    seed: int,
-    indices_B: NDArray[np.int64],
-    num_samples: int,
-    alpha_0: float,
-    sequence_length: int,
-    *,
-    sampling_eps: float = SAMPLING_EPSILON,
-) -> tuple[Noise, NDArray[np.int64]]:
-    """Draws the noise of validation samples, each of which goes through both phases.
-
-    At alpha_0 = 0 and 1 there is one phase only.
-
-    Args:
-        seed: Seed of the validation's noise.
-        indices_B: Indices of the samples in `0 .. num_samples - 1`.
-        num_samples: N, the number of samples that are validated.
-        alpha_0: Share of tokens that the diffusion phase generates.
-        sequence_length: T.
-        sampling_eps: Lowest time.
-
-    Returns:
-        The noise of a micro-batch that holds all samples once for each phase, and int64 the sample
-        `0 .. B - 1` of each of its entries: `plan_rows(x_0_BT[entries], noise, ...)`.
-    """
-    phases = [is_sequential for is_sequential in (False, True) if alpha_0 != float(is_sequential)]
-    entries = np.tile(np.arange(len(indices_B)), len(phases))
-    is_sequential_B = np.repeat(np.array(phases), len(indices_B))
-    t_B = validation_times(seed, indices_B, num_samples, sampling_eps=sampling_eps)[entries]
-    noise = draw_noise(
-        seed, indices_B[entries], is_sequential_B, t_B, alpha_0, sequence_length, is_validation=True
-    )
-    return noise, entries
-
-
 def _stratified_time(
     seed: int, purposes: _Purposes, index: int, stratum: int, num_strata: int, sampling_eps: float
 ) -> float:

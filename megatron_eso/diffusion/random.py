@@ -32,8 +32,7 @@ class Purpose(IntEnum):
     VALIDATION_DIFFUSION_ORDER = 10
     VALIDATION_SEQUENTIAL_MASK = 11
     VALIDATION_SEQUENTIAL_ORDER = 12
-    INITIALIZATION = 13
-    DROPOUT = 14
+    DROPOUT = 13
 
 
 def random_bits(seed: int, purpose: Purpose, index: int, count: int) -> NDArray[np.uint64]:

@@ -138,4 +138,7 @@ class LossRowTransformerLayer(TransformerLayer):
         rows = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
         )
-        return scatter_to_sequence_parallel_region(rows[plan.loss_rows_E], group=self.tp_group)
+        chosen: Tensor = scatter_to_sequence_parallel_region(
+            rows[plan.loss_rows_E], group=self.tp_group
+        )
+        return chosen

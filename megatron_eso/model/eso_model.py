@@ -105,7 +105,7 @@ class EsoModel(LanguageModule):
             float32 [E], anything at padding; elsewhere the hidden states for the next stage.
         """
         head_size = self.config.kv_channels
-        hidden = self.decoder(
+        hidden: Tensor = self.decoder(
             hidden_states=self.embed(plan) if self.pre_process else None,
             attention_mask=None,
             rotary_pos_emb=rotary_table(plan.positions_R, head_size, self.rotary_base),
@@ -114,7 +114,7 @@ class EsoModel(LanguageModule):
         if not self.post_process:
             return hidden
         logits_E1V = self.compute_logits(hidden)
-        nll_E1 = vocab_parallel_cross_entropy(logits_E1V, plan.targets_E[:, None])
+        nll_E1: Tensor = vocab_parallel_cross_entropy(logits_E1V, plan.targets_E[:, None])
         return nll_E1[:, 0]
 
     def embed(self, plan: RowPlan) -> Tensor:

@@ -76,7 +76,7 @@ class GatedRowParallelLinear(RowParallelLinear):
 
 
 def mark_sequence_parallel(module: torch.nn.Module, config: TransformerConfig) -> None:
-    """Have Megatron-Core sum this module's gradients over the tensor-parallel ranks where needed."""
+    """Have Megatron-Core sum these gradients over the tensor-parallel ranks where needed."""
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 

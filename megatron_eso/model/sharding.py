@@ -1,6 +1,6 @@
 """Global names and places of a model's parameters: what its distributed checkpoint is made of."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from megatron_eso.model.eso_model import EsoModel
 
-Sharded = ShardedTensor | ShardedTensorFactory
+Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
 def sharding_metadata(pg_collection: ProcessGroupCollection) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The resolved configuration in Megatron-Core's terms: the one place that fills a TransformerConfig."""
+"""The resolved configuration in Megatron-Core's terms: all that fills a TransformerConfig."""
 
 from functools import partial
 
@@ -65,4 +65,3 @@ def build_transformer_config(config: Config) -> TransformerConfig:
         cross_entropy_loss_fusion=False,
         persist_layer_norm=False,
     )
-

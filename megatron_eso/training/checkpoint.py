@@ -9,6 +9,7 @@ distributed one cannot be loaded into torch's Adam; this one is read by any of t
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,9 +18,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     TorchDistSaveShardedStrategy,
@@ -28,22 +28,36 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
 from megatron_eso.config import Config
-from megatron_eso.config_io import config_to_dict
-from megatron_eso.errors import CheckpointError
+from megatron_eso.config_io import config_to_dict, read_config
+from megatron_eso.errors import CheckpointError, ConfigError
+from megatron_eso.safe_pickle import read_checkpoint_metadata
 from megatron_eso.training.files import sync_folder, sync_tree, write_atomically, write_json
 from megatron_eso.training.main_parameters import (
     MainParameter,
     gather_owned,
     publish_main_parameters,
 )
-from megatron_eso.safe_pickle import read_checkpoint_metadata
 from megatron_eso.training.train_state import Counters, TrainState
 
 FORMAT_VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
+WEIGHTS_KEYS = ("model.", "data.vocab_size", "data.mask_token_id")
+RUN_KEYS = (*WEIGHTS_KEYS, "run.seed", "data.sequence_length")
+# These shape neither tensors nor what they mean.
+FREE_MODEL_KEYS = (
+    "model.hidden_dropout",
+    "model.init_method_std",
+    "model.zero_init_head",
+    "model.fp32_residual_connection",
+)
 PREFIXES = {"param": "", "ema": "ema."} | {name: f"optimizer.state.{name}." for name in MOMENTS}
+
+
+logger = logging.getLogger(__name__)
 
 
 class DirectSaveStrategy(TorchDistSaveShardedStrategy):
@@ -53,11 +67,11 @@ class DirectSaveStrategy(TorchDistSaveShardedStrategy):
     """
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
-        """Write this rank's tensors, fsynced, and on rank 0 the index; collective over the world."""
+        """Write this rank's tensors, and on rank 0 the index, fsynced; collective over the world."""
         renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        torch_checkpoint.save(
+        save_state_dict(
             mcore_to_pyt_state_dict(renamed, False),
-            storage_writer=torch_checkpoint.FileSystemWriter(checkpoint_dir, sync_files=True),
+            storage_writer=FileSystemWriter(checkpoint_dir, sync_files=True),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
@@ -69,10 +83,12 @@ class Checkpoints:
     Attributes:
         directory: `RUN_DIR/checkpoints`.
         keep_last: Number of the newest checkpoints that are kept.
+        identity: What a run must not change: ids and versions of data, order and noise.
     """
 
     directory: Path
     keep_last: int
+    identity: dict[str, Any]
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint; a folder gets its final name once it is complete."""
@@ -97,7 +113,7 @@ class Checkpoints:
         )
         if dist.get_rank() == 0:
             write_json(partial / "config.json", config_to_dict(config))
-            write_json(partial / "state.json", describe(state))
+            write_json(partial / "state.json", describe(state) | self.identity)
             sync_tree(partial)
             partial.replace(final)
             sync_folder(self.directory)
@@ -114,6 +130,87 @@ class Checkpoints:
             old.replace(doomed)
         for doomed in self.directory.glob("step_*.deleting"):
             shutil.rmtree(doomed)
+
+
+def restore(state: TrainState, config: Config, checkpoints: Checkpoints) -> None:
+    """Continue from the run's newest checkpoint, or start as configured; collective over the world.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or of another format.
+        ConfigError: It is of another model, seed or data than the configuration.
+    """
+    newest = checkpoints.newest()
+    if newest is None and config.checkpoint.init_from is None:
+        logger.info("starting from fresh weights, seed %d", config.run.seed)
+        return
+    if newest is None:
+        source = find_checkpoint(Path(str(config.checkpoint.init_from)))
+        check_same(source, config, WEIGHTS_KEYS)
+        load_weights(source, state)
+        if state.ema is not None:
+            state.ema.restart()
+        logger.info("starting from the weights of %s; optimizer and counters are fresh", source)
+        return
+    record = read_state_json(newest)
+    if record["kind"] != "training":
+        check_same(newest, config, WEIGHTS_KEYS)
+    else:
+        check_same(newest, config, RUN_KEYS)
+        for key, value in checkpoints.identity.items():
+            if record.get(key) != value:
+                raise ConfigError(
+                    f"{newest}/state.json: {key} = {record.get(key)!r}, but this run has "
+                    f"{value!r}: a run keeps its data; start another run.directory with "
+                    f"checkpoint.init_from = {newest}"
+                )
+    load_training_state(newest, state)
+    state.scheduler.step(state.counters.step)
+    logger.info("resuming from %s, step %d", newest, state.counters.step)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` names: itself, or the newest of a run directory.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if (path / "state.json").exists():
+        return path
+    newest = sorted((path / "checkpoints").glob("step_" + "[0-9]" * 8))
+    if not newest:
+        raise ConfigError(
+            f"checkpoint.init_from = {path}: holds no checkpoint; name a run directory, or one of "
+            f"its checkpoints/step_* folders"
+        )
+    return newest[-1]
+
+
+def check_same(checkpoint: Path, config: Config, keys: tuple[str, ...]) -> None:
+    """Refuse a configuration that changes what a checkpoint fixes, and log what else it changes.
+
+    Raises:
+        ConfigError: One line with key, both values and the remedy.
+    """
+    old = _flatten(config_to_dict(read_config(checkpoint / "config.json")))
+    new = _flatten(config_to_dict(config))
+    for key in sorted(old.keys() & new.keys()):
+        if old[key] == new[key]:
+            continue
+        if key.startswith(keys) and key not in FREE_MODEL_KEYS:
+            raise ConfigError(
+                f"{key} = {new[key]!r}, but {checkpoint} was written with {old[key]!r}: a resumed "
+                f"run keeps it; restore the value or choose another run.directory"
+            )
+        logger.info("changed since %s: %s: %r -> %r", checkpoint.name, key, old[key], new[key])
+
+
+def _flatten(sections: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{name}.{key}": value
+        for name, section in sections.items()
+        if isinstance(section, dict)
+        for key, value in section.items()
+    }
 
 
 def describe(state: TrainState) -> dict[str, Any]:
@@ -148,7 +245,7 @@ def read_state_json(checkpoint: Path) -> dict[str, Any]:
 
 
 def shards_to_save(state: TrainState, groups: ProcessGroupCollection) -> dict[str, Any]:
-    """The tensors that this rank writes, by global name; collective over the data-parallel ranks."""
+    """The tensors that this rank writes, by global name; collective over data parallelism."""
     shards = {}
     for kind, values in _state_values(state).items():
         for parameter, whole in gather_owned(state.parameters, values, groups.dp_cp):
@@ -241,7 +338,7 @@ def _load(
 
 
 def _set_optimizer_step(state: TrainState, step: int) -> None:
-    """Tell Adam how many updates its moments have seen: torch's per tensor, fused ones per group."""
+    """Tell Adam how many updates its moments have seen: torch's per tensor, fused per group."""
     for parameter in state.parameters:
         if parameter.main is not None and isinstance(parameter.inner, torch.optim.AdamW):
             parameter.inner.state[parameter.main]["step"] = torch.tensor(float(step))

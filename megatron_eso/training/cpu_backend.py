@@ -64,6 +64,8 @@ def install_cpu_backend() -> bool:
     torch.Tensor.type = _name_cuda_type(torch.Tensor.type)  # type: ignore[method-assign]
     _replace_cuda_functions()
     megatron_random._set_cuda_rng_state = _set_rng_state
+    # Its tracker warns that the CPU's stream moved with the GPU's: here they are one.
+    logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     logger.info("no CUDA device: Megatron-Core runs on the CPU over gloo")
     return True
 

@@ -32,6 +32,13 @@ class ExponentialMovingAverage:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         torch._foreach_lerp_(*self._pairs(), 1 - decay)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Start at the parameters as they are now."""
+        self.num_updates = 0
+        for average, main in zip(*self._pairs(), strict=True):
+            average.copy_(main)
+
     @contextmanager
     def applied(
         self, chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer

@@ -102,7 +102,7 @@ def _finder(part: MegatronOptimizer) -> Callable[[Parameter], Range]:
 def gather_owned(
     parameters: list[MainParameter], values: list[Tensor | None], dp_group: dist.ProcessGroup
 ) -> Iterator[tuple[MainParameter, Tensor]]:
-    """Make whole the values of each parameter on one data-parallel rank; collective over `dp_group`.
+    """Make each parameter's values whole on one data-parallel rank; collective over `dp_group`.
 
     The ranks own the parameters in turn, so that each holds and writes its share only.
 

@@ -28,7 +28,7 @@ def process_group() -> Iterator[None]:
     store = None
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if "MASTER_ADDR" not in os.environ:
-        store = dist.HashStore()
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(
@@ -46,7 +46,7 @@ def process_group() -> Iterator[None]:
 
 @contextmanager
 def model_parallel_groups(parallel: ParallelConfig) -> Iterator[ProcessGroupCollection]:
-    """Build the groups of the layout inside the world's process group; collective over the world."""
+    """Build the layout's groups inside the world's process group; collective over the world."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,

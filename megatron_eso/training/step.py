@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ class StepResult:
     """What a step says of itself, the same on every rank; losses in nats per token of their phase.
 
     `loss` is the objective, `loss_diffusion + loss_sequential`; `nelbo` the same with ELBO weights.
+    `data_seconds` is this rank's time for reading and planning.
     """
 
     loss: float
@@ -41,6 +43,7 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     skipped: bool
+    data_seconds: float
 
 
 def train_step(
@@ -54,7 +57,9 @@ def train_step(
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
+    began = time.monotonic()
     micro_batches = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
+    data_seconds = time.monotonic() - began
     # Megatron-Core averages over micro-batches and data-parallel ranks; the loss is a sum.
     scale = len(micro_batches) * groups.dp.size()
     step = partial(
@@ -92,6 +97,7 @@ def train_step(
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         skipped=not applied,
+        data_seconds=data_seconds,
     )
 
 
@@ -104,13 +110,13 @@ def forward_step(
     dropout_seed: int | None,
     pp_rank: int,
 ) -> tuple[Tensor, LossFunction]:
-    """One micro-batch through this stage's part of the model, as Megatron-Core's schedules call it."""
+    """One micro-batch through this stage's part of the model, as Megatron-Core's schedules ask."""
     micro_batch = next(micro_batches)
     if dropout_seed is not None:
         chunk = 8192 * (pp_rank + 1024 * (unwrap_model(model).vp_stage or 0))
         words = random_bits(dropout_seed, Purpose.DROPOUT, int(micro_batch.indices.min()), 1)
         seed_dropout(int(words[0] >> np.uint64(33)) + chunk)
-    plan = micro_batch.plan.to(torch.cuda.current_device())
+    plan = micro_batch.plan.to(torch.device(torch.cuda.current_device()))
 
     def compute_loss(nll_E: Tensor) -> tuple[Tensor, Tensor]:
         phases = normalize_phases(sum_phases(nll_E, plan.weights_E, plan), tokens)
@@ -154,7 +160,7 @@ def run_schedule(
 
 
 def reduce_over_world(report: Tensor, groups: ProcessGroupCollection) -> Tensor:
-    """Sum a report over the last stages' data-parallel ranks for every rank; collective over the world.
+    """Sum a report of the last stages over data-parallel ranks; collective over the world.
 
     Tensor-parallel ranks hold the same report: one of them counts.
     """

@@ -77,7 +77,7 @@ def build_train_state(config: Config, groups: ProcessGroupCollection) -> TrainSt
 def build_model_chunks(
     config: Config, groups: ProcessGroupCollection
 ) -> list[DistributedDataParallel]:
-    """Build and initialise this rank's parts of the model, wrapped for bf16 and data parallelism."""
+    """Build and fill this rank's parts of the model, wrapped for bf16 and data parallelism."""
     parallel = config.parallel
     transformer_config = build_transformer_config(config)
     transformer_config.finalize_model_grads_func = finalize_model_grads

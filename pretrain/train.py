@@ -1,0 +1,150 @@
+"""Pretrains an Eso-LM, under torchrun or alone.
+
+Resumes by itself from the newest complete checkpoint of the run directory. `--dry-run` prints what
+would be trained, on what layout and in how much memory, and exits.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+
+from megatron_eso.config import Config
+from megatron_eso.config_checks import check_layout, with_vocabulary
+from megatron_eso.config_io import LoadedConfig, load_config
+from megatron_eso.data.reader import TokenDataset
+from megatron_eso.errors import UserError, run_command
+from megatron_eso.estimates import format_dry_run, training_flops_per_token
+
+CONFIGS = Path(__file__).parent / "configs"
+
+logger = logging.getLogger("pretrain")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train, or tell what would be trained; returns the exit code."""
+    arguments = parse_arguments(argv)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        loaded = load_config(arguments.layers, folder=CONFIGS)
+        if arguments.dry_run:
+            sys.stdout.write(format_dry_run(loaded, arguments.world_size) + "\n")
+            return 0
+        check_layout(loaded.config, int(os.environ.get("WORLD_SIZE", "1")), loaded.origins)
+        train_data, validation_data, config = open_data(loaded)
+        start_logging(rank)
+        for warning in loaded.warnings:
+            logger.warning("%s", warning)
+        run_training(config, train_data, validation_data)
+    except UserError as error:
+        if rank == 0:
+            raise
+        return error.exit_code
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="pretrain.train", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "layers",
+        nargs="+",
+        metavar="CONFIG.toml|section.key=value",
+        help="configuration layers in order; the later value of a key wins",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and exit")
+    parser.add_argument(
+        "--world-size", type=int, default=None, help="ranks to plan for (with --dry-run)"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def open_data(loaded: LoadedConfig) -> tuple[TokenDataset, TokenDataset | None, Config]:
+    """Open the shards, and complete the configuration by their vocabulary."""
+    data = loaded.config.data
+    train = TokenDataset.open(data.train)
+    validation = TokenDataset.open(data.validation) if data.validation else None
+    config = loaded.config
+    for name, dataset in ((data.train, train), (data.validation, validation)):
+        if dataset is not None:
+            config = with_vocabulary(
+                config,
+                vocab_size=dataset.vocab_size,
+                mask_token_id=dataset.mask_token_id,
+                source=str(name),
+                origins=loaded.origins,
+            )
+    return train, validation, config
+
+
+def start_logging(rank: int) -> None:
+    """Log to stderr: progress on rank 0, warnings with their rank elsewhere."""
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(asctime)s " + ("" if rank == 0 else f"[rank {rank}] ") + "%(message)s",
+        datefmt="%H:%M:%S",
+    )
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+
+
+def run_training(
+    config: Config, train_data: TokenDataset, validation_data: TokenDataset | None
+) -> None:
+    """Build everything on this rank and train; collective over the world."""
+    # Imported once the configuration is known to be sound: importing takes seconds.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="megatron")
+        from megatron_eso.training.cpu_backend import install_cpu_backend
+
+        install_cpu_backend()
+        from megatron_eso.data.batches import TrainingBatches
+        from megatron_eso.training.checkpoint import Checkpoints, restore
+        from megatron_eso.training.loop import Trainer
+        from megatron_eso.training.metrics import MetricsLog
+        from megatron_eso.training.parallel import model_parallel_groups, process_group
+        from megatron_eso.training.run_directory import RunDirectory
+        from megatron_eso.training.train_state import build_train_state
+
+    run = RunDirectory(Path(config.run.directory))
+    is_first = int(os.environ.get("RANK", "0")) == 0
+    with ExitStack() as stack:
+        if is_first:
+            stack.enter_context(run.locked())
+        stack.enter_context(process_group())
+        groups = stack.enter_context(model_parallel_groups(config.parallel))
+        batches = TrainingBatches(config, train_data, groups.dp.size())
+        state = build_train_state(config, groups)
+        checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep_last, batches.identity)
+        restore(state, config, checkpoints)
+        if is_first:
+            run.write_config(config, train_data.tokenizer_directory)
+        metrics = stack.enter_context(
+            MetricsLog(run, state.counters) if is_first else nullcontext()
+        )
+        assert config.data.vocab_size is not None
+        trainer = Trainer(
+            config=config,
+            run=run,
+            groups=groups,
+            state=state,
+            batches=batches,
+            validation=validation_data,
+            checkpoints=checkpoints,
+            metrics=metrics,
+            flops_per_token=training_flops_per_token(config, config.data.vocab_size),
+        )
+        try:
+            trainer.train()
+        except BaseException as error:
+            if is_first:
+                run.write_status("failed", state.counters.step, reason=repr(error))
+            raise
+        if is_first:
+            run.write_status("finished", state.counters.step, reason="train.num_steps reached")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,252 @@
+"""The package's rows against whole sequences with dense masks: losses and gradients, in float64."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from checkpoints_conversion.official import fold_official, read_official
+from megatron_eso.diffusion.dealing import Dealing
+from megatron_eso.diffusion.noise import Noise, diffusion_times, draw_noise
+from megatron_eso.diffusion.rows import RowPlan, plan_rows
+from megatron_eso.diffusion.schedule import LogLinearSchedule
+from tests.support.dense_oracle import (
+    OracleConfig,
+    Parameters,
+    dense_losses,
+    dense_objective,
+    diffusion_logits,
+    draw_parameters,
+    row_losses,
+    row_objective,
+    sequential_logits,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+# The golden numbers are float32: tests/golden/README.md.
+GOLDEN_TOLERANCE = 1e-4
+
+SEED = 3
+HIDDEN, VOCAB, MASK = 16, 11, 10
+# Both sides are float64 sums of the same terms in another order.
+LOSS_TOLERANCE = 1e-10
+GRADIENT_TOLERANCE = 1e-10
+
+
+def build_model(**options: int | bool) -> tuple[OracleConfig, Parameters]:
+    num_groups = int(options.pop("num_groups", 4))
+    num_layers = int(options.pop("num_layers", 3))
+    config = OracleConfig(
+        num_layers=num_layers, num_heads=4, num_groups=num_groups, mask_token_id=MASK
+    )
+    return config, draw_parameters(config, hidden_size=HIDDEN, vocab_size=VOCAB, **options)
+
+
+def draw_batch(dealing: Dealing, alpha_0: float, length: int) -> tuple[NDArray[np.int64], Noise]:
+    indices = np.arange(dealing.global_batch_size)
+    x_0 = np.random.default_rng(SEED).integers(0, MASK, (len(indices), length))
+    times = diffusion_times(SEED, 0, dealing, indices)
+    noise = draw_noise(SEED, indices, dealing.is_sequential(indices), times, alpha_0, length)
+    return x_0, noise
+
+
+def pick(noise: Noise, places: NDArray[np.int64]) -> Noise:
+    return Noise(
+        is_masked_BT=noise.is_masked_BT[places],
+        permutation_BT=noise.permutation_BT[places],
+        t_B=noise.t_B[places],
+        is_sequential_B=noise.is_sequential_B[places],
+    )
+
+
+def set_masks(noise: Noise, is_masked_BT: NDArray[np.bool_]) -> Noise:
+    """The same noise with given masks, in the slot order that belongs to them."""
+    permutation = [
+        np.concatenate([np.flatnonzero(~masked)[::-1], np.flatnonzero(masked)])
+        for masked in is_masked_BT
+    ]
+    return Noise(
+        is_masked_BT=is_masked_BT,
+        permutation_BT=np.stack(permutation),
+        t_B=noise.t_B,
+        is_sequential_B=noise.is_sequential_B,
+    )
+
+
+def gradients(loss: torch.Tensor, parameters: Parameters) -> dict[str, torch.Tensor]:
+    found = torch.autograd.grad(
+        loss, list(parameters.values()), allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(parameters, found, strict=True))
+
+
+def assert_agree(
+    x_0: NDArray[np.int64],
+    noise: Noise,
+    dealing: Dealing,
+    *,
+    alpha_0: float,
+    loss_type: str = "elbo",
+    row_multiple: int = 1,
+    **options: int | bool,
+) -> tuple[float, float]:
+    """Compares per-token losses, objective and every gradient; returns the largest differences."""
+    config, parameters = build_model(**options)
+    length = x_0.shape[1]
+
+    def plan(places: NDArray[np.int64]) -> RowPlan:
+        return plan_rows(
+            x_0[places],
+            pick(noise, places),
+            schedule=LogLinearSchedule(alpha_0),
+            loss_type=loss_type,
+            mask_token_id=MASK,
+            row_multiple=row_multiple,
+        )
+
+    batches = [
+        places
+        for rank in range(dealing.data_parallel_size)
+        for places in dealing.micro_batches(rank)
+    ]
+    losses = dense_losses(
+        parameters, config, torch.from_numpy(x_0), noise, alpha_0=alpha_0, loss_type=loss_type
+    )
+    loss_difference = 0.0
+    for places in batches:
+        rows = plan(places)
+        real = slice(rows.num_loss_rows)
+        nll = row_losses(parameters, config, rows)[real]
+        samples = places[rows.sample_E[real].numpy()]
+        expected = torch.cat(
+            [
+                losses.nll_BT[b][length - noise.is_masked_BT[b].sum() :]
+                for b in dict.fromkeys(samples.tolist())
+            ]
+            or [nll]
+        )
+        assert len(nll) == noise.is_masked_BT[places].sum()
+        assert torch.equal(losses.weights_B[samples].float(), rows.weights_E[real])
+        assert torch.equal(losses.elbo_weights_B[samples].float(), rows.elbo_weights_E[real])
+        if len(nll):
+            loss_difference = max(loss_difference, (nll - expected).abs().max().item())
+    assert loss_difference < LOSS_TOLERANCE
+
+    expected_loss = dense_objective(losses, noise, dealing)
+    loss = row_objective(parameters, config, [plan(p) for p in batches], dealing, length)
+    assert abs((loss - expected_loss).item()) < LOSS_TOLERANCE
+    expected_gradients, found_gradients = (gradients(x, parameters) for x in (expected_loss, loss))
+    gradient_difference = max(
+        (found_gradients[name] - expected_gradients[name]).abs().max().item() for name in parameters
+    )
+    assert gradient_difference < GRADIENT_TOLERANCE
+    if noise.is_masked_BT.any():
+        assert max(x.abs().max().item() for x in expected_gradients.values()) > 1e-3
+    return loss_difference, gradient_difference
+
+
+@pytest.mark.parametrize("loss_type", ["elbo", "low_var"])
+@pytest.mark.parametrize(
+    ("alpha_0", "batch_split"), [(0.125, 0.5), (0.5, 0.75), (0.9, 0.25), (1.0, 1.0), (0.0, 0.0)]
+)
+def test_rows_give_the_losses_and_gradients_of_dense_masks(
+    alpha_0: float, batch_split: float, loss_type: str
+) -> None:
+    dealing = Dealing(4, 4, 1, batch_split)
+    x_0, noise = draw_batch(dealing, alpha_0, 12)
+    assert_agree(x_0, noise, dealing, alpha_0=alpha_0, loss_type=loss_type, row_multiple=4)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (8, 1, 2), (8, 2, 2), (8, 4, 1), (12, 3, 2)])
+def test_the_objective_does_not_depend_on_micro_batches_and_ranks(
+    sizes: tuple[int, int, int],
+) -> None:
+    dealing = Dealing(*sizes, 0.5)
+    x_0, noise = draw_batch(dealing, 0.3, 7)
+    assert_agree(x_0, noise, dealing, alpha_0=0.3, num_layers=2)
+
+
+@pytest.mark.parametrize("options", [{"num_groups": 1}, {"num_groups": 2}, {"num_layers": 1}])
+@pytest.mark.parametrize("biases", [False, True])
+def test_grouped_queries_and_one_layer_agree(options: dict[str, int], biases: bool) -> None:
+    dealing = Dealing(4, 4, 1, 0.5)
+    x_0, noise = draw_batch(dealing, 0.4, 9)
+    assert_agree(x_0, noise, dealing, alpha_0=0.4, biases=biases, head_bias=biases, **options)
+
+
+@pytest.mark.parametrize("length", [1, 2, 6])
+@pytest.mark.parametrize("masked", ["none", "all", "one", "all but one", "by sample", "last"])
+@pytest.mark.parametrize("row_multiple", [1, 8])
+def test_edge_cases_agree(length: int, masked: str, row_multiple: int) -> None:
+    dealing = Dealing(4, 4, 1, 0.5)
+    x_0, noise = draw_batch(dealing, 0.5, length)
+    position, sample = np.arange(length)[None], np.arange(4)[:, None]
+    is_masked = {
+        "none": position < 0,
+        "all": position >= 0,
+        "one": position == length // 2,
+        "all but one": position != length // 2,
+        "by sample": (position >= 0) & (sample % 4 >= 2),
+        "last": position == length - 1,
+    }[masked]
+    noise = set_masks(noise, np.broadcast_to(is_masked, (4, length)).copy())
+    assert_agree(
+        x_0, noise, dealing, alpha_0=0.5, row_multiple=row_multiple, num_layers=2, num_groups=2
+    )
+
+
+def test_alpha_0_of_1_masks_nothing_in_the_sequential_phase() -> None:
+    dealing = Dealing(4, 2, 1, 0.5)
+    x_0, noise = draw_batch(dealing, 1.0, 8)
+    assert not noise.is_masked_BT[noise.is_sequential_B].any()
+    assert_agree(x_0, noise, dealing, alpha_0=1.0)
+
+
+def test_oracle_and_rows_give_the_numbers_of_the_reference() -> None:
+    golden = load_file(GOLDEN / "tiny.safetensors")
+    diffusion, sequential = (
+        {name.split(".")[2]: x for name, x in golden.items() if name.startswith(f"b.{phase}.")}
+        for phase in ("diffusion", "sequential")
+    )
+    mask_token_id, x_0 = 97, diffusion["x0"]
+    config = OracleConfig(num_layers=3, num_heads=4, num_groups=4, mask_token_id=mask_token_id)
+    folded = fold_official(read_official(GOLDEN / "tiny.ckpt"))
+    parameters = {name: tensor.double() for name, tensor in folded.items()}
+    num_samples = len(x_0)
+    is_masked = torch.cat([diffusion["z_t"], sequential["z_0"]]) == mask_token_id
+    noise = Noise(
+        is_masked_BT=is_masked.numpy(),
+        permutation_BT=torch.cat([diffusion["permutation"], sequential["permutation"]]).numpy(),
+        t_B=np.append(diffusion["t"].double().numpy(), np.full(num_samples, np.nan)),
+        is_sequential_B=np.repeat([False, True], num_samples),
+    )
+    expected = torch.cat([diffusion["nll_elbo"], sequential["nll"]]).double()
+    both = torch.cat([x_0, x_0])
+
+    logits = diffusion_logits(parameters, config, diffusion["z_t"], diffusion["permutation"])
+    assert (logits - diffusion["logits"]).abs().max() < GOLDEN_TOLERANCE
+    logits = sequential_logits(
+        parameters, config, sequential["z_0"], x_0, sequential["permutation"]
+    )
+    is_masked_slot = is_masked[num_samples:].gather(1, sequential["permutation"])
+    assert (logits - sequential["logits"])[is_masked_slot].abs().max() < GOLDEN_TOLERANCE
+
+    losses = dense_losses(parameters, config, both, noise, alpha_0=0.25, loss_type="elbo")
+    weighted = losses.nll_BT * losses.weights_B[:, None]
+    assert (weighted - expected).abs().max() < GOLDEN_TOLERANCE
+    assert (losses.nll_BT[:num_samples] - diffusion["nll_low_var"]).abs().max() < GOLDEN_TOLERANCE
+
+    plan = plan_rows(
+        both,
+        noise,
+        schedule=LogLinearSchedule(0.25),
+        loss_type="elbo",
+        mask_token_id=mask_token_id,
+        row_multiple=1,
+    )
+    found = row_losses(parameters, config, plan) * plan.weights_E
+    in_slots = is_masked.gather(1, torch.from_numpy(noise.permutation_BT))
+    assert (found - expected[in_slots]).abs().max() < GOLDEN_TOLERANCE
