@@ -88,7 +88,7 @@ class ModelConfig:
     zero_init_head: bool = False
     """Start with a head of zeros, that is from the uniform distribution."""
     hidden_dropout: float = 0.0
-    """Dropout after the embedding and on each residual branch."""
+    """Dropout on each residual branch."""
     init_method_std: float = 0.02
     """Standard deviation of the initial weights."""
     fp32_residual_connection: bool = True
@@ -202,6 +202,8 @@ class ParallelConfig:
     """Stages of the pipeline."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per stage of an interleaved pipeline; left out: not interleaved."""
+    pipeline_model_parallel_layout: str | None = None
+    """Layers of each pipeline part, in Megatron-Core's notation, where they do not divide evenly."""
     sequence_parallel: bool = False
     """Split norms and dropout over the tensor-parallel ranks by rows."""
     use_distributed_optimizer: bool = False
@@ -219,6 +221,18 @@ class ParallelConfig:
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def num_pipeline_parts(self) -> int:
+        """Parts that the pipeline cuts the model into: stages, times chunks where interleaved."""
+        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+
+    def count_stage_layers(self, num_layers: int, stage: int) -> int:
+        """Layers on the ranks of a pipeline stage, all chunks together."""
+        if self.pipeline_model_parallel_layout is None:
+            return num_layers // self.pipeline_model_parallel_size
+        parts = self.pipeline_model_parallel_layout.split("|")
+        return sum(part.count("t") for part in parts[stage :: self.pipeline_model_parallel_size])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

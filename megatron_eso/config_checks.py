@@ -6,6 +6,7 @@ what to write instead.
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, NoReturn
@@ -17,6 +18,9 @@ Origins = Mapping[str, str]
 """Where a key was set: a file or the command line; a key that is missing has its default."""
 
 DEFAULT_ORIGIN = "default"
+
+MAX_DIVISOR = 100_000
+"""Larger divisors are not looked for."""
 
 AVAILABLE = {"objective.name": ("eso_lm",), "objective.variant": ("b",)}
 PLANNED = {"objective.name": ("mdlm", "ar", "bd3_lm"), "objective.variant": ("a",)}
@@ -63,9 +67,7 @@ FROM_0_BELOW_1 = (
     "optimizer.adam_beta2",
     "optimizer.ema_decay",
 )
-MAX_DIVISOR = 100_000
-"""Larger divisors are not looked for."""
-
+PIPELINE_LAYOUT = re.compile(r"E[t|]*L")
 FROM_0_TO_1 = ("objective.alpha_0", "objective.batch_split")
 
 
@@ -291,14 +293,13 @@ class _Checker:
             style = json.dumps(optimizer.lr_decay_style)
             remedy = f'optimizer.lr_decay_style = {style} has no such decay; use "WSD" or 0'
             self.require(decay == 0, "optimizer.lr_wsd_decay_steps", remedy)
-        if optimizer.lr_decay_style != "constant":
-            self.require(
-                warmup + max(decay, 1) <= num_steps,
-                "train.num_steps",
-                f"leaves no steps for the decay: optimizer.lr_warmup_steps = {warmup}, "
-                f"optimizer.lr_wsd_decay_steps = {decay}; "
-                f"use at least {warmup + max(decay, 1)} steps",
-            )
+        steps = warmup + max(decay, 1)
+        self.require(
+            steps <= num_steps,
+            "train.num_steps",
+            f"leaves no step after optimizer.lr_warmup_steps = {warmup} and "
+            f"optimizer.lr_wsd_decay_steps = {decay}; use at least {steps} steps or fewer of those",
+        )
 
     def check_parallel(self) -> None:
         model, parallel = self.config.model, self.config.parallel
@@ -352,12 +353,25 @@ class _Checker:
                 "an interleaved pipeline needs parallel.overlap_p2p_comm = true and "
                 "parallel.batch_p2p_comm = false",
             )
-        parts = stages * (chunks or 1)
+        parts = parallel.num_pipeline_parts
+        layout = parallel.pipeline_model_parallel_layout
+        if layout is not None:
+            self.require(
+                PIPELINE_LAYOUT.fullmatch(layout) is not None
+                and layout.count("|") == parts - 1
+                and layout.count("t") == num_layers,
+                "parallel.pipeline_model_parallel_layout",
+                f"must describe {parts} parts and {num_layers} layers, such as "
+                f"{json.dumps(even_layout(num_layers, parts))}",
+            )
+            return
         self.require(
             num_layers % parts == 0,
             "model.num_layers",
             f"must be a multiple of {parts}, the pipeline's stages times chunks; "
-            f"use {round_up(num_layers, parts)}",
+            f"use {round_up(num_layers, parts)}, or "
+            f"parallel.pipeline_model_parallel_layout = "
+            f"{json.dumps(even_layout(num_layers, parts))}",
         )
 
     def check_periods(self) -> None:
@@ -395,6 +409,12 @@ class _Checker:
                 f"below 0.5 in the paper (arXiv 2506.01928, table 4)"
             )
         return warnings
+
+
+def even_layout(num_layers: int, num_parts: int) -> str:
+    """A pipeline layout whose parts differ by one layer at most, the first ones larger."""
+    sizes = [num_layers // num_parts + (part < num_layers % num_parts) for part in range(num_parts)]
+    return "E" + "|".join("t" * size for size in sizes) + "L"
 
 
 def nearest_divisors(number: int, wanted: int) -> str:

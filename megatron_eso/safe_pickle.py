@@ -7,16 +7,15 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_eso.errors import CheckpointError
 
 ALLOWED = {
-    ("builtins", "getattr"),  # torch pickles torch.strided as getattr(torch, "strided")
-    ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
     ("torch", "Size"),
-    ("torch", "device"),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
@@ -27,11 +26,12 @@ ALLOWED = {
     ("torch.distributed.checkpoint.metadata", "TensorProperties"),
     ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+    *(("torch", name) for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
 }
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Builds the classes that an index is made of, and nothing else."""
+    """Builds what an index is made of, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         """Return an allowed class, or refuse."""

@@ -1,13 +1,14 @@
-"""From sample indices to the row plans of a step: every rank computes the same, with no broadcast."""
+"""From sample indices to the row plans of a step: the same on every rank, with no broadcast."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_eso.config import Config
-from megatron_eso.data.order import SampleOrder
+from megatron_eso.data.order import ORDER_VERSION, SampleOrder
 from megatron_eso.data.reader import TokenDataset
 from megatron_eso.diffusion.dealing import Dealing
 from megatron_eso.diffusion.loss import PhaseTokens, count_phase_tokens
@@ -16,6 +17,7 @@ from megatron_eso.diffusion.noise import (
     draw_noise,
     validation_times,
 )
+from megatron_eso.diffusion.random import NOISE_VERSION
 from megatron_eso.diffusion.rows import RowPlan, plan_rows
 from megatron_eso.diffusion.schedule import LogLinearSchedule
 
@@ -68,6 +70,15 @@ class TrainingBatches:
     def phase_tokens(self) -> PhaseTokens:
         """Real tokens of each phase in a step: the denominators of the loss."""
         return count_phase_tokens(self.dealing, self.length)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must find unchanged for its samples and their noise to be the same."""
+        return {
+            "dataset_id": self.dataset.dataset_id,
+            "order_version": ORDER_VERSION,
+            "noise_version": NOISE_VERSION,
+        }
 
     def plan_step(self, consumed_samples: int, data_parallel_rank: int) -> list[MicroBatch]:
         """Read and plan all micro-batches of one rank's step; no communication.

@@ -41,6 +41,7 @@ def build_transformer_config(config: Config) -> TransformerConfig:
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         sequence_parallel=parallel.sequence_parallel,
         overlap_p2p_comm=parallel.overlap_p2p_comm,
         batch_p2p_comm=parallel.batch_p2p_comm,

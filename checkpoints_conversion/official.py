@@ -1,0 +1,287 @@
+"""The reference implementation's Lightning checkpoints: read, adaLN folded away, tensors renamed.
+
+Reference: github.com/s-sahoo/Eso-LMs, `models/dit.py`, `models/ema.py`, `trainer_base.py`. Its
+    denoiser does not depend on time, so its adaLN is one constant vector, which folds exactly into
+    the norms' weights and biases and into the two output projections. The result is a plain pre-LN
+    transformer; the fold is one way.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from checkpoints_conversion.restricted_pickle import load_torch_file, plain_value
+from megatron_eso.errors import CheckpointError
+from megatron_eso.sampler.network_eso_lm import NetworkConfig
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "backbone."
+ROTARY = "rotary_emb.inv_freq"
+NORM_EPSILON = 1e-5
+ROTARY_BASE = 10000.0
+ESO_LM_B = {
+    "name": "esolm",
+    "time_conditioning": False,
+    "diffusion_attn_mode": "causal",
+    "sequential_attn_mode": "causal",
+}
+"""Settings that the network depends on; without time conditioning adaLN is constant."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfficialCheckpoint:
+    """What a Lightning checkpoint of the reference holds for us."""
+
+    tensors: dict[str, Tensor]
+    """Raw or EMA weights by the reference's names without `backbone.`."""
+    hyper_parameters: dict[str, Any]
+    """Dicts, lists and scalars of `hyper_parameters.config`; empty if there is none."""
+    step: int | None
+    head_dim: int
+    weights: str
+    sha256: str
+
+    @property
+    def has_adaln(self) -> bool:
+        """Whether it is a diffusion transformer; the reference's AR model has none."""
+        return any("adaLN_modulation" in name for name in self.tensors)
+
+
+def read_official(path: str | Path, weights: str = "ema") -> OfficialCheckpoint:
+    """Read a checkpoint without executing anything that its pickle names.
+
+    Args:
+        path: zip-format Lightning checkpoint.
+        weights: `ema` or `raw`.
+
+    Raises:
+        CheckpointError: no checkpoint of the reference, or it has no such weights.
+    """
+    content = load_torch_file(path)
+    if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
+        raise CheckpointError(
+            f"{path}: no state_dict; give a Lightning checkpoint of the reference"
+        )
+    state = {
+        name.removeprefix(PREFIX): tensor
+        for name, tensor in content["state_dict"].items()
+        if isinstance(name, str) and name.startswith(PREFIX) and isinstance(tensor, Tensor)
+    }
+    if "vocab_embed.embedding" not in state or ROTARY not in state:
+        raise CheckpointError(
+            f"{path}: state_dict has no {PREFIX}vocab_embed.embedding or {PREFIX}{ROTARY}; give a "
+            "checkpoint of the reference's transformer"
+        )
+    head_dim = 2 * state.pop(ROTARY).numel()
+    if weights == "ema":
+        state = _ema_weights(path, content.get("ema"), state)
+    hyper_parameters = plain_value(content.get("hyper_parameters"))
+    config = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
+    step = content.get("global_step")
+    return OfficialCheckpoint(
+        tensors=state,
+        hyper_parameters=config if isinstance(config, dict) else {},
+        step=step if isinstance(step, int) else None,
+        head_dim=head_dim,
+        weights=weights,
+        sha256=file_sha256(path),
+    )
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _ema_weights(path: str | Path, ema: Any, raw: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The EMA list by name: it is in the order of the module's parameters, as the state dict is."""
+    shadow = ema.get("shadow_params") if isinstance(ema, Mapping) else None
+    if not isinstance(shadow, list) or not shadow:
+        raise CheckpointError(f"{path}: has no EMA weights; use --weights raw")
+    if len(shadow) != len(raw):
+        raise CheckpointError(
+            f"{path}: ema.shadow_params has {len(shadow)} tensors for {len(raw)} parameters; use "
+            "--weights raw"
+        )
+    named = dict(zip(raw, shadow, strict=True))
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) or tensor.shape != raw[name].shape:
+            raise CheckpointError(
+                f"{path}: ema.shadow_params does not fit {PREFIX}{name} in shape; use --weights raw"
+            )
+    return named
+
+
+def infer_config(checkpoint: OfficialCheckpoint, mask_token_id: int | None) -> NetworkConfig:
+    """The network of a checkpoint, from its shapes; `hyper_parameters` gives the length alone.
+
+    Raises:
+        CheckpointError: shapes do not fit, or the mask token is not in the vocabulary.
+    """
+    tensors = checkpoint.tensors
+    vocab_size, hidden_size = tensors["vocab_embed.embedding"].shape
+    layers = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
+    if layers != set(range(len(layers))) or not layers:
+        raise CheckpointError(f"the checkpoint has the blocks {sorted(layers)}; some are missing")
+    if hidden_size % checkpoint.head_dim:
+        raise CheckpointError(
+            f"width {hidden_size} is no multiple of the head dimension {checkpoint.head_dim}"
+        )
+    if mask_token_id is None:
+        mask_token_id = vocab_size - 1
+        logger.warning(
+            "the mask token is taken to be the last embedding row, %d; see --mask-token-id",
+            mask_token_id,
+        )
+    if not 0 <= mask_token_id < vocab_size:
+        raise CheckpointError(
+            f"--mask-token-id {mask_token_id} is not in the vocabulary of {vocab_size} tokens"
+        )
+    max_length = _section(checkpoint, "model").get("length")
+    if not isinstance(max_length, int):
+        max_length = 1024
+        logger.warning("the checkpoint names no model.length; max_length is set to %d", max_length)
+    return NetworkConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=len(layers),
+        num_attention_heads=hidden_size // checkpoint.head_dim,
+        num_key_value_heads=hidden_size // checkpoint.head_dim,
+        head_dim=checkpoint.head_dim,
+        intermediate_size=tensors["blocks.0.mlp.0.weight"].shape[0],
+        activation="gelu",
+        normalization="LayerNorm",
+        norm_epsilon=NORM_EPSILON,
+        rotary_base=ROTARY_BASE,
+        add_bias_linear=True,
+        qk_layernorm=False,
+        head_bias=True,
+        tie_word_embeddings=False,
+        mask_token_id=mask_token_id,
+        max_length=max_length,
+    )
+
+
+def _section(checkpoint: OfficialCheckpoint, name: str) -> dict[str, Any]:
+    section = checkpoint.hyper_parameters.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def describe_official(checkpoint: OfficialCheckpoint, config: NetworkConfig) -> dict[str, Any]:
+    """The entries of `config.json`.
+
+    Raises:
+        CheckpointError: the checkpoint is of the reference's AR model, of another algorithm or of
+            variant A.
+    """
+    if not checkpoint.has_adaln:
+        raise CheckpointError(
+            "the checkpoint has no adaLN: it is of the reference's AR model; give one of an Eso-LM"
+        )
+    algorithm = _section(checkpoint, "algo")
+    for key, wanted in ESO_LM_B.items():
+        if algorithm.get(key, wanted) != wanted:
+            raise CheckpointError(
+                f"the checkpoint's algo.{key} is {algorithm[key]!r}, not {wanted!r}; give a "
+                "checkpoint of Eso-LM (B)"
+            )
+    alpha_0 = algorithm.get("alpha_0")
+    if not isinstance(alpha_0, int | float):
+        alpha_0 = 1.0
+        logger.warning("the checkpoint names no algo.alpha_0; alpha_0 is set to 1")
+    return {
+        **asdict(config),
+        "alpha_0": float(alpha_0),
+        "variant": "b",
+        "source": {
+            "kind": "official",
+            "step": checkpoint.step,
+            "weights": checkpoint.weights,
+            "sha256": checkpoint.sha256,
+        },
+    }
+
+
+def fold_official(checkpoint: OfficialCheckpoint) -> dict[str, Tensor]:
+    """Tensors of the sampler, float32, each tensor of the checkpoint used exactly once.
+
+    Raises:
+        CheckpointError: a tensor is missing or left over.
+    """
+    source = dict(checkpoint.tensors)
+    try:
+        tensors = _fold(source, checkpoint.has_adaln)
+    except KeyError as error:
+        raise CheckpointError(f"the checkpoint has no tensor {PREFIX}{error.args[0]}") from None
+    if source:
+        raise CheckpointError(f"the checkpoint's tensors {sorted(source)} are of no known use")
+    return {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
+
+
+def _fold(source: dict[str, Tensor], has_adaln: bool) -> dict[str, Tensor]:
+    """Take each tensor out of `source`; float64, so that the fold itself rounds once."""
+
+    def take(name: str) -> Tensor:
+        return source.pop(name).to(torch.float64)
+
+    condition = _constant_condition(source) if has_adaln else None
+
+    def modulation(prefix: str, chunks: int, like: Tensor) -> list[Tensor]:
+        if condition is None:
+            neutral = [torch.zeros_like(like), torch.zeros_like(like), torch.ones_like(like)]
+            return (neutral * 2)[:chunks]
+        weight, bias = (
+            take(f"{prefix}adaLN_modulation.weight"),
+            take(f"{prefix}adaLN_modulation.bias"),
+        )
+        return list((weight @ condition + bias).chunk(chunks))
+
+    tensors = {"embed_tokens.weight": take("vocab_embed.embedding")}
+    num_layers = sum(name.endswith("norm1.weight") for name in source)
+    for layer in range(num_layers):
+        old, new = f"blocks.{layer}.", f"layers.{layer}."
+        norm_1, norm_2 = take(f"{old}norm1.weight"), take(f"{old}norm2.weight")
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = modulation(old, 6, norm_1)
+        tensors[f"{new}input_layernorm.weight"] = norm_1 * (1 + scale_1)
+        tensors[f"{new}input_layernorm.bias"] = shift_1
+        qkv = take(f"{old}attn_qkv.weight").chunk(3)
+        for name, weight in zip(("q_proj", "k_proj", "v_proj"), qkv, strict=True):
+            tensors[f"{new}self_attn.{name}.weight"] = weight
+            tensors[f"{new}self_attn.{name}.bias"] = torch.zeros_like(norm_1)
+        tensors[f"{new}self_attn.o_proj.weight"] = gate_1[:, None] * take(f"{old}attn_out.weight")
+        tensors[f"{new}self_attn.o_proj.bias"] = torch.zeros_like(norm_1)
+        tensors[f"{new}post_attention_layernorm.weight"] = norm_2 * (1 + scale_2)
+        tensors[f"{new}post_attention_layernorm.bias"] = shift_2
+        tensors[f"{new}mlp.up_proj.weight"] = take(f"{old}mlp.0.weight")
+        tensors[f"{new}mlp.up_proj.bias"] = take(f"{old}mlp.0.bias")
+        tensors[f"{new}mlp.down_proj.weight"] = gate_2[:, None] * take(f"{old}mlp.2.weight")
+        tensors[f"{new}mlp.down_proj.bias"] = gate_2 * take(f"{old}mlp.2.bias")
+    final = take("output_layer.norm_final.weight")
+    shift, scale = modulation("output_layer.", 2, final)
+    tensors["norm.weight"] = final * (1 + scale)
+    tensors["norm.bias"] = shift
+    tensors["lm_head.weight"] = take("output_layer.linear.weight")
+    tensors["lm_head.bias"] = take("output_layer.linear.bias")
+    return tensors
+
+
+def _constant_condition(source: dict[str, Tensor]) -> Tensor:
+    """SiLU of the reference's timestep embedding at sigma = 0: cosines of 0, then sines of 0."""
+    weights = [
+        source.pop(f"sigma_map.mlp.{i}.{kind}") for i in (0, 2) for kind in ("weight", "bias")
+    ]
+    weight_0, bias_0, weight_2, bias_2 = (weight.to(torch.float64) for weight in weights)
+    half = weight_0.shape[1] // 2
+    frequencies = torch.cat([torch.ones(half), torch.zeros(weight_0.shape[1] - half)])
+    hidden = F.silu(weight_0 @ frequencies.to(torch.float64) + bias_0)
+    return F.silu(weight_2 @ hidden + bias_2)

@@ -1,0 +1,184 @@
+"""Which tensor of a distributed checkpoint is which tensor of the sampler, both ways. torch only.
+
+A table of entries says it; two pure functions walk the table. Layouts that differ: Megatron-Core
+keeps the query, key and value rows of a group together (`[q_1..q_r, k, v]` per group), SwiGLU's
+gate and up projection in one matrix, and the vocabulary padded. Residual gates (a scale per output
+channel) fold into the output projections on the way out.
+
+Shape suffixes: G key/value groups, S = heads per group + 2, D head dimension.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from megatron_eso.errors import CheckpointError
+from megatron_eso.sampler.network_eso_lm import NetworkConfig
+
+
+class Layout(Enum):
+    """How the rows of a Megatron tensor become the rows of sampler tensors."""
+
+    SAME = "same"
+    QKV = "qkv"
+    """Interleaved by group; three tensors."""
+    HALVES = "halves"
+    """One above the other; two tensors."""
+    VOCABULARY = "vocabulary"
+    """Padded at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a distributed checkpoint."""
+
+    key: str
+    """Its name there."""
+    names: tuple[str, ...]
+    """What it becomes in the sampler."""
+    layout: Layout = Layout.SAME
+    gate: str | None = None
+    """Name of the residual gate that scales its rows."""
+
+
+def list_entries(config: NetworkConfig) -> list[Entry]:
+    """The tensors of a network, in the order of its layers."""
+    entries = [
+        Entry("embedding.word_embeddings.weight", ("embed_tokens.weight",), Layout.VOCABULARY)
+    ]
+    for layer in range(config.num_hidden_layers):
+        entries += _list_layer(config, f"decoder.layers.{layer}.", f"layers.{layer}.")
+    entries += [
+        Entry(f"decoder.final_layernorm.{kind}", (f"norm.{kind}",)) for kind in _norm_kinds(config)
+    ]
+    if not config.tie_word_embeddings:
+        entries.append(Entry("output_layer.weight", ("lm_head.weight",), Layout.VOCABULARY))
+    if config.head_bias:
+        entries.append(Entry("output_layer.bias", ("lm_head.bias",), Layout.VOCABULARY))
+    return entries
+
+
+def _norm_kinds(config: NetworkConfig) -> tuple[str, ...]:
+    return ("weight", "bias") if config.normalization == "LayerNorm" else ("weight",)
+
+
+def _list_layer(config: NetworkConfig, old: str, new: str) -> list[Entry]:
+    """The tensors of one layer, with the prefixes of both sides."""
+    is_gated = config.activation == "swiglu"
+    linear_kinds = ("weight", "bias") if config.add_bias_linear else ("weight",)
+    attention, mlp = f"{old}self_attention.", f"{old}mlp."
+    up_names = ("gate_proj", "up_proj") if is_gated else ("up_proj",)
+    entries = []
+    for kind in _norm_kinds(config):
+        fused = f"layer_norm_{kind}"
+        entries += [
+            Entry(f"{attention}linear_qkv.{fused}", (f"{new}input_layernorm.{kind}",)),
+            Entry(f"{mlp}linear_fc1.{fused}", (f"{new}post_attention_layernorm.{kind}",)),
+        ]
+        if config.qk_layernorm:
+            entries += [
+                Entry(
+                    f"{attention}{which}_layernorm.{kind}", (f"{new}self_attn.{which}_norm.{kind}",)
+                )
+                for which in ("q", "k")
+            ]
+    for kind in linear_kinds:
+        qkv = tuple(f"{new}self_attn.{name}_proj.{kind}" for name in ("q", "k", "v"))
+        up = tuple(f"{new}mlp.{name}.{kind}" for name in up_names)
+        entries += [
+            Entry(f"{attention}linear_qkv.{kind}", qkv, Layout.QKV),
+            Entry(
+                f"{attention}linear_proj.{kind}",
+                (f"{new}self_attn.o_proj.{kind}",),
+                gate=f"{attention}linear_proj.gate",
+            ),
+            Entry(f"{mlp}linear_fc1.{kind}", up, Layout.HALVES if is_gated else Layout.SAME),
+            Entry(
+                f"{mlp}linear_fc2.{kind}",
+                (f"{new}mlp.down_proj.{kind}",),
+                gate=f"{mlp}linear_fc2.gate",
+            ),
+        ]
+    return entries
+
+
+def list_keys(config: NetworkConfig, *, residual_gates: bool) -> list[str]:
+    """Names of the tensors that `map_to_sampler` needs."""
+    entries = list_entries(config)
+    gates = {entry.gate for entry in entries if entry.gate is not None}
+    return [entry.key for entry in entries] + (sorted(gates) if residual_gates else [])
+
+
+def map_to_sampler(
+    config: NetworkConfig, tensors: Mapping[str, Tensor], *, residual_gates: bool
+) -> dict[str, Tensor]:
+    """Rename, split, fold and cut the tensors of a distributed checkpoint.
+
+    Args:
+        config: of the network.
+        tensors: by Megatron key; each is used, none is left over.
+        residual_gates: whether the checkpoint has them.
+
+    Raises:
+        CheckpointError: a tensor is missing, left over, or of a shape that does not fit.
+    """
+    keys = list_keys(config, residual_gates=residual_gates)
+    for key in sorted(set(keys) ^ tensors.keys()):
+        problem = "of no known use" if key in tensors else "missing"
+        raise CheckpointError(f"tensor {key} is {problem}; the configuration is of another model")
+    mapped: dict[str, Tensor] = {}
+    for entry in list_entries(config):
+        tensor = tensors[entry.key]
+        if residual_gates and entry.gate is not None:
+            gate = tensors[entry.gate]
+            tensor = tensor * gate.reshape(-1, *[1] * (tensor.dim() - 1))
+        try:
+            parts = _split(config, entry, tensor)
+        except RuntimeError:
+            raise CheckpointError(
+                f"tensor {entry.key} has the shape {tuple(tensor.shape)}, which does not fit the "
+                "configuration"
+            ) from None
+        mapped |= zip(entry.names, parts, strict=True)
+    return {name: tensor.contiguous() for name, tensor in mapped.items()}
+
+
+def map_to_megatron(
+    config: NetworkConfig, tensors: Mapping[str, Tensor], *, padded_vocab_size: int
+) -> dict[str, Tensor]:
+    """The inverse of `map_to_sampler` without residual gates, the vocabulary padded with zeros."""
+    mapped = {}
+    for entry in list_entries(config):
+        parts = [tensors[name] for name in entry.names]
+        if entry.layout is Layout.VOCABULARY:
+            padding = padded_vocab_size - config.vocab_size
+            parts = [torch.cat([parts[0], parts[0].new_zeros(padding, *parts[0].shape[1:])])]
+        elif entry.layout is Layout.QKV:
+            groups = [
+                part.reshape(config.num_key_value_heads, -1, *part.shape[1:]) for part in parts
+            ]
+            parts = [torch.cat(groups, dim=1).flatten(0, 1)]
+        mapped[entry.key] = torch.cat(parts).contiguous()
+    return mapped
+
+
+def _split(config: NetworkConfig, entry: Entry, tensor: Tensor) -> list[Tensor]:
+    if entry.layout is Layout.VOCABULARY:
+        if tensor.shape[0] < config.vocab_size:
+            raise CheckpointError(
+                f"tensor {entry.key} has {tensor.shape[0]} rows for a vocabulary of "
+                f"{config.vocab_size} tokens; the configuration is of another model"
+            )
+        return [tensor[: config.vocab_size]]
+    if entry.layout is Layout.HALVES:
+        return list(tensor.chunk(2))
+    if entry.layout is Layout.QKV:
+        groups = config.num_key_value_heads
+        heads_per_group = config.num_attention_heads // groups
+        rows_GSD = tensor.reshape(groups, heads_per_group + 2, config.head_dim, *tensor.shape[1:])
+        parts = torch.split(rows_GSD, [heads_per_group, 1, 1], dim=1)
+        return [part.flatten(0, 2) for part in parts]
+    return [tensor]

@@ -1,0 +1,203 @@
+"""Writing a sampler directory: weights, configuration, tokenizer, code for transformers."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_eso.errors import CheckpointError
+from megatron_eso.sampler.directory import FORMAT_VERSION, INDEX_FILE, WEIGHTS_FILE
+
+MAX_SHARD_BYTES = 5_000_000_000
+CODE_FILES = ("modeling_eso_lm.py", "configuration_eso_lm.py", "network_eso_lm.py")
+OWN_FILES = {"config.json", "generation_config.json", WEIGHTS_FILE, INDEX_FILE, *CODE_FILES}
+MODEL_CLASS = "modeling_eso_lm.EsoLMModel"
+
+
+def write_sampler_directory(
+    directory: str | Path,
+    description: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    tokenizer: Path | None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a sampler directory; it appears complete or not at all. An older one is replaced.
+
+    Args:
+        directory: must not exist, be empty, or be a sampler directory.
+        description: the network's fields, `alpha_0`, `variant` and `source`.
+        tensors: by the sampler's names.
+        dtype: in which the weights are stored.
+        tokenizer: file or directory whose files are copied.
+        max_shard_bytes: above it the weights are split, with an index.
+
+    Raises:
+        CheckpointError: the directory holds something else, or a tokenizer's file has a name of
+            ours.
+    """
+    config = {
+        "architectures": [MODEL_CLASS.partition(".")[2]],
+        "auto_map": {
+            "AutoConfig": "configuration_eso_lm.EsoLMConfig",
+            "AutoModel": MODEL_CLASS,
+            "AutoModelForMaskedLM": MODEL_CLASS,
+        },
+        "model_type": "eso_lm",
+        "format_version": FORMAT_VERSION,
+        **description,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    generation = {
+        "alpha_0": description["alpha_0"],
+        "steps": description["max_length"],
+        "temperature": 1.0,
+        "top_p": 1.0,
+    }
+    with new_directory(directory, replaces=is_sampler_directory) as partial:
+        copy_tokenizer(tokenizer, partial, reserved=OWN_FILES)
+        stored = {name: tensors[name].to(dtype).contiguous() for name in sorted(tensors)}
+        write_weights(partial, stored, max_shard_bytes)
+        write_json(partial / "config.json", config)
+        write_json(partial / "generation_config.json", generation)
+        code = Path(__file__).parent.parent / "megatron_eso" / "sampler"
+        for name in CODE_FILES:
+            shutil.copyfile(code / name, partial / name)
+
+
+def is_sampler_directory(directory: Path) -> bool:
+    """Whether its `config.json` is that of an Eso-LM sampler."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "eso_lm"
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write sorted, indented JSON."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_weights(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    """Write `model.safetensors`, or shards and their index where it would be too large."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, directory / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file_name)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(
+        directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and values in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def list_tokenizer_files(tokenizer: Path) -> list[Path]:
+    """The file, or the files of the directory that are not those of a sampler directory itself."""
+    if tokenizer.is_file():
+        return [tokenizer]
+    if not tokenizer.is_dir():
+        raise CheckpointError(f"{tokenizer}: not found; give a tokenizer's file or directory")
+    names = OWN_FILES if is_sampler_directory(tokenizer) else set()
+    return sorted(
+        path
+        for path in tokenizer.iterdir()
+        if path.is_file() and path.name not in names and path.suffix != ".safetensors"
+    )
+
+
+def copy_tokenizer(tokenizer: Path | None, directory: Path, reserved: set[str]) -> None:
+    """Copy a tokenizer's files.
+
+    Raises:
+        CheckpointError: there is no such tokenizer, or a file has a reserved name.
+    """
+    for path in list_tokenizer_files(tokenizer) if tokenizer is not None else []:
+        if path.name in reserved:
+            raise CheckpointError(
+                f"{path}: a tokenizer's file cannot have this name; give a directory of the "
+                "tokenizer's files alone"
+            )
+        shutil.copyfile(path, directory / path.name)
+
+
+@contextmanager
+def new_directory(directory: str | Path, replaces: Any = None) -> Iterator[Path]:
+    """Yield a hidden directory beside `directory` that takes its place, synced, at the end.
+
+    Args:
+        directory: must not exist, be empty, or satisfy `replaces`.
+        replaces: tells of an existing directory whether it may be replaced.
+
+    Raises:
+        CheckpointError: the directory exists and must not be replaced, or cannot be written.
+    """
+    directory = Path(os.path.abspath(directory))
+    if directory.exists():
+        is_empty = directory.is_dir() and not any(directory.iterdir())
+        if not (is_empty or (replaces is not None and replaces(directory))):
+            raise CheckpointError(
+                f"{directory}: exists and holds something else; name a new directory"
+            )
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    replaced = directory.with_name(f".{directory.name}.replaced-{os.getpid()}")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        sync_directory(partial)
+        if directory.exists():
+            directory.rename(replaced)
+        partial.rename(directory)
+        sync_path(directory.parent)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Have the files of a directory tree, and their names, on disk."""
+    for path in (*directory.rglob("*"), directory):
+        sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Have a file's content, or the names in a directory, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

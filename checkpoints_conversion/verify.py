@@ -1,0 +1,169 @@
+"""Audit of two checkpoints of any of the four kinds: tensors by name, and logits of both phases.
+
+Shape suffixes: B samples, T slots.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpoints_conversion.official import (
+    describe_official,
+    fold_official,
+    infer_config,
+    read_official,
+)
+from checkpoints_conversion.run_directory import is_checkpoint, open_checkpoint, read_network
+from checkpoints_conversion.sampler_directory import is_sampler_directory
+from megatron_eso.errors import CheckpointError
+from megatron_eso.sampler.directory import build_network, read_config, read_weights
+from megatron_eso.sampler.network_eso_lm import NetworkConfig
+
+MAX_TEST_LENGTH = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Loaded:
+    """The network of one side."""
+
+    kind: str
+    config: NetworkConfig
+    tensors: dict[str, Tensor]
+    """By the sampler's names. Every tensor of the source was used exactly once."""
+    weights: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """What two networks have and have not in common."""
+
+    config_differences: list[str]
+    only_in_a: list[str]
+    only_in_b: list[str]
+    shape_differences: list[str]
+    tensor_errors: dict[str, float]
+    """Largest absolute difference of each tensor that both have in the same shape."""
+    logits_errors: dict[str, float]
+    """Largest absolute difference of the logits of each phase; empty without a match."""
+
+    @property
+    def matches(self) -> bool:
+        """Whether both describe the same network, tensor by tensor."""
+        return not (
+            self.config_differences or self.only_in_a or self.only_in_b or self.shape_differences
+        )
+
+
+def recorded_weights(path: str | Path) -> str | None:
+    """Which weights a sampler directory was made of; None for anything else."""
+    if not is_sampler_directory(Path(path)):
+        return None
+    source = read_config(path).get("source")
+    return source.get("weights") if isinstance(source, dict) else None
+
+
+def load_any(
+    path: str | Path,
+    *,
+    step: int | None = None,
+    weights: str | None = None,
+    mask_token_id: int | None = None,
+) -> Loaded:
+    """Load a sampler or run directory, a distributed checkpoint or an official one.
+
+    Args:
+        path: of any of them.
+        step: of a run directory; default its latest.
+        weights: `ema` or `raw`, where there is a choice; default EMA where there is one.
+        mask_token_id: of an official checkpoint; default its last row.
+
+    Raises:
+        CheckpointError: it is none of them, or damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        official = read_official(path, weights or "ema")
+        config = infer_config(official, mask_token_id)
+        describe_official(official, config)  # refuses other models
+        return Loaded(
+            kind="official checkpoint",
+            config=config,
+            tensors=fold_official(official),
+            weights=official.weights,
+        )
+    if is_sampler_directory(path):
+        config = NetworkConfig.from_dict(read_config(path))
+        return Loaded(
+            kind="sampler directory",
+            config=config,
+            tensors=read_weights(path),
+            weights=recorded_weights(path) or "raw",
+        )
+    if is_checkpoint(path) or (path / "checkpoints").is_dir():
+        checkpoint = open_checkpoint(path, step)
+        config, tensors, description = read_network(checkpoint, weights)
+        return Loaded(
+            kind="distributed checkpoint",
+            config=config,
+            tensors=tensors,
+            weights=description["source"]["weights"],
+        )
+    raise CheckpointError(
+        f"{path}: neither a sampler directory, a run directory, a distributed checkpoint nor a file"
+    )
+
+
+def compare(a: Loaded, b: Loaded) -> Comparison:
+    """Compare configurations, tensors and, where these match, logits in float32."""
+    names = NetworkConfig.__dataclass_fields__
+    pairs = {name: (getattr(a.config, name), getattr(b.config, name)) for name in names}
+    shared = [name for name in sorted(a.tensors) if name in b.tensors]
+    shapes = {name: (tuple(a.tensors[name].shape), tuple(b.tensors[name].shape)) for name in shared}
+    comparison = Comparison(
+        config_differences=[f"{name}: {x} and {y}" for name, (x, y) in pairs.items() if x != y],
+        only_in_a=sorted(a.tensors.keys() - b.tensors.keys()),
+        only_in_b=sorted(b.tensors.keys() - a.tensors.keys()),
+        shape_differences=[f"{name}: {x} and {y}" for name, (x, y) in shapes.items() if x != y],
+        tensor_errors={
+            name: float((a.tensors[name].double() - b.tensors[name].double()).abs().max())
+            for name, (x, y) in shapes.items()
+            if x == y
+        },
+        logits_errors={},
+    )
+    if comparison.matches:
+        comparison.logits_errors.update(_compare_logits(a, b))
+    return comparison
+
+
+def _compare_logits(a: Loaded, b: Loaded) -> dict[str, float]:
+    networks = [build_network(x.config, x.tensors, torch.float32, "cpu") for x in (a, b)]
+    errors = {"diffusion": 0.0, "sequential": 0.0}
+    with torch.no_grad():
+        for x_BT, z_BT, permutation_BT in _probe(a.config):
+            for phase, pair in {
+                "diffusion": [n.diffusion_logits(z_BT, permutation_BT) for n in networks],
+                "sequential": [n.sequential_logits(z_BT, x_BT, permutation_BT) for n in networks],
+            }.items():
+                error = float((pair[0] - pair[1]).abs().max())
+                # NaN must not pass for a small error.
+                errors[phase] = max(errors[phase], error if error == error else float("inf"))
+    return errors
+
+
+def _probe(config: NetworkConfig) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Fixed texts, masked texts and orders with 0, 1, half, and all but one clean slots."""
+    length = min(config.max_length, MAX_TEST_LENGTH)
+    for case, num_clean in enumerate(sorted({0, min(1, length - 1), length // 2, length - 1})):
+        bits = np.random.Philox(key=[0, case]).random_raw(2 * length).reshape(2, length)
+        x_T = torch.from_numpy((bits[0] >> np.uint64(11)).astype(np.int64)) % config.vocab_size
+        # The mask token stands for unknown text only.
+        x_T = torch.where(x_T == config.mask_token_id, (x_T + 1) % config.vocab_size, x_T)
+        permutation_T = torch.from_numpy(np.argsort(bits[1], kind="stable"))
+        z_T = x_T.clone()
+        z_T[permutation_T[num_clean:]] = config.mask_token_id
+        yield x_T[None], z_T[None], permutation_T[None]

@@ -1,0 +1,198 @@
+"""Layout of token shards on disk: where every record, block and row lies, by arithmetic alone.
+
+A dataset is a directory:
+
+    manifest.json        canonical JSON; its sha256 is the dataset id (manifest.py)
+    shard-00000.tar ...  uncompressed ustar archives, valid WebDataset shards
+    blocks.xxh3          little-endian uint64: xxh3_64 of every 64 KiB block of every record
+    documents.u64        little-endian uint64 per record: the document of its first token
+    tokenizer/           the tokenizer's files
+
+A shard holds `__meta__/shard.json` (which WebDataset readers skip) and then one member per record,
+`NNNNNNNN.tokens.u16` or `.u32`, little endian. Every record holds `record_tokens` tokens, only the
+dataset's last one may be shorter; a block never crosses a record. Documents are concatenated, each
+followed by the end-of-text token, so that their boundaries can be read from the tokens.
+
+Sizes follow from (dtype, record_tokens, shard_records, num_tokens), therefore nothing is listed per
+record. The same input gives the same bytes: times, owners and modes in the archives are fixed.
+"""
+
+import json
+import tarfile
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FORMAT = "megatron_eso.tokens"
+FORMAT_VERSION = 1
+
+RECORD_TOKENS = 2**20
+"""Tokens of a record, unless told otherwise."""
+SHARD_RECORDS = 256
+"""Records of a shard, unless told otherwise: 512 MiB of 16-bit tokens."""
+BLOCK_BYTES = 64 * 1024
+"""Bytes that share one hash: the unit in which a read is checked."""
+
+MANIFEST_FILE = "manifest.json"
+BLOCKS_FILE = "blocks.xxh3"
+DOCUMENTS_FILE = "documents.u64"
+TOKENIZER_FOLDER = "tokenizer"
+
+TokenDtype = Literal["u16", "u32"]
+
+_SECTOR = 512
+_META_BYTES = 512
+_FIRST_RECORD_OFFSET = _SECTOR + _META_BYTES
+_END_OF_ARCHIVE = bytes(2 * _SECTOR)
+
+
+def choose_dtype(vocab_size: int) -> TokenDtype:
+    """The narrowest type that holds every id of the vocabulary, mask token included."""
+    return "u16" if vocab_size <= 2**16 else "u32"
+
+
+def numpy_dtype(dtype: TokenDtype) -> np.dtype[np.unsignedinteger]:
+    """The little-endian numpy type of a token."""
+    return np.dtype("<u2") if dtype == "u16" else np.dtype("<u4")
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard."""
+    return f"shard-{shard:05d}.tar"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardLayout:
+    """Where the tokens of a dataset lie. Records are numbered through all shards, from 0."""
+
+    dtype: TokenDtype
+    record_tokens: int
+    """Tokens of each record but the last, at least 1."""
+    shard_records: int
+    """Records of each shard but the last, at least 1."""
+    num_tokens: int
+    """Tokens of the whole dataset, at least 1."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a token."""
+        return 2 if self.dtype == "u16" else 4
+
+    @property
+    def num_records(self) -> int:
+        """Records of the dataset."""
+        return -(-self.num_tokens // self.record_tokens)
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the dataset."""
+        return -(-self.num_records // self.shard_records)
+
+    @property
+    def blocks_per_record(self) -> int:
+        """Blocks of every record but the last, which may have fewer."""
+        return -(-self.record_tokens * self.itemsize // BLOCK_BYTES)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the dataset."""
+        last = self.num_records - 1
+        return last * self.blocks_per_record + -(-self.record_bytes(last) // BLOCK_BYTES)
+
+    @property
+    def record_stride(self) -> int:
+        """Bytes from one record of a shard to the next: header, data, padding."""
+        return _SECTOR + _padded(self.record_tokens * self.itemsize)
+
+    def record_num_tokens(self, record: int) -> int:
+        """Tokens of a record."""
+        return min(self.record_tokens, self.num_tokens - record * self.record_tokens)
+
+    def record_bytes(self, record: int) -> int:
+        """Bytes of a record's tokens."""
+        return self.record_num_tokens(record) * self.itemsize
+
+    def shard_num_records(self, shard: int) -> int:
+        """Records of a shard."""
+        return min(self.shard_records, self.num_records - shard * self.shard_records)
+
+    def shard_bytes(self, shard: int) -> int:
+        """Size of a shard's file."""
+        records = self.shard_num_records(shard)
+        last = shard * self.shard_records + records - 1
+        return (
+            _FIRST_RECORD_OFFSET
+            + (records - 1) * self.record_stride
+            + _SECTOR
+            + _padded(self.record_bytes(last))
+            + len(_END_OF_ARCHIVE)
+        )
+
+    def record_offset(self, record: int) -> int:
+        """Offset of a record's first token in its shard's file."""
+        return _FIRST_RECORD_OFFSET + record % self.shard_records * self.record_stride + _SECTOR
+
+    def num_rows(self, sequence_length: int) -> int:
+        """Rows of `sequence_length` tokens; the tail of a record shorter than a row is not used."""
+        last = self.num_records - 1
+        return (
+            last * (self.record_tokens // sequence_length)
+            + self.record_num_tokens(last) // sequence_length
+        )
+
+    def locate_rows(
+        self, indices_R: npt.NDArray[np.int64], sequence_length: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The record of each row and the number of its first token within the record."""
+        rows_per_record = max(1, self.record_tokens // sequence_length)
+        record_R, place_R = np.divmod(indices_R, rows_per_record)
+        return record_R, place_R * sequence_length
+
+
+def record_name(record: int, dtype: TokenDtype) -> str:
+    """Name of a record's member in the archive."""
+    return f"{record:08d}.tokens.{dtype}"
+
+
+def encode_shard_head(
+    dtype: TokenDtype, record_tokens: int, shard_records: int, shard: int
+) -> bytes:
+    """The bytes before a shard's first record: the member `__meta__/shard.json`."""
+    meta = {
+        "dtype": dtype,
+        "first_record": shard * shard_records,
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "record_tokens": record_tokens,
+        "shard": shard,
+    }
+    text = json.dumps(meta, sort_keys=True).encode("ascii")
+    data = text.ljust(_META_BYTES - 1) + b"\n"
+    return _member_header("__meta__/shard.json", len(data)) + data
+
+
+def encode_record_header(record: int, dtype: TokenDtype, num_bytes: int) -> bytes:
+    """The archive header that precedes a record's tokens."""
+    return _member_header(record_name(record, dtype), num_bytes)
+
+
+def encode_record_padding(num_bytes: int) -> bytes:
+    """The zeros that follow a record's tokens."""
+    return bytes(_padded(num_bytes) - num_bytes)
+
+
+def encode_shard_tail() -> bytes:
+    """The end-of-archive mark."""
+    return _END_OF_ARCHIVE
+
+
+def _member_header(name: str, num_bytes: int) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size = num_bytes
+    return member.tobuf(tarfile.USTAR_FORMAT)  # TarInfo's defaults: mtime 0, root, mode 0644
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // _SECTOR) * _SECTOR

@@ -1,0 +1,61 @@
+"""The configuration of a sampler directory as Hugging Face transformers reads it."""
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+
+class EsoLMConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
+    """Hyper-parameters of an Eso-LM; the meaning of each is in `network_eso_lm.NetworkConfig`."""
+
+    model_type = "eso_lm"
+
+    def __init__(  # noqa: PLR0913 - transformers gives each key of config.json by name
+        self,
+        *,
+        vocab_size: int = 2,
+        hidden_size: int = 64,
+        num_hidden_layers: int = 1,
+        num_attention_heads: int = 1,
+        num_key_value_heads: int = 1,
+        head_dim: int = 64,
+        intermediate_size: int = 256,
+        activation: str = "gelu",
+        normalization: str = "LayerNorm",
+        norm_epsilon: float = 1e-5,
+        rotary_base: float = 10000.0,
+        add_bias_linear: bool = True,
+        qk_layernorm: bool = False,
+        head_bias: bool = False,
+        tie_word_embeddings: bool = False,
+        mask_token_id: int = 1,
+        max_length: int = 1024,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the network's fields, and give the rest to transformers."""
+        kwargs["tie_word_embeddings"] = tie_word_embeddings
+        super().__init__(**kwargs)
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.intermediate_size = intermediate_size
+        self.activation = activation
+        self.normalization = normalization
+        self.norm_epsilon = norm_epsilon
+        self.rotary_base = rotary_base
+        self.add_bias_linear = add_bias_linear
+        self.qk_layernorm = qk_layernorm
+        self.head_bias = head_bias
+        self.mask_token_id = mask_token_id
+        self.max_length = max_length
+
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        """None: transformers takes `max_length` for a parameter of its own generation."""
+        return {}
+
+    def _get_non_default_generation_parameters(self) -> dict[str, Any]:
+        """As above, by the name of transformers 4."""
+        return {}

@@ -1,0 +1,64 @@
+"""An Eso-LM as `transformers.AutoModel.from_pretrained(dir, trust_remote_code=True)` loads it."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from .configuration_eso_lm import EsoLMConfig
+from .network_eso_lm import EsoNetworkMixin, NetworkConfig
+
+
+@dataclass
+class EsoLMOutput(ModelOutput):
+    """Logits `[B, T, V]` in slot order, and the permutation `[B, T]` that they belong to."""
+
+    logits: Tensor | None = None
+    permutation: Tensor | None = None
+
+
+class EsoLMModel(EsoNetworkMixin, PreTrainedModel):  # type: ignore[no-untyped-call]
+    """Eso-LM, variant B."""
+
+    config_class = EsoLMConfig
+    base_model_prefix = ""
+    _no_split_modules = ["Layer"]
+
+    def __init__(self, config: EsoLMConfig) -> None:
+        """Build the network."""
+        super().__init__(config)
+        values = {field.name: getattr(config, field.name) for field in fields(NetworkConfig)}
+        self.build_network(NetworkConfig(**values))
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding of the tokens."""
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> None:
+        """None: a tied head reads the embedding itself, so nothing is left to tie."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        permutation: Tensor | None = None,
+        x_0: Tensor | None = None,
+    ) -> EsoLMOutput:
+        """Logits of the diffusion phase, or with `x_0` those of the sequential phase.
+
+        Args:
+            input_ids: int64 `[B, T]` natural order, the mask token where unknown.
+            permutation: int64 `[B, T]`, `permutation[b, slot] = position`; by default the clean
+                positions and then the masked ones, each left to right.
+            x_0: int64 `[B, T]` natural order, the clean text.
+        """
+        if permutation is None:
+            is_masked = input_ids == self.network_config.mask_token_id
+            permutation = torch.argsort(is_masked.to(torch.int64), dim=1, stable=True)
+        if x_0 is None:
+            logits = self.diffusion_logits(input_ids, permutation)
+        else:
+            logits = self.sequential_logits(input_ids, x_0, permutation)
+        return EsoLMOutput(logits=logits, permutation=permutation)

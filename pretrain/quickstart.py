@@ -1,0 +1,161 @@
+"""The whole way on a small machine: text, shards, an Eso-LM on Megatron-Core, a sampler, samples.
+
+Runs the commands that a user would, and shows each. What an earlier run finished is kept; a run
+that was interrupted goes on where it stood. `make quickstart` calls this.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_eso.config import Config
+from megatron_eso.config_io import load_config
+from megatron_eso.data.reader import TokenDataset
+from megatron_eso.errors import UserError, run_command
+
+CONFIG = Path(__file__).parent / "configs" / "quickstart.toml"
+VOCAB_SIZE = 2048
+VALIDATION_SHARE = 0.05
+NUM_PROCESSES = 2
+NUM_SAMPLES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One command, and the path whose presence says that it was finished."""
+
+    title: str
+    product: Path
+    command: list[str]
+    is_finished: Callable[[Path], bool] = Path.exists
+
+
+class StageError(UserError):
+    """A command of the quickstart failed; it has said why."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the stages that are not finished, and print what came out."""
+    parser = argparse.ArgumentParser(prog="pretrain.quickstart", description=__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    overrides = parser.parse_args(argv).overrides
+    config = load_config([str(CONFIG), *overrides]).config
+    run, data = Path(config.run.directory), Path(config.data.train).parent.parent
+    sampler = run / "sampler"
+    began = time.monotonic()
+    for number, stage in enumerate(stages := plan_stages(config, overrides, data, sampler), 1):
+        run_stage(f"{number}/{len(stages)} {stage.title}", stage)
+    report(config, run, sampler, time.monotonic() - began)
+
+
+def plan_stages(config: Config, overrides: list[str], data: Path, sampler: Path) -> list[Stage]:
+    """The commands in order."""
+    run = Path(config.run.directory)
+    corpus, tokenizer, shards = data / "corpus.jsonl", data / "tokenizer", data / "shards"
+    module = [sys.executable, "-m"]
+    tools = [*module, "data_tools"]
+    launch = [*module, "torch.distributed.run", "--standalone"]
+    return [
+        Stage(
+            "collect English text from this Python installation",
+            corpus,
+            [*tools, "corpus", "--out", str(corpus)],
+        ),
+        Stage(
+            "train a tokenizer",
+            tokenizer,
+            [*tools, "train-tokenizer", "--input", str(corpus)]
+            + ["--vocab-size", str(VOCAB_SIZE), "--out", str(tokenizer)],
+        ),
+        Stage(
+            "build token shards",
+            shards,
+            [*tools, "build", "--input", str(corpus), "--tokenizer", str(tokenizer)]
+            + ["--out", str(shards), "--validation", str(VALIDATION_SHARE)],
+        ),
+        Stage(
+            f"pretrain on {NUM_PROCESSES} processes",
+            run / "status.json",
+            [*launch, f"--nproc-per-node={NUM_PROCESSES}"]
+            + ["-m", "pretrain.train", str(CONFIG), *overrides],
+            is_training_finished,
+        ),
+        Stage(
+            "convert for single-device inference",
+            sampler,
+            [*module, "checkpoints_conversion", "to-sampler", str(run), str(sampler)],
+        ),
+    ]
+
+
+def is_training_finished(status: Path) -> bool:
+    """Whether the run's status says that it reached its last step."""
+    return status.exists() and json.loads(status.read_text())["state"] == "finished"
+
+
+def run_stage(title: str, stage: Stage) -> None:
+    """Run a stage's command unless it is finished.
+
+    Raises:
+        StageError: The command failed.
+    """
+    if stage.is_finished(stage.product):
+        say(f"\n[{title}] kept: {stage.product}")
+        return
+    say(f"\n[{title}]\n$ {shlex.join(['python', *stage.command[1:]])}")
+    stage.product.parent.mkdir(parents=True, exist_ok=True)
+    # One thread for each of the processes: gloo and torch would otherwise fight for the cores.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    code = subprocess.run(stage.command, env=environment, check=False).returncode
+    if code != 0:
+        raise StageError(f"{stage.title}: the command above failed with exit code {code}")
+
+
+def report(config: Config, run: Path, sampler: Path, seconds: float) -> None:
+    """Print perplexities, samples and where everything is."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validations = [line["val/perplexity"] for line in lines if "val/perplexity" in line]
+    validation = TokenDataset.open(str(config.data.validation))
+    unigram = unigram_perplexity(validation, config.data.sequence_length)
+    say("\nvalidation perplexity (of the NELBO, EMA weights)")
+    say(f"  before training  {validations[0]:9.1f}   (vocabulary {validation.vocab_size})")
+    say(f"  unigram model    {unigram:9.1f}   (of the validation text's own counts)")
+    say(f"  after training   {validations[-1]:9.1f}")
+    sample = [sys.executable, "-m", "megatron_eso.sampler", "sample", str(sampler)]
+    sample += ["--num-samples", str(NUM_SAMPLES), "--seed", "1"]
+    say(f"\n{NUM_SAMPLES} samples\n$ {shlex.join(['python', *sample[1:]])}")
+    subprocess.run(sample, check=True)
+    say(f"\nthis took {seconds / 60:.1f} minutes")
+    say(f"TensorBoard logs   {run / 'tensorboard'}   (tensorboard --logdir {run})")
+    say(f"sampler directory  {sampler}")
+    say(
+        "next, on a cluster: torchrun --nproc-per-node=8 -m pretrain.train owt_small.toml "
+        "--dry-run --world-size 8"
+    )
+
+
+def unigram_perplexity(dataset: TokenDataset, sequence_length: int) -> float:
+    """Perplexity of the rows that are validated under their own token frequencies."""
+    rows = dataset.rows(np.arange(dataset.num_rows(sequence_length)), sequence_length)
+    counts = np.bincount(rows.ravel())
+    shares = counts[counts > 0] / rows.size
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def say(text: str) -> None:
+    """Print a line of the report at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,47 @@
+"""The package: what is installed, and what it needs. The tools' settings: pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-eso",
+    version="0.1.0",
+    description="Pretraining of Eso-LMs (hybrid autoregressive and diffusion) on Megatron-Core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(
+        include=[
+            name + suffix
+            for name in ("pretrain", "megatron_eso", "data_tools", "checkpoints_conversion")
+            for suffix in ("", ".*")
+        ]
+    ),
+    package_data={"pretrain": ["configs/*.toml", "configs/parallel/*.toml"]},
+    install_requires=[
+        "megatron-core==0.16.1",
+        "numpy>=1.26",
+        "psutil",  # megatron-core's checkpoint writer imports it and does not declare it
+        "safetensors",
+        "sentencepiece",
+        "tensorboard",
+        "torch>=2.6",
+        "xxhash",
+    ],
+    extras_require={
+        "gpu": ["flash-attn", "transformer-engine[pytorch]>=2.9,<2.12"],
+        "hf": ["tokenizers", "transformers"],
+        "dev": [
+            "hypothesis",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "tokenizers",
+            "transformers",
+            "webdataset",
+        ],
+    },
+)

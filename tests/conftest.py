@@ -1,0 +1,35 @@
+"""Fixtures and rules for the whole suite."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.world import World
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """Worker processes for tests of several ranks; see tests/support/world.py."""
+    with World() as workers:
+        yield workers
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small datasets, `train` and `validation`; see tests/support/tiny_data.py."""
+    from tests.support.tiny_data import build_tiny_data
+
+    return build_tiny_data(tmp_path_factory.mktemp("tiny_data"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests that need a GPU where there is none."""
+    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not for_gpu:
+        return
+    import torch  # seconds, for the tests of a GPU only
+
+    if not torch.cuda.is_available():
+        for item in for_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -1,0 +1,76 @@
+"""Training is the same on every layout and at every micro-batch size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support.training import LAYOUTS, Overrides, Trained, read_checkpoint, train_tiny
+from tests.support.world import World
+
+pytestmark = pytest.mark.parallel
+
+NUM_STEPS = 5
+LOSS_TOLERANCE = 1e-5  # relative
+UPDATE_TOLERANCE = 1e-3  # of a tensor's update over all steps, relative, in the Euclidean norm
+NUM_PARAMETERS_MOVED = 0.5  # least share of a tensor's elements that the steps must have moved
+
+CASES: dict[str, tuple[int, Overrides]] = {
+    **{name: layout for name, layout in LAYOUTS.items() if name != "1 rank"},
+    "micro-batch 1": (1, {"train.micro_batch_size": 1}),
+    "micro-batch 4": (1, {"train.micro_batch_size": 4}),
+}
+
+
+def updates(run: Path, trained: Trained) -> dict[str, Tensor]:
+    """What the steps changed in every tensor of the model."""
+    before = read_checkpoint(run / "checkpoints" / "step_00000000")
+    after = read_checkpoint(trained.checkpoint)
+    names = [name for name in after if not name.startswith(("optimizer.", "ema."))]
+    return {name: after[name].double() - before[name].double() for name in names}
+
+
+def run_case(
+    world: World, folder: Path, data: Path, num_ranks: int, overrides: Overrides
+) -> tuple[Trained, dict[str, Tensor]]:
+    world.run(train_tiny, num_ranks, folder, data, overrides, 0)
+    trained = world.run(train_tiny, num_ranks, folder, data, overrides, NUM_STEPS)[0]
+    return trained, updates(folder, trained)
+
+
+@pytest.fixture(scope="module")
+def reference(
+    world: World, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Trained, dict[str, Tensor]]:
+    return run_case(world, tmp_path_factory.mktemp("one_rank"), tiny_data, 1, {})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_five_steps_equal_one_ranks(
+    case: str,
+    reference: tuple[Trained, dict[str, Tensor]],
+    world: World,
+    tiny_data: Path,
+    tmp_path: Path,
+) -> None:
+    num_ranks, overrides = CASES[case]
+    expected, expected_updates = reference
+    trained, found_updates = run_case(world, tmp_path, tiny_data, num_ranks, overrides)
+    assert trained.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
+    assert trained.grad_norms == pytest.approx(expected.grad_norms, rel=LOSS_TOLERANCE)
+    assert found_updates.keys() == expected_updates.keys()
+    worst = 0.0
+    for name, update in expected_updates.items():
+        difference = (found_updates[name] - update).norm() / update.norm()
+        worst = max(worst, float(difference))
+        assert difference < UPDATE_TOLERANCE, name
+    sizes = torch.stack([update.abs().mean() for update in expected_updates.values()])
+    print(f"{case}: updates differ by {worst:.1e}, mean size {sizes.min():.1e} .. {sizes.max():.1e}")
+
+
+def test_steps_move_every_tensor(reference: tuple[Trained, dict[str, Tensor]]) -> None:
+    for name, update in reference[1].items():
+        moved = (update != 0).double().mean()
+        if "embedding" not in name and "output_layer" not in name:  # rows of rare tokens
+            assert moved > NUM_PARAMETERS_MOVED, name

@@ -1,0 +1,176 @@
+"""The Megatron model in float32 against the dense-mask float64 oracle: loss and every gradient."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from checkpoints_conversion.parameter_map import map_to_megatron, map_to_sampler
+from megatron_eso.sampler.network_eso_lm import NetworkConfig
+from tests.support.dense_oracle import (
+    OracleConfig,
+    dense_losses,
+    dense_objective,
+    draw_parameters,
+)
+from tests.support.training import TP2, Overrides, tiny_config
+from tests.support.world import World
+
+pytestmark = pytest.mark.parallel
+
+LOSS_TOLERANCE = 1e-5  # relative
+GRADIENT_TOLERANCE = 1e-4  # of a tensor's gradient, relative, in the Euclidean norm
+
+BASE: Overrides = {"model.head_bias": "true", "model.num_layers": 3, "optimizer.ema_decay": 0}
+CASES: dict[str, tuple[int, Overrides]] = {
+    "both phases": (1, {}),
+    "both phases, low_var": (1, {"objective.loss_type": '"low_var"'}),
+    "diffusion only": (1, {"objective.alpha_0": 1.0}),
+    "sequential only": (1, {"objective.alpha_0": 0.0}),
+    "single-phase micro-batches": (1, {"train.micro_batch_size": 1}),
+    "grouped queries": (1, {"model.num_query_groups": 2}),
+    "two tokens": (1, {"data.sequence_length": 2}),
+    "one token": (1, {"data.sequence_length": 1}),
+    "recomputed": (1, {"train.recompute_granularity": '"full"'}),
+    "TP=2 SP": (2, TP2 | {"parallel.sequence_parallel": "true", "model.num_query_groups": 2}),
+}
+
+
+def compute_gradients(
+    run: Path, data: Path, overrides: Overrides, megatron_tensors: dict[str, Tensor]
+) -> tuple[float, dict[str, Tensor]]:
+    """Loss of the first step and the gradients of this rank's shards, by global name and offset."""
+    from megatron_eso.training.cpu_backend import install_cpu_backend
+
+    install_cpu_backend()
+    from functools import partial
+
+    from megatron.core.utils import unwrap_model
+
+    from megatron_eso.data.batches import TrainingBatches
+    from megatron_eso.data.reader import TokenDataset
+    from megatron_eso.model.sharding import shard_parameters
+    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.step import forward_step, reduce_over_world, run_schedule
+    from megatron_eso.training.train_state import build_train_state
+
+    config = tiny_config(run, data, overrides)
+    gradients = {}
+    with model_parallel_groups(config.parallel) as groups:
+        state = build_train_state(config, groups)
+        model = unwrap_model(state.chunks[0])
+        for parameter, sharded in shard_parameters(model):
+            index = _index(sharded)
+            parameter.data.copy_(megatron_tensors[sharded.key][index])
+        batches = TrainingBatches(config, TokenDataset.open(data / "train"), groups.dp.size())
+        micro_batches = batches.plan_step(0, groups.dp.rank())
+        step = partial(
+            forward_step,
+            tokens=batches.phase_tokens,
+            scale=len(micro_batches),
+            dropout_seed=None,
+            pp_rank=0,
+        )
+        reports = run_schedule(step, state, micro_batches, groups, forward_only=False)
+        losses = reduce_over_world(sum(reports, torch.zeros(4, dtype=torch.float64)), groups)
+        for parameter, sharded in shard_parameters(model):
+            whole = torch.zeros_like(megatron_tensors[sharded.key])
+            whole[_index(sharded)] = parameter.main_grad
+            if whole.shape != parameter.shape:
+                torch.distributed.all_reduce(whole)
+            gradients[sharded.key] = whole
+    return float(losses[:2].sum()), gradients
+
+
+def _index(sharded):  # type: ignore[no-untyped-def]
+    return tuple(
+        slice(start, start + size)
+        for start, size in zip(sharded.global_offset, sharded.local_shape, strict=True)
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients_equal_the_oracles(
+    case: str, world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    num_ranks, overrides = CASES[case]
+    overrides = BASE | overrides
+    config = tiny_config(tmp_path, tiny_data, overrides)
+    model, vocab_size, mask_id = config.model, config.data.vocab_size, config.data.mask_token_id
+    assert vocab_size is not None
+    assert mask_id is not None
+    oracle = OracleConfig(
+        num_layers=model.num_layers,
+        num_heads=model.num_attention_heads,
+        num_groups=model.num_query_groups,
+        mask_token_id=mask_id,
+    )
+    parameters = draw_parameters(oracle, hidden_size=model.hidden_size, vocab_size=vocab_size)
+    network = NetworkConfig(
+        vocab_size=vocab_size,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_query_groups,
+        head_dim=model.head_dim,
+        intermediate_size=model.ffn_hidden_size,
+        activation=model.activation,
+        normalization=model.normalization,
+        norm_epsilon=model.norm_epsilon,
+        rotary_base=float(model.rotary_base),
+        add_bias_linear=model.add_bias_linear,
+        qk_layernorm=model.qk_layernorm,
+        head_bias=model.head_bias,
+        tie_word_embeddings=model.share_embeddings_and_output_weights,
+        mask_token_id=mask_id,
+        max_length=config.data.sequence_length,
+    )
+    padded = model.pad_vocabulary(vocab_size)
+    plain = {name: tensor.detach().float() for name, tensor in parameters.items()}
+    tensors = map_to_megatron(network, plain, padded_vocab_size=padded)
+    with torch.no_grad():  # the float32 values are the model; float64 is how the oracle computes
+        for name, tensor in parameters.items():
+            tensor.copy_(plain[name].double())
+
+    loss, gradients = world.run(
+        compute_gradients, num_ranks, tmp_path, tiny_data, overrides, tensors
+    )[0]
+    expected = oracle_loss(config, oracle, parameters)
+    expected.backward()
+    assert loss == pytest.approx(float(expected), rel=LOSS_TOLERANCE)
+    found = map_to_sampler(network, gradients, residual_gates=False)
+    for name, tensor in parameters.items():
+        assert tensor.grad is not None, name
+        scale = tensor.grad.norm()
+        if scale == 0:
+            assert found[name].norm() == 0, name
+            continue
+        error = (found[name].double() - tensor.grad).norm() / scale
+        assert error < GRADIENT_TOLERANCE, (name, float(error))
+
+
+def oracle_loss(config, oracle, parameters):  # type: ignore[no-untyped-def]
+    """The oracle's loss of the first step's samples."""
+    import numpy as np
+
+    from megatron_eso.data.batches import TrainingBatches
+    from megatron_eso.data.reader import TokenDataset
+    from megatron_eso.diffusion.noise import diffusion_times, draw_noise
+
+    batches = TrainingBatches(config, TokenDataset.open(config.data.train), 1)
+    places = np.concatenate(batches.dealing.micro_batches(0))
+    is_sequential = batches.dealing.is_sequential(places)
+    times = diffusion_times(config.run.seed, 0, batches.dealing, places)
+    alpha_0, length = config.objective.alpha_0, config.data.sequence_length
+    noise = draw_noise(config.run.seed, places, is_sequential, times, alpha_0, length)
+    rows = batches.dataset.rows(batches.order.rows(places), length)
+    losses = dense_losses(
+        parameters,
+        oracle,
+        torch.from_numpy(rows),
+        noise,
+        alpha_0=alpha_0,
+        loss_type=config.objective.loss_type,
+    )
+    return dense_objective(losses, noise, batches.dealing)

@@ -1,0 +1,110 @@
+"""A resumed run is the uninterrupted one: bitwise on its layout, within rounding on another."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.training import (
+    DISTRIBUTED,
+    INTERLEAVED,
+    OVERLAPPED,
+    PP2,
+    TP2,
+    Overrides,
+    read_checkpoint,
+    train_tiny,
+)
+from tests.support.world import World
+
+pytestmark = pytest.mark.parallel
+
+NUM_STEPS, RESUMED_AT = 6, 3
+LOSS_TOLERANCE = 1e-5  # relative, where the layout changes
+SEQUENCE_PARALLEL = TP2 | {"parallel.sequence_parallel": "true"}
+DROPOUT: Overrides = {"model.hidden_dropout": 0.1}
+BF16: Overrides = {"train.precision": '"bf16"'}
+
+SAME: dict[str, Overrides] = {
+    "TP=2 SP, dropout": SEQUENCE_PARALLEL | DROPOUT,
+    "PP=2 interleaved, dropout": INTERLEAVED | DROPOUT,
+    "DP=2": {},
+    "DP=2 distributed optimizer, bf16": DISTRIBUTED | BF16,
+    "DP=2 overlapped": OVERLAPPED,
+    "DP=2 overlapped, bf16, dropout": OVERLAPPED | BF16 | DROPOUT,
+    "DP=2 bf16, recomputed, dropout": BF16 | DROPOUT | {"train.recompute_granularity": '"full"'},
+}
+CHANGED: dict[str, tuple[Overrides, Overrides]] = {
+    "TP=2 to PP=2": (TP2, PP2),
+    "PP=2 interleaved to DP=2 overlapped": (INTERLEAVED, OVERLAPPED),
+    "DP=2 distributed optimizer to TP=2 SP": (DISTRIBUTED, SEQUENCE_PARALLEL),
+    "DP=2 to DP=2 distributed optimizer": ({}, DISTRIBUTED),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_resumed_run_is_bitwise_the_uninterrupted_one(
+    case: str, world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    overrides = SAME[case]
+    straight = world.run(train_tiny, 2, tmp_path / "a", tiny_data, overrides, NUM_STEPS)[0]
+    first = world.run(train_tiny, 2, tmp_path / "b", tiny_data, overrides, RESUMED_AT)[0]
+    second = world.run(train_tiny, 2, tmp_path / "b", tiny_data, overrides, NUM_STEPS)[0]
+    assert first.losses + second.losses == straight.losses
+    assert first.grad_norms + second.grad_norms == straight.grad_norms
+    expected, found = read_checkpoint(straight.checkpoint), read_checkpoint(second.checkpoint)
+    assert expected.keys() == found.keys()
+    assert any(name.startswith("ema.") for name in found)
+    assert any(name.startswith("optimizer.state.exp_avg_sq.") for name in found)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_run_goes_on_at_another_layout(
+    case: str, world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    before, after = CHANGED[case]
+    straight = world.run(train_tiny, 2, tmp_path / "a", tiny_data, before, NUM_STEPS)[0]
+    world.run(train_tiny, 2, tmp_path / "b", tiny_data, before, RESUMED_AT)
+    resumed = world.run(train_tiny, 2, tmp_path / "b", tiny_data, after, NUM_STEPS)[0]
+    assert resumed.losses == pytest.approx(straight.losses[RESUMED_AT:], rel=LOSS_TOLERANCE)
+    assert resumed.grad_norms == pytest.approx(straight.grad_norms[RESUMED_AT:], rel=LOSS_TOLERANCE)
+
+
+def test_checkpoints_do_not_depend_on_the_layout(
+    world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The same state, saved by every layout that it was loaded into, is the same tensors."""
+    first = world.run(train_tiny, 1, tmp_path / "a", tiny_data, {}, RESUMED_AT)[0]
+    expected = read_checkpoint(first.checkpoint)
+    for number, overrides in enumerate((TP2, INTERLEAVED, OVERLAPPED)):
+        run = tmp_path / str(number)
+        folder = run / "checkpoints" / first.checkpoint.name
+        folder.parent.mkdir(parents=True)
+        folder.symlink_to(first.checkpoint)
+        world.run(resave, 2, run, tiny_data, overrides, run / "again")
+        found = read_checkpoint(run / "again" / first.checkpoint.name)
+        assert expected.keys() == found.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
+
+
+def resave(run: Path, data: Path, overrides: Overrides, to: Path) -> None:
+    """Load the run's newest checkpoint on this layout and write it again."""
+    from megatron_eso.training.cpu_backend import install_cpu_backend
+
+    install_cpu_backend()
+    from megatron_eso.data.batches import TrainingBatches
+    from megatron_eso.data.reader import TokenDataset
+    from megatron_eso.training.checkpoint import Checkpoints, restore
+    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.train_state import build_train_state
+    from tests.support.training import tiny_config
+
+    config = tiny_config(run, data, overrides)
+    with model_parallel_groups(config.parallel) as groups:
+        batches = TrainingBatches(config, TokenDataset.open(data / "train"), groups.dp.size())
+        state = build_train_state(config, groups)
+        restore(state, config, Checkpoints(run / "checkpoints", 1, batches.identity))
+        Checkpoints(to, 1, batches.identity).save(state, config, groups)

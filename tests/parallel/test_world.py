@@ -1,0 +1,80 @@
+"""The test workers themselves: collectives, failures of every kind, and their recovery."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.support.world import RankError, World, WorldTimeoutError
+
+pytestmark = pytest.mark.parallel
+
+
+def add_up(start: int) -> int:
+    tensor = torch.tensor(start + dist.get_rank())
+    dist.all_reduce(tensor)
+    return int(tensor)
+
+
+def describe_process() -> tuple[int, int, str | None]:
+    return os.getpid(), torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+
+
+def fail_on_one_rank(failing_rank: int) -> None:
+    if dist.get_rank() == failing_rank:
+        raise KeyError("no such slot")
+    dist.barrier()
+
+
+def return_what_does_not_pickle() -> object:
+    return lambda: None
+
+
+def die_on_one_rank(dying_rank: int) -> None:
+    if dist.get_rank() == dying_rank:
+        os._exit(3)
+    dist.barrier()
+
+
+def hang_on_one_rank(hanging_rank: int) -> None:
+    if dist.get_rank() == hanging_rank:
+        time.sleep(600)
+
+
+@pytest.mark.parametrize(("num_ranks", "total"), [(1, 5), (2, 11), (3, 18)])
+def test_ranks_add_up(world: World, num_ranks: int, total: int) -> None:
+    assert world.run(add_up, num_ranks, 5) == [total] * num_ranks
+
+
+def test_processes_stay_alive_and_use_one_thread(world: World) -> None:
+    first, second = (world.run(describe_process, 2) for _ in range(2))
+    assert first == second
+    assert len({pid for pid, _, _ in first}) == 2
+    assert all((threads, variable) == (1, "1") for _, threads, variable in first)
+
+
+def test_an_exception_names_its_rank_and_keeps_the_pool(world: World) -> None:
+    before = world.run(describe_process, 2)
+    with pytest.raises(RankError, match=r"(?s)rank 1: .*no such slot") as raised:
+        world.run(fail_on_one_rank, 2, 1)
+    assert isinstance(raised.value.__cause__, KeyError)
+    assert world.run(describe_process, 2) == before
+
+
+def test_a_result_that_does_not_pickle_is_a_failure(world: World) -> None:
+    with pytest.raises(RankError, match="pickle"):
+        world.run(return_what_does_not_pickle, 1)
+
+
+def test_a_death_fails_one_call(world: World) -> None:
+    with pytest.raises(RankError, match="rank 1: its process died"):
+        world.run(die_on_one_rank, 2, 1)
+    assert world.run(add_up, 2, 0) == [1, 1]
+
+
+def test_a_hang_fails_one_call(world: World) -> None:
+    with pytest.raises(WorldTimeoutError, match=r"ranks \[0, 1\] did not return in 2 s"):
+        world.run(hang_on_one_rank, 2, 1, timeout_seconds=2.0)
+    assert world.run(add_up, 2, 0) == [1, 1]

@@ -1,0 +1,237 @@
+"""Ranks for tests: worker processes over gloo that stay alive from one test to the next.
+
+Importing torch and megatron costs seconds per process, so a `World` spawns its workers when they
+are first needed and keeps them. Each `run` gives them a process group of their own:
+
+    def add_up(start):  # at the top of a test module: the workers import it
+        tensor = torch.tensor(start + dist.get_rank())
+        dist.all_reduce(tensor)
+        return int(tensor)
+
+    def test_sum(world):
+        assert world.run(add_up, 2, 5) == [11, 11]
+
+Functions, arguments and results travel by pickle. A function that uses megatron installs the CPU
+backend itself; megatron's parallel state is destroyed after each call. A call that hangs, or a
+worker that dies, fails that call only: the workers are killed and the next call starts others.
+"""
+
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, Self
+
+MAX_RANKS = 4
+CALL_SECONDS = 120.0  # generous for four ranks on two slow cores
+GRACE_SECONDS = 5.0  # for the other ranks once one has failed, and for a worker to leave
+
+
+class RankError(AssertionError):
+    """A rank raised or died; the message holds its traceback, `__cause__` what it raised."""
+
+
+class WorldTimeoutError(RankError):
+    """Some ranks did not return in time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """One function to run on one rank."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    rank: int
+    num_ranks: int
+    store: str
+    timeout_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a rank answers: a value, or a traceback and, where it pickles, the exception."""
+
+    value: Any = None
+    failure: str | None = None
+    exception: BaseException | None = None
+
+
+class World:
+    """A pool of at most `MAX_RANKS` worker processes; tests get it from the fixture `world`."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[tuple[BaseProcess, Connection]] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="world_")
+        self._num_calls = 0
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        num_ranks: int,
+        *args: Any,
+        timeout_seconds: float = CALL_SECONDS,
+    ) -> list[Any]:
+        """Run `function(*args)` on ranks 0 .. num_ranks-1 of a fresh gloo process group.
+
+        Args:
+            function: a module-level function.
+            num_ranks: 1 .. MAX_RANKS.
+            *args: the same for each rank.
+            timeout_seconds: after this the workers are killed.
+
+        Returns:
+            What each rank returned, by rank.
+
+        Raises:
+            RankError: of the rank that failed first.
+            WorldTimeoutError: naming the ranks that were still running.
+        """
+        if not 1 <= num_ranks <= MAX_RANKS:
+            raise ValueError(f"num_ranks is {num_ranks}, must be 1 .. {MAX_RANKS}")
+        self._num_calls += 1
+        calls = [
+            pickle.dumps(
+                Call(
+                    function=function,
+                    args=args,
+                    rank=rank,
+                    num_ranks=num_ranks,
+                    store=os.path.join(self._folder.name, f"store_{self._num_calls}"),
+                    timeout_seconds=timeout_seconds,
+                )
+            )
+            for rank in range(num_ranks)
+        ]
+        self._start(num_ranks)
+        try:
+            for call, (_, link) in zip(calls, self._workers, strict=False):
+                link.send_bytes(call)
+            outcomes = self._collect(num_ranks, timeout_seconds)
+        except BaseException:  # an interrupt, or the test's own time limit
+            self.kill()
+            raise
+        silent = [rank for rank in range(num_ranks) if rank not in outcomes]
+        if silent:
+            self.kill()
+        for rank, outcome in outcomes.items():
+            if outcome.failure is not None:
+                raise RankError(f"rank {rank}: {outcome.failure}") from outcome.exception
+        if silent:
+            raise WorldTimeoutError(f"ranks {silent} did not return in {timeout_seconds:g} s")
+        return [outcomes[rank].value for rank in range(num_ranks)]
+
+    def kill(self) -> None:
+        """End the workers at once; the next `run` starts others."""
+        for process, link in self._workers:
+            process.kill()
+            link.close()
+        for process, _ in self._workers:
+            process.join()
+        self._workers.clear()
+
+    def close(self) -> None:
+        """Ask the workers to leave, and remove the rendezvous files."""
+        for _, link in self._workers:
+            link.close()
+        for process, _ in self._workers:
+            process.join(GRACE_SECONDS)
+        self.kill()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _start(self, num_ranks: int) -> None:
+        if any(not process.is_alive() for process, _ in self._workers):
+            self.kill()
+        os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they start
+        while len(self._workers) < num_ranks:
+            here, there = self._context.Pipe()
+            # Not daemonic: megatron's checkpoint writer starts processes of its own.
+            process = self._context.Process(target=serve, args=(there,))
+            process.start()
+            there.close()
+            self._workers.append((process, here))
+
+    def _collect(self, num_ranks: int, timeout_seconds: float) -> dict[int, Outcome]:
+        """Outcomes by rank in order of arrival; ranks that did not answer in time are missing."""
+        waiting = {link: rank for rank, (_, link) in enumerate(self._workers[:num_ranks])}
+        outcomes: dict[int, Outcome] = {}
+        deadline = time.monotonic() + timeout_seconds
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for link in wait(list(waiting), timeout=left):
+                assert isinstance(link, Connection)
+                rank = waiting.pop(link)
+                try:
+                    outcomes[rank] = pickle.loads(link.recv_bytes())
+                except EOFError:
+                    outcomes[rank] = Outcome(failure="its process died")
+                if outcomes[rank].failure is not None:
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        return outcomes
+
+
+def serve(link: Connection) -> None:
+    """A worker's life: calls in, outcomes out, until the pipe is closed."""
+    while True:
+        try:
+            call = link.recv_bytes()
+            link.send_bytes(answer(call))
+        except (EOFError, OSError):
+            return
+
+
+def answer(call: bytes) -> bytes:
+    """Run a pickled call and pickle its outcome, whichever of these fails."""
+    try:
+        return pickle.dumps(Outcome(value=execute(pickle.loads(call))))
+    except Exception as error:
+        failure = traceback.format_exc()
+        try:
+            copy = pickle.dumps(Outcome(failure=failure, exception=error))
+            pickle.loads(copy)
+        except Exception:  # an exception that does not survive the way: its traceback does
+            return pickle.dumps(Outcome(failure=failure))
+        return copy
+
+
+def execute(call: Call) -> Any:
+    """Run one call inside its process group."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(call.store, call.num_ranks),
+        rank=call.rank,
+        world_size=call.num_ranks,
+        timeout=timedelta(seconds=call.timeout_seconds),
+    )
+    try:
+        value = call.function(*call.args)
+        dist.barrier()  # nobody takes the group away from a rank that still uses it
+    finally:
+        parallel_state = sys.modules.get("megatron.core.parallel_state")
+        if parallel_state is not None:
+            parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+    return value

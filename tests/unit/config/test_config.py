@@ -1,0 +1,266 @@
+"""Resolution of derived values, and combinations that are refused."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_eso.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from megatron_eso.config_checks import (
+    check_config,
+    check_dealing,
+    check_layout,
+    with_vocabulary,
+)
+from megatron_eso.config_io import config_from_dict, config_to_dict, load_config
+from megatron_eso.errors import ConfigError
+
+BASE = """
+[run]
+directory = "runs/test"
+[model]
+num_layers = 4
+hidden_size = 64
+num_attention_heads = 4
+[data]
+train = "shards"
+sequence_length = 16
+[train]
+num_steps = 10
+global_batch_size = 16
+micro_batch_size = 4
+[optimizer]
+learning_rate = 1e-3
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    path = tmp_path / "base.toml"
+    path.write_text(BASE, encoding="utf-8")
+    return str(path)
+
+
+def build(**changes: object) -> Config:
+    sections: dict[str, object] = {
+        "run": RunConfig(directory="runs/test"),
+        "model": ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4),
+        "data": DataConfig(train="shards", sequence_length=16),
+        "train": TrainConfig(num_steps=10, global_batch_size=16, micro_batch_size=4),
+        "optimizer": OptimizerConfig(learning_rate=1e-3),
+    }
+    return Config(**(sections | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("alpha_0", "split"), [(0.0, 0.0), (0.125, 0.5), (1.0, 1.0)])
+def test_batch_split_follows_alpha_0(alpha_0: float, split: float) -> None:
+    assert ObjectiveConfig(alpha_0=alpha_0).batch_split == split
+
+
+@pytest.mark.parametrize(
+    ("activation", "hidden_size", "width"),
+    [("gelu", 64, 256), ("swiglu", 192, 512), ("swiglu", 2176, 5824), ("swiglu", 64, 192)],
+)
+def test_mlp_width_follows_hidden_size(activation: str, hidden_size: int, width: int) -> None:
+    model = ModelConfig(
+        num_layers=1,
+        hidden_size=hidden_size,
+        num_attention_heads=4,
+        activation=activation,  # type: ignore[arg-type]
+    )
+    assert model.ffn_hidden_size == width
+    assert model.num_query_groups == 4
+
+
+def test_validation_takes_the_micro_batch_of_training() -> None:
+    assert build().validation.micro_batch_size == 4
+    assert build(validation=ValidationConfig(micro_batch_size=2)).validation.micro_batch_size == 2
+
+
+def test_the_vocabulary_is_padded_to_a_multiple_that_ignores_the_layout() -> None:
+    model = build().model
+    assert [model.pad_vocabulary(size) for size in (1, 128, 129, 50258)] == [128, 128, 256, 50304]
+
+
+def test_a_config_survives_its_dictionary() -> None:
+    config = build()
+    assert config_from_dict(config_to_dict(config), "config.json") == config
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        build().run.seed = 2  # type: ignore[misc]
+
+
+REFUSALS = [
+    (["model.num_attention_heads=5"], "must divide model.hidden_size = 64; use 4 or 8"),
+    (["model.num_attention_heads=64"], "even number"),
+    (["model.num_query_groups=3"], "must divide model.num_attention_heads = 4; use 2 or 4"),
+    (["parallel.tensor_model_parallel_size=8"], "must divide model.num_attention_heads = 4; use 4"),
+    (
+        ["parallel.tensor_model_parallel_size=4", "model.num_query_groups=2"],
+        "must divide model.num_query_groups = 2",
+    ),
+    (
+        ["parallel.tensor_model_parallel_size=2", "model.make_vocab_size_divisible_by=1"],
+        "must divide model.make_vocab_size_divisible_by = 1",
+    ),
+    (["parallel.pipeline_model_parallel_size=3"], "must be a multiple of 3"),
+    (
+        ["parallel.virtual_pipeline_model_parallel_size=2"],
+        "needs parallel.pipeline_model_parallel_size of 2 or more",
+    ),
+    (
+        [
+            "parallel.virtual_pipeline_model_parallel_size=2",
+            "parallel.pipeline_model_parallel_size=2",
+        ],
+        "needs parallel.overlap_p2p_comm = true and parallel.batch_p2p_comm = false",
+    ),
+    (
+        [
+            "parallel.virtual_pipeline_model_parallel_size=3",
+            "parallel.pipeline_model_parallel_size=2",
+            "parallel.overlap_p2p_comm=true",
+            "parallel.batch_p2p_comm=false",
+        ],
+        "must be a multiple of 6",
+    ),
+    (
+        [
+            "parallel.virtual_pipeline_model_parallel_size=2",
+            "parallel.pipeline_model_parallel_size=2",
+            "parallel.overlap_p2p_comm=true",
+            "parallel.batch_p2p_comm=false",
+            "train.global_batch_size=4",
+        ],
+        "an interleaved pipeline needs a multiple of its 2 stages; use a multiple of 8",
+    ),
+    (["parallel.overlap_p2p_comm=true"], "is for an interleaved pipeline"),
+    (["parallel.sequence_parallel=true"], "needs parallel.tensor_model_parallel_size of 2 or more"),
+    (["parallel.overlap_param_gather=true"], "needs parallel.use_distributed_optimizer = true"),
+    (["train.global_batch_size=18"], "use a multiple of 4 such as 16 or 20"),
+    (["train.micro_batch_size=1", "train.global_batch_size=3"], "use a multiple of 2 such as 2"),
+    (["objective.batch_split=0.3"], "or a train.micro_batch_size that is a multiple of 10"),
+    (["objective.alpha_0=1.5"], "must be between 0 and 1"),
+    (["objective.alpha_0=1", "objective.batch_split=0.5"], "has the diffusion phase only; use 1"),
+    (["objective.alpha_0=0", "objective.batch_split=0.5"], "has the sequential phase only; use 0"),
+    (["objective.batch_split=1"], "needs both phases; use 0.5"),
+    (["objective.name=mdlm"], "is not available yet; available: eso_lm"),
+    (["objective.name=gpt"], "is unknown; available: eso_lm"),
+    (["objective.variant=a"], "is not available yet; available: b"),
+    (
+        ["model.zero_init_head=true", "model.share_embeddings_and_output_weights=true"],
+        "must not start at zero",
+    ),
+    (["optimizer.lr_decay_style=WSD"], "needs the number of steps of its decay"),
+    (["optimizer.lr_wsd_decay_steps=3"], 'use "WSD" or 0'),
+    (
+        ["optimizer.lr_decay_style=cosine", "optimizer.lr_warmup_steps=10"],
+        "use at least 11 steps or fewer",
+    ),
+    (["optimizer.min_learning_rate=1"], "must not exceed optimizer.learning_rate = 0.001"),
+    (["optimizer.adam_beta2=1"], "must be at least 0 and below 1"),
+    (["optimizer.learning_rate=0"], "must be greater than 0"),
+    (["model.num_layers=0"], "must be greater than 0"),
+    (["checkpoint.keep_last=0"], "must be greater than 0"),
+    (["validation.interval=5"], "needs data.validation"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSALS)
+def test_impossible_combinations_are_refused_in_one_line(
+    base: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config([base, *overrides])
+    line = str(raised.value)
+    assert message in line
+    assert "\n" not in line
+    assert " = " in line
+    assert line.startswith((base, "command line: ", "default: "))
+
+
+def test_a_refusal_names_the_file_that_set_the_value(base: str, tmp_path: Path) -> None:
+    layer = tmp_path / "wide.toml"
+    layer.write_text("[model]\nnum_attention_heads = 6\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="wide.toml: model.num_attention_heads = 6: must divide"):
+        load_config([base, str(layer)])
+
+
+def test_a_small_share_of_diffusion_warns(base: str) -> None:
+    (warning,) = load_config([base, "objective.batch_split=0.25"]).warnings
+    assert warning.startswith("command line: objective.batch_split = 0.25: training diverged")
+    assert load_config([base]).warnings == ()
+    assert load_config([base, "objective.alpha_0=0"]).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "split", "is_valid"),
+    [
+        ((16, 4, 1), 0.5, True),
+        ((16, 4, 4), 0.5, True),
+        ((16, 1, 8), 0.5, True),
+        ((16, 1, 16), 0.5, False),
+        ((8, 1, 8), 1.0, True),
+        ((8, 1, 8), 0.0, True),
+        ((8, 3, 1), 1.0, False),
+        ((30, 1, 1), 0.3, True),
+        ((30, 10, 3), 0.3, True),
+        ((30, 5, 1), 0.3, False),
+    ],
+)
+def test_phases_are_dealt_evenly_or_refused(
+    sizes: tuple[int, int, int], split: float, is_valid: bool
+) -> None:
+    global_batch_size, micro_batch_size, data_parallel_size = sizes
+    arguments = {
+        "global_batch_size": global_batch_size,
+        "micro_batch_size": micro_batch_size,
+        "data_parallel_size": data_parallel_size,
+    }
+    if is_valid:
+        check_dealing(**arguments, batch_split=split)
+        return
+    with pytest.raises(ConfigError, match=r"use a multiple of (\d+)") as raised:
+        check_dealing(**arguments, batch_split=split)
+    unit = int(str(raised.value).split("use a multiple of ")[1].split()[0])
+    check_dealing(**(arguments | {"global_batch_size": unit}), batch_split=split)
+
+
+def test_the_world_size_must_fit_the_layout(base: str) -> None:
+    loaded = load_config([base, "parallel.tensor_model_parallel_size=2"])
+    assert check_layout(loaded.config, 8, loaded.origins) == 4
+    with pytest.raises(ConfigError, match="world size 3 is no multiple of .*: start 4 ranks"):
+        check_layout(loaded.config, 3, loaded.origins)
+    with pytest.raises(ConfigError, match=r"base.toml: train.global_batch_size = 16 cannot"):
+        check_layout(loaded.config, 16, loaded.origins)
+
+
+def test_the_vocabulary_comes_from_the_data() -> None:
+    config = with_vocabulary(build(), vocab_size=98, mask_token_id=97, source="shards")
+    assert (config.data.vocab_size, config.data.mask_token_id) == (98, 97)
+    check_config(config)
+    with pytest.raises(ConfigError, match=r"data.vocab_size = 98: other has 99; leave"):
+        with_vocabulary(config, vocab_size=99, mask_token_id=97, source="other")
+    with pytest.raises(ConfigError, match="mask token 98 is outside the vocabulary of 98"):
+        with_vocabulary(build(), vocab_size=98, mask_token_id=98, source="shards")
+
+
+def test_a_pipeline_layout_places_layers_that_do_not_divide(base: str) -> None:
+    key = "parallel.pipeline_model_parallel_layout"
+    arguments = [base, "model.num_layers=3", "parallel.pipeline_model_parallel_size=2"]
+    config = load_config([*arguments, f'{key}="Ett|tL"']).config
+    assert [config.parallel.count_stage_layers(3, stage) for stage in (0, 1)] == [2, 1]
+    for wrong in ("Et|tL", "Ettt", "tt|tL", "Ettm|L"):
+        with pytest.raises(ConfigError, match=r'such as "Ett\|tL"'):
+            load_config([*arguments, f'{key}="{wrong}"'])

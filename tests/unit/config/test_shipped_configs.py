@@ -1,0 +1,76 @@
+"""Every shipped configuration resolves, fits a layout, and prints a dry run that reads back."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_eso.config_io import load_config
+from megatron_eso.dry_run import format_dry_run
+from megatron_eso.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[3] / "pretrain" / "configs"
+TENSOR_PARALLEL_BASE = ["base_1p7b.toml", "base_1p7b_tp.toml"]
+WHOLE = {
+    "quickstart.toml": ["quickstart.toml"],
+    "owt_small.toml": ["owt_small.toml"],
+    "base_1p7b.toml": ["base_1p7b.toml"],
+    "base_1p7b_tp.toml": TENSOR_PARALLEL_BASE,
+}
+LAYERS = {
+    str(path.relative_to(CONFIGS)): [*TENSOR_PARALLEL_BASE, str(path.relative_to(CONFIGS))]
+    for path in sorted((CONFIGS / "parallel").glob("*.toml"))
+}
+COMBINATIONS = WHOLE | LAYERS
+
+
+def test_every_shipped_file_is_tried() -> None:
+    shipped = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.toml")}
+    assert shipped == set(COMBINATIONS)
+
+
+@pytest.mark.parametrize("files", COMBINATIONS.values(), ids=COMBINATIONS.keys())
+def test_a_dry_run_reads_back(files: list[str], tmp_path: Path) -> None:
+    loaded = load_config([*files, "data.vocab_size=50258"], folder=CONFIGS)
+    assert loaded.warnings == ()
+    for world_size in (None, 2 * loaded.config.parallel.model_parallel_size):
+        text = format_dry_run(loaded, world_size)
+        (tmp_path / "resolved.toml").write_text(text, encoding="utf-8")
+        assert load_config([str(tmp_path / "resolved.toml")]).config == loaded.config
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_the_tensor_parallel_variant_divides(size: int) -> None:
+    layout = f"parallel.tensor_model_parallel_size={size}"
+    loaded = load_config([*TENSOR_PARALLEL_BASE, layout], folder=CONFIGS)
+    assert loaded.config.model.num_attention_heads == 16
+
+
+def test_a_dry_run_says_what_the_run_takes() -> None:
+    loaded = load_config(["owt_small.toml", "data.vocab_size=50258"], folder=CONFIGS)
+    text = format_dry_run(loaded, 8)
+    for line in (
+        "# layout: 8 ranks = tensor 1 x pipeline 1 x data 8; 12 layers per stage",
+        "# step: 512 samples, 524,288 tokens; each rank 2 micro-batches of 32, "
+        "16 diffusion and 16 sequential samples each",
+        "# run: 250,000 steps, 1.311e+11 tokens",
+        "# parameters: 162,391,680 = ",
+        "# FLOPs per token, forward and backward: 1.006e+09 (",
+        "# memory of the fullest rank, GiB: ",
+        "# checkpoint: 2.42 GiB; 2 are kept, so up to 7.26 GiB while one is saved",
+    ):
+        assert line in text
+
+
+def test_a_dry_run_refuses_ranks_that_do_not_fit_and_repeats_warnings() -> None:
+    loaded = load_config(["owt_small.toml", "objective.batch_split=0.25"], folder=CONFIGS)
+    assert "# warning: command line: objective.batch_split = 0.25: " in format_dry_run(loaded)
+    for world_size in (0, 3):
+        with pytest.raises(ConfigError, match="start|cannot be dealt"):
+            format_dry_run(loaded, world_size)
+
+
+def test_without_shards_the_dry_run_says_that_the_vocabulary_is_unknown() -> None:
+    loaded = load_config(["quickstart.toml"], folder=CONFIGS)
+    text = format_dry_run(loaded)
+    assert "# vocabulary: not known without the shards" in text
+    assert "= embedding 0 + layers 3,159,040 " in text

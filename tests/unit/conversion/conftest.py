@@ -1,0 +1,99 @@
+"""Golden vectors of the reference (tests/golden), and what `from-official` makes of them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from checkpoints_conversion.__main__ import main
+from megatron_eso.sampler import EsoLM
+from megatron_eso.sampler.network_eso_lm import EsoNetwork, NetworkConfig
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_ckpt() -> Path:
+    return GOLDEN / "tiny.ckpt"
+
+
+@pytest.fixture(scope="session")
+def tiny_ar_ckpt() -> Path:
+    return GOLDEN / "tiny_ar.ckpt"
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory: pytest.TempPathFactory, tiny_ckpt: Path) -> Path:
+    """A sampler directory with the EMA weights of tiny.ckpt."""
+    directory = tmp_path_factory.mktemp("official") / "tiny"
+    main(["from-official", str(tiny_ckpt), str(directory)])
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_directory: Path) -> EsoLM:
+    return EsoLM.from_pretrained(tiny_directory)
+
+
+def make_config(**changes: object) -> NetworkConfig:
+    """A small network in which every size differs from every other one."""
+    values: dict[str, object] = {
+        "vocab_size": 11,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 4,
+        "intermediate_size": 24,
+        "activation": "gelu",
+        "normalization": "LayerNorm",
+        "norm_epsilon": 1e-5,
+        "rotary_base": 10000.0,
+        "add_bias_linear": True,
+        "qk_layernorm": False,
+        "head_bias": True,
+        "tie_word_embeddings": False,
+        "mask_token_id": 3,
+        "max_length": 9,
+    }
+    return NetworkConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+CONFIGS = {
+    "gelu": {},
+    "swiglu_gqa_rms": {
+        "activation": "swiglu",
+        "normalization": "RMSNorm",
+        "num_key_value_heads": 2,
+        "add_bias_linear": False,
+        "head_bias": False,
+    },
+    "tied_qk_norm": {"tie_word_embeddings": True, "qk_layernorm": True, "num_key_value_heads": 1},
+    "swiglu_bias_qk_rms": {
+        "activation": "swiglu",
+        "normalization": "RMSNorm",
+        "qk_layernorm": True,
+    },
+}
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def config(request: pytest.FixtureRequest) -> NetworkConfig:
+    return make_config(**request.param)
+
+
+@pytest.fixture
+def tensors(config: NetworkConfig) -> dict[str, Tensor]:
+    """Random weights of that network, none at a special value."""
+    generator = torch.Generator().manual_seed(5)
+    return {
+        name: torch.randn(tensor.shape, generator=generator)
+        for name, tensor in EsoNetwork(config).state_dict().items()
+    }

@@ -1,0 +1,76 @@
+"""Datasets and tokenizers small enough to be made anew."""
+
+import itertools
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from data_tools.embedded_corpus import collect_documents
+from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
+from megatron_eso.data.manifest import Source, TokenizerFingerprint
+from megatron_eso.data.shard_writer import DatasetWriter
+
+EOS = 2
+
+Tokens = npt.NDArray[np.int64]
+MakeDataset = Callable[..., Tokens]
+
+
+@pytest.fixture(scope="session")
+def make_dataset() -> MakeDataset:
+    """A function that writes a dataset of random tokens and returns them."""
+
+    def make(
+        directory: Path,
+        num_tokens: int,
+        record_tokens: int,
+        shard_records: int = 3,
+        vocab_size: int = 50_000,
+    ) -> Tokens:
+        tokens = np.random.default_rng(num_tokens).integers(5, vocab_size, num_tokens)
+        tokens[::101] = EOS
+        tokens[-1] = EOS
+        fingerprint = TokenizerFingerprint(
+            kind="sentencepiece",
+            model_sha256="0" * 64,
+            pieces_sha256="1" * 64,
+            vocab_size=vocab_size,
+            mask_token_id=4,
+            eos_token_id=EOS,
+            bos_token_id=None,
+            pad_token_id=3,
+            unk_token_id=0,
+        )
+        directory.mkdir()
+        writer = DatasetWriter(
+            directory,
+            tokenizer=fingerprint,
+            tokenizer_files={"tokenizer.model": b"model"},
+            record_tokens=record_tokens,
+            shard_records=shard_records,
+        )
+        # Pieces that do not align with records.
+        for part in np.array_split(tokens, 7):
+            writer.append(part)
+        source = Source(path="a.jsonl", bytes=1, sha256="2" * 64, num_documents=1)
+        writer.finish(sources=[source], num_text_bytes=num_tokens)
+        return tokens
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of 600 pieces."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    text = folder / "text.txt"
+    library = Path(sysconfig.get_path("stdlib"))
+    documents = itertools.islice(collect_documents(library), 70)
+    text.write_text("\n".join(documents), encoding="utf-8")
+    options = TokenizerOptions(inputs=[str(text)], vocab_size=600, out=folder / "tokenizer")
+    train_tokenizer(options)
+    return folder / "tokenizer"

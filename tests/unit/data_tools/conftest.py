@@ -1,0 +1,33 @@
+"""The embedded corpus and a tokenizer of it, made once."""
+
+from pathlib import Path
+
+import pytest
+
+from data_tools.embedded_corpus import write_corpus
+from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded corpus."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    write_corpus(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_corpus(corpus: Path) -> Path:
+    """Every tenth document of the embedded corpus."""
+    path = corpus.with_name("small.jsonl")
+    lines = corpus.read_text(encoding="ascii").splitlines(keepends=True)
+    path.write_text("".join(lines[::10]), encoding="ascii")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_directory(small_corpus: Path) -> Path:
+    """A tokenizer of 600 pieces."""
+    out = small_corpus.with_name("tokenizer")
+    train_tokenizer(TokenizerOptions(inputs=[str(small_corpus)], vocab_size=600, out=out))
+    return out

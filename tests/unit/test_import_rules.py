@@ -1,0 +1,155 @@
+"""Imports point one way: which part of the repository may import which.
+
+`config, diffusion <- data <- model <- training <- pretrain`; `sampler` stands alone on torch.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("megatron_eso", "pretrain", "data_tools", "checkpoints_conversion")
+OUTSIDE = ("tests", "slurm", "setup")
+
+CONFIG = ("megatron_eso.config", "megatron_eso.config_checks", "megatron_eso.config_io")
+BASE = ("megatron_eso.errors", "megatron_eso.safe_pickle")
+ESTIMATES = ("megatron_eso.estimates", "megatron_eso.dry_run")
+DIFFUSION = ("megatron_eso.diffusion",)
+DATA = ("megatron_eso.data",)
+MODEL = ("megatron_eso.model",)
+TRAINING = ("megatron_eso.training",)
+SAMPLER = ("megatron_eso.sampler",)
+
+# Part -> what of ours it may import beside itself; the longest name that fits a module counts.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "megatron_eso.errors": (),
+    "megatron_eso.safe_pickle": BASE,
+    "megatron_eso.config": BASE,
+    "megatron_eso.config_checks": BASE + CONFIG,
+    "megatron_eso.config_io": BASE + CONFIG,
+    "megatron_eso.diffusion": BASE + CONFIG,
+    "megatron_eso.estimates": BASE + CONFIG + DIFFUSION,
+    "megatron_eso.dry_run": BASE + CONFIG + DIFFUSION + ESTIMATES,
+    "megatron_eso.data": BASE + CONFIG + DIFFUSION,
+    "megatron_eso.model": BASE + CONFIG + DIFFUSION + DATA,
+    "megatron_eso.training": BASE + CONFIG + ESTIMATES + DIFFUSION + DATA + MODEL,
+    "megatron_eso.sampler": BASE,
+    "megatron_eso.sampler.__main__": BASE + SAMPLER + ("megatron_eso.data.tokenizer",),
+    "data_tools": BASE + CONFIG + DATA,
+    "checkpoints_conversion": BASE + CONFIG + DATA + SAMPLER,
+    "checkpoints_conversion.parameter_map": BASE + SAMPLER,
+    "pretrain": ("megatron_eso", "data_tools", "checkpoints_conversion"),
+}
+USES_MEGATRON = ("megatron_eso.model", "megatron_eso.training", "pretrain")
+HOLDS_PARALLEL_STATE = "megatron_eso.training.parallel"
+VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc"}
+
+
+def is_in(module: str, parts: tuple[str, ...]) -> bool:
+    return any(module == part or module.startswith(part + ".") for part in parts)
+
+
+def find_modules(root: Path) -> dict[str, Path]:
+    files = {path for name in PACKAGES for path in (root / name).rglob("*.py")}
+    modules = {}
+    for path in sorted(path for path in files if path.stat().st_size):
+        parts = path.relative_to(root).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
+
+
+def find_imports(module: str, path: Path, modules: dict[str, Path]) -> Iterator[str]:
+    """Every imported module, names that are modules of ours or of megatron.core included."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                source = ".".join([*above, source] if source else above)
+            named = [f"{source}.{alias.name}" for alias in node.names]
+            ours = [name for name in named if name in modules]
+            if len(ours) < len(named):
+                yield source
+            yield from ours
+            yield from (name for name in named if name.startswith("megatron."))
+
+
+def find_violations(root: Path) -> list[str]:
+    modules = find_modules(root)
+    found = []
+    for module, path in modules.items():
+        part = max((part for part in ALLOWED if is_in(module, (part,))), key=len, default=None)
+        if part is None:
+            found.append(f"{module}: has no rule in {Path(__file__).name}")
+            continue
+        if module.rpartition(".")[2] in VAGUE_NAMES:
+            found.append(f"{module}: a name that says nothing")
+        for target in find_imports(module, path, modules):
+            if is_in(target, PACKAGES) and not is_in(target, (part, *ALLOWED[part])):
+                found.append(f"{module}: imports {target}")
+            if is_in(target, OUTSIDE) or is_in(target, ("megatron.training",)):
+                found.append(f"{module}: imports {target}")
+            if is_in(target, ("megatron",)) and not is_in(module, USES_MEGATRON):
+                found.append(f"{module}: imports {target}")
+            is_state = is_in(target, ("megatron.core.parallel_state", "megatron.core.mpu"))
+            if is_state and module != HOLDS_PARALLEL_STATE:
+                found.append(f"{module}: imports {target}")
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    assert len(find_modules(ROOT)) > 10
+    assert find_violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "violation"),
+    [
+        ("megatron_eso/data/reader.py", "import megatron.core", "imports megatron.core"),
+        ("megatron_eso/diffusion/rows.py", "from megatron_eso.data import batches", "imports"),
+        ("megatron_eso/diffusion/rows.py", "from ..data import batches", "imports megatron_eso"),
+        ("megatron_eso/config.py", "import megatron_eso.config_io", "imports megatron_eso.config"),
+        ("megatron_eso/sampler/model.py", "from megatron_eso.model import x", "imports"),
+        ("megatron_eso/model/block.py", "from megatron.core import parallel_state", "parallel_st"),
+        ("megatron_eso/training/loop.py", "import megatron.training.x", "megatron.training"),
+        ("megatron_eso/training/loop.py", "import pretrain.train", "imports pretrain.train"),
+        ("pretrain/train.py", "from tests.support import world", "imports tests.support"),
+        ("megatron_eso/data/utils.py", "", "a name that says nothing"),
+        ("megatron_eso/extra.py", "", "has no rule"),
+    ],
+)
+def test_a_violation_is_found(tmp_path: Path, file: str, line: str, violation: str) -> None:
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(f"def late():\n    {line or 'pass'}\n", encoding="utf-8")
+    found = find_violations(tmp_path)
+    assert found
+    assert violation in found[0]
+
+
+@pytest.mark.parametrize(
+    ("blocked", "modules"),
+    [
+        ("megatron torch numpy", "megatron_eso.config_io megatron_eso.errors"),
+        ("megatron torch", "megatron_eso.data.shard_format megatron_eso.dry_run"),
+        (
+            "megatron",
+            "megatron_eso.diffusion.rows megatron_eso.data.batches megatron_eso.sampler "
+            "checkpoints_conversion.parameter_map",
+        ),
+    ],
+)
+def test_parts_import_without(blocked: str, modules: str) -> None:
+    program = (
+        "import importlib, sys\n"
+        f"for name in {blocked.split()!r}: sys.modules[name] = None\n"
+        f"for name in {modules.split()!r}: importlib.import_module(name)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
