@@ -1,7 +1,7 @@
 """Megatron-Core's `torch_dist` directories in plain PyTorch: no megatron, no process group.
 
-torch reads the index `.metadata` with plain pickle; here only the classes of an index are built, and
-tensors are read with `weights_only`. Byte entries (pickled objects) are never loaded.
+torch reads the index `.metadata` with plain pickle; here only the classes of an index are built,
+and tensors are read with `weights_only`. Byte entries (pickled objects) are never loaded.
 """
 
 import dataclasses

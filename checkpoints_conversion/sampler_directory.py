@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_eso.errors import CheckpointError
+from megatron_eso.sampler import network_eso_lm
 from megatron_eso.sampler.directory import FORMAT_VERSION, INDEX_FILE, WEIGHTS_FILE
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -69,7 +70,7 @@ def write_sampler_directory(
         write_weights(partial, stored, max_shard_bytes)
         write_json(partial / "config.json", config)
         write_json(partial / "generation_config.json", generation)
-        code = Path(__file__).parent.parent / "megatron_eso" / "sampler"
+        code = Path(network_eso_lm.__file__).parent
         for name in CODE_FILES:
             shutil.copyfile(code / name, partial / name)
 

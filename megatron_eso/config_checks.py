@@ -67,6 +67,8 @@ FROM_0_BELOW_1 = (
     "optimizer.adam_beta2",
     "optimizer.ema_decay",
 )
+MAX_DENOMINATOR = 1_000_000
+NUM_SUGGESTIONS = 4
 PIPELINE_LAYOUT = re.compile(r"E[t|]*L")
 FROM_0_TO_1 = ("objective.alpha_0", "objective.batch_split")
 
@@ -140,23 +142,39 @@ def check_dealing(
     Raises:
         ConfigError: names sizes that can be dealt.
     """
-    unit = micro_batch_size * data_parallel_size
-    denominator = Fraction(repr(float(batch_split))).denominator
-    if micro_batch_size % denominator:
-        unit *= denominator
+    for name, value in (
+        ("train.global_batch_size", global_batch_size),
+        ("train.micro_batch_size", micro_batch_size),
+        ("data-parallel size", data_parallel_size),
+    ):
+        if value < 1:
+            raise ConfigError(f"{origin and origin + ': '}{name} = {value}: must be at least 1")
+    if not 0 <= batch_split <= 1:
+        raise ConfigError(f"objective.batch_split = {batch_split}: must be between 0 and 1")
+    denominator = as_share(batch_split).denominator
+
+    def unit_of(size: int) -> int:
+        return size * data_parallel_size * (1 if size % denominator == 0 else denominator)
+
+    unit = unit_of(micro_batch_size)
     if global_batch_size % unit == 0:
         return
     below, above = global_batch_size // unit * unit, round_up(global_batch_size, unit)
     sizes = f"{below} or {above}" if below else f"{above}"
-    alternative = ""
-    if unit > micro_batch_size * data_parallel_size:
-        alternative = f", or a train.micro_batch_size that is a multiple of {denominator}"
+    valid = [n for n in range(1, global_batch_size + 1) if global_batch_size % unit_of(n) == 0]
+    names = " or ".join(map(str, valid[-NUM_SUGGESTIONS:]))
     raise ConfigError(
         f"{origin and origin + ': '}train.global_batch_size = {global_batch_size} cannot be dealt "
         f"evenly with train.micro_batch_size = {micro_batch_size}, "
         f"data-parallel size {data_parallel_size} and objective.batch_split = {batch_split}: "
-        f"use a multiple of {unit} such as {sizes}{alternative}"
+        f"take a multiple of {unit} ({sizes})"
+        + (f", or train.micro_batch_size = {names}" if valid else "")
     )
+
+
+def as_share(batch_split: float) -> Fraction:
+    """The share that a decimal stands for: 0.3333333 is one third."""
+    return Fraction(batch_split).limit_denominator(MAX_DENOMINATOR)
 
 
 def with_vocabulary(

@@ -88,7 +88,9 @@ def start_logging(rank: int) -> None:
         format="%(asctime)s " + ("" if rank == 0 else f"[rank {rank}] ") + "%(message)s",
         datefmt="%H:%M:%S",
     )
+    # Megatron-Core warns of every optional package; the log says what is in use.
     logging.getLogger("megatron").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="megatron")
 
 
 def run_training(
@@ -96,18 +98,16 @@ def run_training(
 ) -> None:
     """Build everything on this rank and train; collective over the world."""
     # Imported once the configuration is known to be sound: importing takes seconds.
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="megatron")
-        from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.cpu_backend import install_cpu_backend
 
-        install_cpu_backend()
-        from megatron_eso.data.batches import TrainingBatches
-        from megatron_eso.training.checkpoint import Checkpoints, restore
-        from megatron_eso.training.loop import Trainer
-        from megatron_eso.training.metrics import MetricsLog
-        from megatron_eso.training.parallel import model_parallel_groups, process_group
-        from megatron_eso.training.run_directory import RunDirectory
-        from megatron_eso.training.train_state import build_train_state
+    install_cpu_backend()
+    from megatron_eso.data.batches import TrainingBatches
+    from megatron_eso.training.checkpoint import Checkpoints, restore
+    from megatron_eso.training.loop import Trainer
+    from megatron_eso.training.metrics import MetricsLog
+    from megatron_eso.training.parallel import model_parallel_groups, process_group
+    from megatron_eso.training.run_directory import RunDirectory
+    from megatron_eso.training.train_state import build_train_state
 
     run = RunDirectory(Path(config.run.directory))
     is_first = int(os.environ.get("RANK", "0")) == 0
@@ -119,12 +119,15 @@ def run_training(
         batches = TrainingBatches(config, train_data, groups.dp.size())
         state = build_train_state(config, groups)
         checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep_last, batches.identity)
+        logger.info("%s", describe_parts(config, state.parameters[0].inner))
         restore(state, config, checkpoints)
         if is_first:
             run.write_config(config, train_data.tokenizer_directory)
         metrics = stack.enter_context(
             MetricsLog(run, state.counters) if is_first else nullcontext()
         )
+        if metrics is not None:
+            metrics.log_config(config)
         assert config.data.vocab_size is not None
         trainer = Trainer(
             config=config,
@@ -145,6 +148,17 @@ def run_training(
             raise
         if is_first:
             run.write_status("finished", state.counters.step, reason="train.num_steps reached")
+
+
+def describe_parts(config: Config, adam: object) -> str:
+    """What is in use, in a line: layout, precision, and whose implementations."""
+    parallel = config.parallel
+    return (
+        f"TP={parallel.tensor_model_parallel_size} PP={parallel.pipeline_model_parallel_size} "
+        f"world size {os.environ.get('WORLD_SIZE', '1')} | {config.train.precision} | "
+        f"attention and norms of torch | {type(adam).__name__} of "
+        f"{type(adam).__module__.split('.')[0]}"
+    )
 
 
 if __name__ == "__main__":

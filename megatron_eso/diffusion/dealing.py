@@ -12,9 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.typing import NDArray
 
-from megatron_eso.errors import ConfigError
-
-_MAX_DENOMINATOR = 1_000_000
+from megatron_eso.config_checks import as_share, check_dealing
 
 
 def _steps_up(numbers: NDArray[np.int64], share: int, whole: int) -> NDArray[np.bool_]:
@@ -47,14 +45,12 @@ class Dealing:
 
     def __post_init__(self) -> None:
         """Refuses sizes that do not deal both phases evenly."""
-        for name in ("global_batch_size", "micro_batch_size", "data_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} = {getattr(self, name)}: must be at least 1")
-        if not 0 <= self.batch_split <= 1:
-            raise ConfigError(f"objective.batch_split = {self.batch_split}: must be in [0, 1]")
-        unit = self._unit(self.micro_batch_size)
-        if self.global_batch_size % unit:
-            raise ConfigError(self._describe_valid_sizes(unit))
+        check_dealing(
+            global_batch_size=self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            data_parallel_size=self.data_parallel_size,
+            batch_split=self.batch_split,
+        )
 
     @property
     def num_diffusion_samples(self) -> int:
@@ -102,7 +98,7 @@ class Dealing:
 
     @property
     def _share(self) -> Fraction:
-        return Fraction(self.batch_split).limit_denominator(_MAX_DENOMINATOR)
+        return as_share(self.batch_split)
 
     def _diffusion_counts(self) -> NDArray[np.int64]:
         """Returns the number of diffusion samples of each micro-batch of a rank."""
@@ -121,29 +117,3 @@ class Dealing:
         ends = np.cumsum(counts * self.data_parallel_size)
         starts = ends - counts * self.data_parallel_size + counts * data_parallel_rank
         return [places[start : start + count] for start, count in zip(starts, counts, strict=True)]
-
-    def _unit(self, micro_batch_size: int) -> int:
-        """Returns the number whose multiples are the global batch sizes that can be dealt.
-
-        With the share p/q in lowest terms: either a micro-batch holds the mix (q divides its size),
-        or the samples of both phases divide into whole micro-batches of every rank, which asks for
-        q of those.
-        """
-        micro_batches = micro_batch_size * self.data_parallel_size
-        denominator = self._share.denominator
-        return micro_batches * (1 if micro_batch_size % denominator == 0 else denominator)
-
-    def _describe_valid_sizes(self, unit: int) -> str:
-        size = self.global_batch_size
-        sizes = [n for n in (size // unit * unit, (size // unit + 1) * unit) if n > 0]
-        message = (
-            f"train.global_batch_size = {size} cannot be dealt evenly at "
-            f"objective.batch_split = {self.batch_split}, "
-            f"train.micro_batch_size = {self.micro_batch_size}, "
-            f"data_parallel_size = {self.data_parallel_size}: "
-            f"take a multiple of {unit} ({' or '.join(map(str, sizes))})"
-        )
-        valid = [n for n in range(1, size + 1) if size % self._unit(n) == 0]
-        if valid:
-            message += f", or train.micro_batch_size = {' or '.join(map(str, valid[-4:]))}"
-        return message

@@ -5,8 +5,8 @@ those names mean the CPU: torch's factory functions accept a CUDA device, `Tenso
 identity, and a few functions of `torch.cuda` answer for the CPU. Functions are wrapped rather than
 a TorchFunctionMode entered, since a mode is not active in backward and would break recompute.
 
-This is one of the two modules that change Megatron-Core or torch; it refuses every other version
-and does nothing where a CUDA device is there.
+This is the one module that changes Megatron-Core or torch; it refuses every other version and does
+nothing where a CUDA device is there.
 """
 
 import functools

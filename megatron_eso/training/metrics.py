@@ -9,6 +9,8 @@ from typing import Any, Self
 
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_eso.config import Config
+from megatron_eso.config_io import config_to_toml
 from megatron_eso.training.files import write_atomically
 from megatron_eso.training.run_directory import RunDirectory
 from megatron_eso.training.train_state import Counters
@@ -47,9 +49,10 @@ class MetricsLog:
         for writer in (self._steps, self._flops, self._tokens):
             writer.close()
 
-    def log_text(self, tag: str, text: str) -> None:
-        """Show a text in TensorBoard."""
-        self._steps.add_text(tag, text)
+    def log_config(self, config: Config) -> None:
+        """Show the resolved configuration in TensorBoard's text tab."""
+        indented = "\n".join(f"    {line}" for line in config_to_toml(config).splitlines())
+        self._steps.add_text("config", indented)
 
     def log(self, counters: Counters, values: dict[str, float]) -> None:
         """Record `values` by tag at the step that was taken last."""

@@ -148,9 +148,9 @@ REFUSALS = [
     (["parallel.overlap_p2p_comm=true"], "is for an interleaved pipeline"),
     (["parallel.sequence_parallel=true"], "needs parallel.tensor_model_parallel_size of 2 or more"),
     (["parallel.overlap_param_gather=true"], "needs parallel.use_distributed_optimizer = true"),
-    (["train.global_batch_size=18"], "use a multiple of 4 such as 16 or 20"),
-    (["train.micro_batch_size=1", "train.global_batch_size=3"], "use a multiple of 2 such as 2"),
-    (["objective.batch_split=0.3"], "or a train.micro_batch_size that is a multiple of 10"),
+    (["train.global_batch_size=18"], "take a multiple of 4 (16 or 20)"),
+    (["train.micro_batch_size=1", "train.global_batch_size=3"], "take a multiple of 2"),
+    (["objective.batch_split=0.3"], "take a multiple of 40"),
     (["objective.alpha_0=1.5"], "must be between 0 and 1"),
     (["objective.alpha_0=1", "objective.batch_split=0.5"], "has the diffusion phase only; use 1"),
     (["objective.alpha_0=0", "objective.batch_split=0.5"], "has the sequential phase only; use 0"),
@@ -231,9 +231,9 @@ def test_phases_are_dealt_evenly_or_refused(
     if is_valid:
         check_dealing(**arguments, batch_split=split)
         return
-    with pytest.raises(ConfigError, match=r"use a multiple of (\d+)") as raised:
+    with pytest.raises(ConfigError, match=r"take a multiple of (\d+)") as raised:
         check_dealing(**arguments, batch_split=split)
-    unit = int(str(raised.value).split("use a multiple of ")[1].split()[0])
+    unit = int(str(raised.value).split("take a multiple of ")[1].split()[0])
     check_dealing(**(arguments | {"global_batch_size": unit}), batch_split=split)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of real training, through `to-sampler`: the Megatron model's logits, on any layout."""
+"""Checkpoints of training through `to-sampler`: the Megatron model's logits, on any layout."""
 
 import hashlib
 import shutil
@@ -46,7 +46,7 @@ def draw_probe(vocab_size: int, mask_token_id: int) -> tuple[Tensor, Tensor, Ten
 
 
 def compute_logits(run: Path, data: Path, overrides: Overrides) -> tuple[int, int, list[Tensor]]:
-    """Vocabulary size, mask token, and the Megatron model's logits of the masked slots, by phase."""
+    """Vocabulary size, mask token, and the Megatron model's logits of masked slots, by phase."""
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
