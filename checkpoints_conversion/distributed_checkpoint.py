@@ -48,7 +48,7 @@ def read_index(directory: Path) -> Metadata:
     """Read the index without executing anything that its pickle names.
 
     Raises:
-        CheckpointError: missing, damaged, of another format, or it names files elsewhere.
+        CheckpointError: missing, damaged or of another format.
     """
     backend = directory / BACKEND_FILE
     try:
@@ -60,13 +60,6 @@ def read_index(directory: Path) -> Metadata:
     if found != BACKEND["sharded_backend"]:
         raise CheckpointError(f"{backend}: the format {found!r} is unknown; save as torch_dist")
     index = read_checkpoint_metadata(directory)
-    if not isinstance(index.storage_data, dict):
-        raise CheckpointError(
-            f"{directory / INDEX_FILE}: no index of a checkpoint; take another one"
-        )
-    for info in index.storage_data.values():
-        if Path(info.relative_path).name != info.relative_path:
-            raise CheckpointError(f"{directory / INDEX_FILE}: names the file {info.relative_path}")
     if index.storage_meta is None:
         index = dataclasses.replace(index, storage_meta=StorageMeta())
     return index

@@ -203,7 +203,7 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per stage of an interleaved pipeline; left out: not interleaved."""
     pipeline_model_parallel_layout: str | None = None
-    """Layers of each pipeline part, in Megatron-Core's notation, where they do not divide evenly."""
+    """Layers of each pipeline part in Megatron-Core's notation, where they do not divide evenly."""
     sequence_parallel: bool = False
     """Split norms and dropout over the tensor-parallel ranks by rows."""
     use_distributed_optimizer: bool = False

@@ -40,20 +40,31 @@ class _IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+# What unpickling damaged bytes raises.
+DAMAGE = (
+    *(pickle.UnpicklingError, EOFError, OSError, ImportError, MemoryError, OverflowError),
+    *(AttributeError, IndexError, KeyError, TypeError, ValueError),
+)
+
+
 def read_checkpoint_metadata(checkpoint: Path) -> Metadata:
     """Read the index of a distributed checkpoint.
 
     Raises:
-        CheckpointError: It is missing or damaged, or holds more than an index.
+        CheckpointError: It is missing or damaged, holds more than an index, or names files that lie
+            elsewhere.
     """
     path = checkpoint / ".metadata"
     try:
         with path.open("rb") as stream:
             metadata = _IndexUnpickler(stream).load()
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError("it is something else")
+        for info in metadata.storage_data.values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise pickle.UnpicklingError(f"it names the file {info.relative_path}")
+    except DAMAGE as error:
         raise CheckpointError(
             f"{path}: not readable as a checkpoint's index ({error}); take another checkpoint"
         ) from error
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{path}: not a checkpoint's index; take another checkpoint")
     return metadata

@@ -16,8 +16,8 @@ from megatron_eso.config import Config
 from megatron_eso.config_checks import check_layout, with_vocabulary
 from megatron_eso.config_io import LoadedConfig, load_config
 from megatron_eso.data.reader import TokenDataset
-from megatron_eso.errors import UserError, run_command
 from megatron_eso.dry_run import format_dry_run
+from megatron_eso.errors import UserError, run_command
 from megatron_eso.estimates import training_flops_per_token
 
 CONFIGS = Path(__file__).parent / "configs"

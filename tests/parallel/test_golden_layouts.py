@@ -1,4 +1,4 @@
-"""The reference's numbers from the Megatron model, on every layout, with the imported checkpoint."""
+"""The reference's numbers from the Megatron model on every layout, by an imported checkpoint."""
 
 import dataclasses
 from pathlib import Path

@@ -66,7 +66,9 @@ def test_five_steps_equal_one_ranks(
         worst = max(worst, float(difference))
         assert difference < UPDATE_TOLERANCE, name
     sizes = torch.stack([update.abs().mean() for update in expected_updates.values()])
-    print(f"{case}: updates differ by {worst:.1e}, mean size {sizes.min():.1e} .. {sizes.max():.1e}")
+    print(
+        f"{case}: updates differ by {worst:.1e}, mean size {sizes.min():.1e} .. {sizes.max():.1e}"
+    )
 
 
 def test_steps_move_every_tensor(reference: tuple[Trained, dict[str, Tensor]]) -> None:
