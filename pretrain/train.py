@@ -17,7 +17,7 @@ from megatron_eso.config_checks import check_layout, with_vocabulary
 from megatron_eso.config_io import LoadedConfig, load_config
 from megatron_eso.data.reader import TokenDataset
 from megatron_eso.dry_run import format_dry_run
-from megatron_eso.errors import UserError, run_command
+from megatron_eso.errors import ConfigError, UserError, run_command
 from megatron_eso.estimates import training_flops_per_token
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -65,10 +65,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def open_data(loaded: LoadedConfig) -> tuple[TokenDataset, TokenDataset | None, Config]:
     """Open the shards, and complete the configuration by their vocabulary."""
-    data = loaded.config.data
+    data, config = loaded.config.data, loaded.config
+    for key, folder in (("data.train", data.train), ("data.validation", data.validation)):
+        if folder is not None and not Path(folder).is_dir():
+            origin = loaded.origins.get(key, "default")
+            raise ConfigError(
+                f"{origin}: {key} = {folder}: there is no such folder; build the shards with "
+                f"python -m data_tools build"
+            )
     train = TokenDataset.open(data.train)
     validation = TokenDataset.open(data.validation) if data.validation else None
-    config = loaded.config
     for name, dataset in ((data.train, train), (data.validation, validation)):
         if dataset is not None:
             config = with_vocabulary(

@@ -1,0 +1,123 @@
+"""The quickstart's whole way with a smaller model, and commands that are refused."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_eso.training.run_directory import RunDirectory
+from tests.support.training import tiny_arguments
+
+START_TOLERANCE = 0.05  # of the NELBO before training beside that of the uniform distribution
+
+# The tags that users and outside checks rely on; perf/mfu is for GPUs.
+TAGS = {
+    *("train/loss", "train/nelbo", "train/loss_diffusion", "train/loss_sequential"),
+    *("train/grad_norm", "train/learning_rate", "train/skipped_steps"),
+    *("perf/tokens_per_second", "perf/tokens_per_second_per_gpu", "perf/step_seconds"),
+    *("perf/data_wait_seconds", "perf/memory_gib", "progress/tokens", "progress/flops"),
+    *("val/nelbo", "val/perplexity", "val/nelbo_diffusion", "val/nelbo_sequential"),
+    *("val/nelbo_stderr", "val_raw/nelbo"),
+}
+SCALING = {"scaling/val_nelbo_by_flops", "scaling/val_nelbo_by_tokens"}
+
+
+def run_quickstart(folder: Path) -> str:
+    small = {
+        "run.directory": f'"{folder / "run"}"',
+        "data.train": f'"{folder / "data" / "shards" / "train"}"',
+        "data.validation": f'"{folder / "data" / "shards" / "validation"}"',
+        "model.num_layers": 2,
+        "model.hidden_size": 64,
+        "train.num_steps": 8,
+        "train.log_interval": 4,
+        "optimizer.lr_warmup_steps": 2,
+        "validation.num_samples": 96,
+    }
+    arguments = [f"{key}={value}" for key, value in small.items()]
+    finished = subprocess.run(
+        [sys.executable, "-m", "pretrain.quickstart", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+@pytest.mark.slow
+def test_quickstart_trains_converts_and_samples(tmp_path: Path) -> None:
+    output = run_quickstart(tmp_path)
+    found = {
+        name: float(value)
+        for name, value in re.findall(r"^  (\w+) \w+ +([\d.]+)", output, re.MULTILINE)
+    }
+    assert found["after"] < found["before"]
+    assert abs(math.log(found["before"]) / math.log(2048) - 1) < START_TOLERANCE
+    assert found["unigram"] > 1
+    for word in ("samples", "TensorBoard logs", "sampler directory", "next, on a cluster"):
+        assert word in output
+    run = RunDirectory(tmp_path / "run")
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert set().union(*records) >= TAGS | SCALING
+    scalars = EventAccumulator(str(run.tensorboard)).Reload().Tags()["scalars"]
+    assert set(scalars) >= TAGS
+    for folder in ("scaling_by_flops", "scaling_by_tokens"):
+        assert EventAccumulator(str(run.tensorboard / folder)).Reload().Tags()["scalars"]
+    again = run_quickstart(tmp_path)
+    assert again.count("kept:") == 5
+
+
+@pytest.mark.parametrize(
+    ("argument", "code", "words"),
+    [
+        ("model.hiden_size=3", 2, ["model.hiden_size", "hidden_size"]),
+        ("parallel.tensor_model_parallel_size=3", 2, ["parallel.tensor_model_parallel_size", "4"]),
+        ("train.global_batch_size=7", 2, ["train.global_batch_size = 7", "take a multiple of"]),
+        ('data.train="nowhere"', 2, ["data.train = nowhere", "data_tools build"]),
+        ("data.vocab_size=17", 2, ["data.vocab_size = 17", "train"]),
+    ],
+)
+def test_a_wrong_command_is_one_line(
+    argument: str, code: int, words: list[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    arguments = [*tiny_arguments(tmp_path / "run", tiny_data, {}), argument]
+    finished = subprocess.run(
+        [sys.executable, "-m", "pretrain.train", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == code
+    assert finished.stderr.count("\n") == 1, finished.stderr
+    assert finished.stderr.startswith("error: ")
+    for word in words:
+        assert word in finished.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_changed_model_is_refused_on_resume(tiny_data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pretrain.train"]
+    steps = {"train.num_steps": 2}
+    arguments = tiny_arguments(tmp_path / "run", tiny_data, steps)
+    subprocess.run([*command, *arguments], check=True, capture_output=True)
+    finished = subprocess.run(
+        [*command, *arguments, "run.seed=5"], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 2
+    assert "error: run.seed = 5, but" in finished.stderr
+    more = subprocess.run(
+        [*command, *arguments, "train.num_steps=3", "optimizer.learning_rate=1e-3"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert more.returncode == 0, more.stderr
+    assert "optimizer.learning_rate: 0.01 -> 0.001" in more.stderr
+    assert '"train/learning_rate": 0.001' in (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -1,0 +1,153 @@
+"""Validation: the same number on every layout, the oracle's number, and nothing changed by it."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_eso.data.batches import VALIDATION_SEED
+from megatron_eso.data.reader import TokenDataset
+from megatron_eso.diffusion.noise import draw_noise, validation_times
+from megatron_eso.sampler import EsoLM
+from tests.support.dense_oracle import OracleConfig, dense_losses
+from tests.support.training import (
+    LAYOUTS,
+    OVERLAPPED,
+    Overrides,
+    read_checkpoint,
+    tiny_config,
+    train_tiny,
+)
+from tests.support.world import World
+
+pytestmark = pytest.mark.parallel
+
+NELBO_TOLERANCE = 1e-6  # relative
+NUM_STEPS = 2
+# Does not divide by two data-parallel ranks or by the micro-batch.
+SAMPLES: Overrides = {"validation.num_samples": 7, "validation.micro_batch_size": 2}
+FEW: Overrides = {"validation.num_samples": 1}
+
+
+def evaluate_tiny(run: Path, data: Path, overrides: Overrides) -> tuple[Any, Any, Path]:
+    """Evaluate average and weights of the newest checkpoint, save the state again elsewhere."""
+    from megatron_eso.training.cpu_backend import install_cpu_backend
+
+    install_cpu_backend()
+    from megatron_eso.data.batches import TrainingBatches
+    from megatron_eso.training.checkpoint import Checkpoints, restore
+    from megatron_eso.training.evaluation import evaluate
+    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.step import train_step
+    from megatron_eso.training.train_state import build_train_state
+
+    config = tiny_config(run, data, overrides)
+    validation = TokenDataset.open(data / "validation")
+    with model_parallel_groups(config.parallel) as groups:
+        batches = TrainingBatches(config, TokenDataset.open(data / "train"), groups.dp.size())
+        state = build_train_state(config, groups)
+        restore(state, config, Checkpoints(run / "checkpoints", 1, batches.identity))
+        ema = evaluate(config, state, validation, groups, use_ema=True)
+        raw = evaluate(config, state, validation, groups, use_ema=False)
+        train_step(config, state, batches, groups, flops_per_token=1.0)
+        after = Checkpoints(run / "evaluated", 1, batches.identity).save(state, config, groups)
+    return ema, raw, after
+
+
+@pytest.fixture(scope="module")
+def trained(world: World, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("trained")
+    world.run(train_tiny, 1, run, tiny_data, {}, NUM_STEPS)
+    return run
+
+
+def copy_run(trained: Path, to: Path) -> Path:
+    to.mkdir()
+    (to / "checkpoints").symlink_to(trained / "checkpoints")
+    return to
+
+
+@pytest.mark.parametrize("layout", ["TP=2 SP", "PP=2 interleaved", "DP=2", "DP=2 overlapped"])
+def test_validation_does_not_depend_on_the_layout(
+    layout: str, trained: Path, world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    num_ranks, overrides = LAYOUTS.get(layout, (2, OVERLAPPED))
+    one = copy_run(trained, tmp_path / "one")
+    expected = world.run(evaluate_tiny, 1, one, tiny_data, SAMPLES)[0]
+    run = copy_run(trained, tmp_path / "run")
+    for ema, raw, _ in world.run(evaluate_tiny, num_ranks, run, tiny_data, overrides | SAMPLES):
+        for found, reference in ((ema, expected[0]), (raw, expected[1])):
+            assert found.nelbo == pytest.approx(reference.nelbo, rel=NELBO_TOLERANCE)
+            assert found.standard_error == pytest.approx(
+                reference.standard_error, rel=1000 * NELBO_TOLERANCE
+            )
+        assert ema.nelbo != raw.nelbo
+
+
+def test_a_rank_may_have_no_validation_samples(
+    trained: Path, world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = copy_run(trained, tmp_path / "run")
+    answers = world.run(evaluate_tiny, 2, run, tiny_data, OVERLAPPED | FEW)
+    assert answers[0][0].nelbo == answers[1][0].nelbo
+    assert math.isnan(answers[0][0].standard_error)
+
+
+def test_validation_leaves_the_state_as_it_was(
+    trained: Path, world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    """One more step with and without validations before it: the same to the last bit."""
+    for name, overrides, num_ranks in (("fp32", {}, 1), ("overlapped", OVERLAPPED, 2)):
+        run = copy_run(trained, tmp_path / name)
+        after = world.run(evaluate_tiny, num_ranks, run, tiny_data, overrides)[0][2]
+        plain = tmp_path / f"{name}_plain"
+        (plain / "checkpoints").mkdir(parents=True)
+        step = f"step_{NUM_STEPS:08d}"
+        (plain / "checkpoints" / step).symlink_to(trained / "checkpoints" / step)
+        straight = world.run(train_tiny, num_ranks, plain, tiny_data, overrides, NUM_STEPS + 1)[0]
+        expected, found = read_checkpoint(straight.checkpoint), read_checkpoint(after)
+        for key, tensor in expected.items():
+            assert torch.equal(found[key], tensor), (name, key)
+
+
+def test_validation_is_the_oracles(
+    trained: Path, world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    from checkpoints_conversion.__main__ import main as convert
+
+    run = copy_run(trained, tmp_path / "run")
+    _, raw, _ = world.run(evaluate_tiny, 1, run, tiny_data, SAMPLES)[0]
+    convert(["to-sampler", str(trained), str(tmp_path / "sampler"), "--weights", "raw"])
+    model = EsoLM.from_pretrained(tmp_path / "sampler", dtype=torch.float64)
+    parameters = dict(model.network.state_dict())
+    config = tiny_config(run, tiny_data, SAMPLES)
+    assert config.data.mask_token_id is not None
+    oracle = OracleConfig(
+        num_layers=config.model.num_layers,
+        num_heads=config.model.num_attention_heads,
+        num_groups=config.model.num_query_groups,
+        mask_token_id=config.data.mask_token_id,
+    )
+    length, alpha_0 = config.data.sequence_length, config.objective.alpha_0
+    indices = np.arange(config.validation.num_samples)
+    x_0 = torch.from_numpy(TokenDataset.open(tiny_data / "validation").rows(indices, length))
+    times = validation_times(VALIDATION_SEED, indices, len(indices))
+    nelbo = np.zeros(len(indices))
+    for is_sequential in (False, True):
+        noise = draw_noise(
+            VALIDATION_SEED,
+            indices,
+            np.full(len(indices), is_sequential),
+            times,
+            alpha_0,
+            length,
+            is_validation=True,
+        )
+        losses = dense_losses(parameters, oracle, x_0, noise, alpha_0=alpha_0, loss_type="elbo")
+        nelbo += (losses.nll_BT.sum(1) * losses.elbo_weights_B).numpy() / length
+    assert raw.nelbo == pytest.approx(nelbo.mean(), rel=NELBO_TOLERANCE)
+    error = nelbo.std(ddof=1) / math.sqrt(len(nelbo))
+    assert raw.standard_error == pytest.approx(error, rel=1000 * NELBO_TOLERANCE)
