@@ -67,7 +67,7 @@ class DirectSaveStrategy(TorchDistSaveShardedStrategy):
     """
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
-        """Write this rank's tensors, and the index on rank 0, to disk; collective over the world."""
+        """Write this rank's tensors to disk, and on rank 0 the index; collective over the world."""
         renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         save_state_dict(
             mcore_to_pyt_state_dict(renamed, False),
