@@ -25,7 +25,7 @@ setup(
         "numpy>=1.26",
         "psutil",  # megatron-core's checkpoint writer imports it and does not declare it
         "safetensors",
-        "sentencepiece",
+        "sentencepiece>=0.2.3",
         "tensorboard",
         "torch>=2.6",
         "xxhash",

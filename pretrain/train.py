@@ -20,6 +20,7 @@ from megatron_eso.dry_run import format_dry_run
 from megatron_eso.errors import ConfigError, UserError, run_command
 from megatron_eso.estimates import training_flops_per_token
 
+LOG_FORMAT = "%(asctime)s %(message)s"
 CONFIGS = Path(__file__).parent / "configs"
 
 logger = logging.getLogger("pretrain")
@@ -89,11 +90,11 @@ def open_data(loaded: LoadedConfig) -> tuple[TokenDataset, TokenDataset | None, 
 
 def start_logging(rank: int) -> None:
     """Log to stderr: progress on rank 0, warnings with their rank elsewhere."""
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format="%(asctime)s " + ("" if rank == 0 else f"[rank {rank}] ") + "%(message)s",
-        datefmt="%H:%M:%S",
-    )
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt="%H:%M:%S")
+    if rank > 0:
+        (handler,) = logging.getLogger().handlers
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(logging.Formatter(f"[rank {rank}] {LOG_FORMAT}", "%H:%M:%S"))
     # Megatron-Core warns of every optional package; the log says what is in use.
     logging.getLogger("megatron").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="megatron")
@@ -120,6 +121,7 @@ def run_training(
     with ExitStack() as stack:
         if is_first:
             stack.enter_context(run.locked())
+        log_to_file(run.path / "logs")
         stack.enter_context(process_group())
         groups = stack.enter_context(model_parallel_groups(config.parallel))
         batches = TrainingBatches(config, train_data, groups.dp.size())
@@ -154,6 +156,14 @@ def run_training(
             raise
         if is_first:
             run.write_status("finished", state.counters.step, reason="train.num_steps reached")
+
+
+def log_to_file(folder: Path) -> None:
+    """Keep this rank's log in a file of its own, those of earlier jobs before it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank_{int(os.environ.get('RANK', '0')):05d}.log")
+    handler.setFormatter(logging.Formatter(LOG_FORMAT, "%Y-%m-%d %H:%M:%S"))
+    logging.getLogger().addHandler(handler)
 
 
 def describe_parts(config: Config, adam: object) -> str:

@@ -31,7 +31,7 @@ class MetricsLog:
 
     def __init__(self, run: RunDirectory, counters: Counters) -> None:
         keep_lines(run.metrics, counters.step)
-        self._lines = run.metrics.open("a")
+        self._lines = run.metrics.open("a", buffering=1)
         self._steps = open_writer(run.tensorboard, counters.step)
         self._flops = open_writer(run.tensorboard / "scaling_by_flops", _gigaflops(counters))
         self._tokens = open_writer(run.tensorboard / "scaling_by_tokens", counters.tokens)

@@ -1,16 +1,17 @@
 """`kill -9` at a random instant, and the run goes on as if nothing had happened."""
 
+import contextlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -35,9 +36,14 @@ CASES: dict[str, Overrides] = {
 
 
 def launch(run: Path, data: Path, overrides: Overrides) -> subprocess.Popen[bytes]:
-    """Start the training command on two ranks, in a process group of its own."""
+    """Start the training command on two ranks."""
     run.mkdir(parents=True, exist_ok=True)
-    schedule = {"train.num_steps": NUM_STEPS, "checkpoint.interval": 4, "validation.interval": 10}
+    schedule = {
+        "train.num_steps": NUM_STEPS,
+        "checkpoint.interval": 4,
+        "validation.interval": 10,
+        "validation.num_samples": 8,
+    }
     arguments = tiny_arguments(run, data, schedule | overrides)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     with (run / "log").open("ab") as log:
@@ -46,8 +52,18 @@ def launch(run: Path, data: Path, overrides: Overrides) -> subprocess.Popen[byte
             stdout=log,
             stderr=log,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,
         )
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """`kill -9` of the launcher and of its ranks, which are not in its process group."""
+    launcher = psutil.Process(process.pid)
+    doomed = [*launcher.children(recursive=True), launcher]
+    for each in doomed:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+    psutil.wait_procs(doomed)
 
 
 def finish(run: Path, data: Path, overrides: Overrides) -> None:
@@ -76,8 +92,8 @@ def kill_at_random(run: Path, data: Path, overrides: Overrides, draw: random.Ran
         assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(draw.uniform(0.0, 0.6))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all(process)
+    assert RunDirectory(run).read_status()["state"] == "running"
     return max(record["step"] for record in read_metrics(run))
 
 

@@ -104,7 +104,7 @@ def test_a_wrong_command_is_one_line(
 
 def test_a_changed_model_is_refused_on_resume(tiny_data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pretrain.train"]
-    steps = {"train.num_steps": 2}
+    steps = {"train.num_steps": 2, "validation.num_samples": 4}
     arguments = tiny_arguments(tmp_path / "run", tiny_data, steps)
     subprocess.run([*command, *arguments], check=True, capture_output=True)
     finished = subprocess.run(
