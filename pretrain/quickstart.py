@@ -111,7 +111,7 @@ def run_stage(title: str, stage: Stage) -> None:
     if stage.is_finished(stage.product):
         say(f"\n[{title}] kept: {stage.product}")
         return
-    say(f"\n[{title}]\n$ {shlex.join(['python', *stage.command[1:]])}")
+    say(f"\n[{title}]\n$ {shlex.join([relative_python(), *stage.command[1:]])}")
     stage.product.parent.mkdir(parents=True, exist_ok=True)
     # One thread for each of the processes: gloo and torch would otherwise fight for the cores.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -132,15 +132,13 @@ def report(config: Config, run: Path, sampler: Path, seconds: float) -> None:
     say(f"  after training   {validations[-1]:9.1f}")
     sample = [sys.executable, "-m", "megatron_eso.sampler", "sample", str(sampler)]
     sample += ["--num-samples", str(NUM_SAMPLES), "--seed", "1"]
-    say(f"\n{NUM_SAMPLES} samples\n$ {shlex.join(['python', *sample[1:]])}")
+    say(f"\n{NUM_SAMPLES} samples\n$ {shlex.join([relative_python(), *sample[1:]])}")
     subprocess.run(sample, check=True)
     say(f"\nthis took {seconds / 60:.1f} minutes")
     say(f"TensorBoard logs   {run / 'tensorboard'}   (tensorboard --logdir {run})")
     say(f"sampler directory  {sampler}")
-    say(
-        "next, on a cluster: torchrun --nproc-per-node=8 -m pretrain.train owt_small.toml "
-        "--dry-run --world-size 8"
-    )
+    say("next, what the paper's 125M run takes on 8 GPUs:")
+    say(f"{relative_python()} -m pretrain.train owt_small.toml --dry-run --world-size 8")
 
 
 def unigram_perplexity(dataset: TokenDataset, sequence_length: int) -> float:
@@ -149,6 +147,12 @@ def unigram_perplexity(dataset: TokenDataset, sequence_length: int) -> float:
     counts = np.bincount(rows.ravel())
     shares = counts[counts > 0] / rows.size
     return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def relative_python() -> str:
+    """This interpreter as one types it here."""
+    python = Path(sys.executable)
+    return str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python)
 
 
 def say(text: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -28,6 +29,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
@@ -128,8 +130,9 @@ class Checkpoints:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             doomed = old.with_suffix(".deleting")
             old.replace(doomed)
-        for doomed in self.directory.glob("step_*.deleting"):
-            shutil.rmtree(doomed)
+        for pattern in ("step_*.deleting", "step_*.tmp"):
+            for doomed in self.directory.glob(pattern):
+                shutil.rmtree(doomed)
 
 
 def restore(state: TrainState, config: Config, checkpoints: Checkpoints) -> None:
@@ -333,7 +336,14 @@ def _load(
         whole = torch.empty(parameter.model.shape, device=parameter.model.device)
         # A shorter vocabulary's padding is zero-filled by Megatron-Core where it allows it.
         wanted[str(number)] = _place(parameter, prefix, whole)
-    loaded = dist_checkpointing.load(wanted, str(checkpoint), validate_access_integrity=False)
+    try:
+        loaded = dist_checkpointing.load(wanted, str(checkpoint), validate_access_integrity=False)
+    except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
+        written_by = read_state_json(checkpoint).get("torch_version", "an unknown version")
+        raise CheckpointError(
+            f"{checkpoint}: cannot be read by torch {torch.__version__} ({error}); it was written "
+            f"by torch {written_by}: use that, or remove the checkpoint to go on from an older one"
+        ) from error
     return [(parameter, loaded[str(number)]) for number, parameter in enumerate(parameters)]
 
 

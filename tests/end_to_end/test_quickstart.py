@@ -61,7 +61,12 @@ def test_quickstart_trains_converts_and_samples(tmp_path: Path) -> None:
     assert found["after"] < found["before"]
     assert abs(math.log(found["before"]) / math.log(2048) - 1) < START_TOLERANCE
     assert found["unigram"] > 1
-    for word in ("samples", "TensorBoard logs", "sampler directory", "next, on a cluster"):
+    for word in (
+        "samples",
+        "TensorBoard logs",
+        "sampler directory",
+        "next, what the paper's 125M run takes",
+    ):
         assert word in output
     run = RunDirectory(tmp_path / "run")
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()]

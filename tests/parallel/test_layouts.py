@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.training import LAYOUTS, Overrides, Trained, read_checkpoint, train_tiny
+from tests.support.training import (
+    LAYOUTS,
+    OVERLAPPED,
+    Overrides,
+    Trained,
+    read_checkpoint,
+    train_tiny,
+)
 from tests.support.world import World
 
 pytestmark = pytest.mark.parallel
@@ -18,6 +25,8 @@ NUM_PARAMETERS_MOVED = 0.5  # least share of a tensor's elements that the steps 
 
 CASES: dict[str, tuple[int, Overrides]] = {
     **{name: layout for name, layout in LAYOUTS.items() if name != "1 rank"},
+    "DP=2 overlapped": (2, OVERLAPPED),
+    "DP=2 overlapped, micro-batch 1": (2, OVERLAPPED | {"train.micro_batch_size": 1}),
     "micro-batch 1": (1, {"train.micro_batch_size": 1}),
     "micro-batch 4": (1, {"train.micro_batch_size": 4}),
 }
@@ -76,3 +85,16 @@ def test_steps_move_every_tensor(reference: tuple[Trained, dict[str, Tensor]]) -
         moved = (update != 0).double().mean()
         if "embedding" not in name and "output_layer" not in name:  # rows of rare tokens
             assert moved > NUM_PARAMETERS_MOVED, name
+
+
+@pytest.mark.parametrize("alpha_0", [0.0, 1.0])
+def test_one_phase_trains_on_every_layout(
+    alpha_0: float, world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    """At the edges of alpha_0 every parameter still takes part in every micro-batch."""
+    edge: Overrides = {"objective.alpha_0": alpha_0}
+    expected = world.run(train_tiny, 1, tmp_path / "one", tiny_data, edge, 2)[0]
+    for number, overrides in enumerate((OVERLAPPED, LAYOUTS["TP=2 SP"][1], LAYOUTS["PP=2"][1])):
+        run = tmp_path / str(number)
+        found = world.run(train_tiny, 2, run, tiny_data, overrides | edge, 2)[0]
+        assert found.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_eso.errors import CheckpointError
 from tests.support.training import (
     DISTRIBUTED,
     INTERLEAVED,
@@ -15,7 +16,7 @@ from tests.support.training import (
     read_checkpoint,
     train_tiny,
 )
-from tests.support.world import World
+from tests.support.world import RankError, World
 
 pytestmark = pytest.mark.parallel
 
@@ -108,3 +109,13 @@ def resave(run: Path, data: Path, overrides: Overrides, to: Path) -> None:
         state = build_train_state(config, groups)
         restore(state, config, Checkpoints(run / "checkpoints", 1, batches.identity))
         Checkpoints(to, 1, batches.identity).save(state, config, groups)
+
+
+def test_a_damaged_checkpoint_is_one_line(world: World, tiny_data: Path, tmp_path: Path) -> None:
+    trained = world.run(train_tiny, 1, tmp_path, tiny_data, {}, RESUMED_AT)[0]
+    (part,) = trained.checkpoint.glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:-1000])
+    with pytest.raises(RankError) as raised:
+        world.run(train_tiny, 1, tmp_path, tiny_data, {}, NUM_STEPS)
+    assert isinstance(raised.value.__cause__, CheckpointError)
+    assert "remove the checkpoint" in str(raised.value.__cause__)
