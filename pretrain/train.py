@@ -5,6 +5,7 @@ would be trained, on what layout and in how much memory, and exits.
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         loaded = load_config(arguments.layers, folder=CONFIGS)
         if arguments.dry_run:
+            if Path(loaded.config.data.train).is_dir():
+                loaded = dataclasses.replace(loaded, config=open_data(loaded)[2])
             sys.stdout.write(format_dry_run(loaded, arguments.world_size) + "\n")
             return 0
         check_layout(loaded.config, int(os.environ.get("WORLD_SIZE", "1")), loaded.origins)

@@ -66,9 +66,11 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(doomed)
 
 
-def finish(run: Path, data: Path, overrides: Overrides) -> None:
+def finish(
+    run: Path, data: Path, overrides: Overrides, time_limit_seconds: float = START_SECONDS
+) -> None:
     process = launch(run, data, overrides)
-    assert process.wait(START_SECONDS) == 0, (run / "log").read_text()[-3000:]
+    assert process.wait(time_limit_seconds) == 0, (run / "log").read_text()[-3000:]
     assert RunDirectory(run).read_status()["state"] == "finished"
 
 

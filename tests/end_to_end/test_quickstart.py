@@ -107,6 +107,19 @@ def test_a_wrong_command_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_knows_the_vocabulary_of_the_data(tiny_data: Path, tmp_path: Path) -> None:
+    arguments = tiny_arguments(tmp_path / "run", tiny_data, {})
+    finished = subprocess.run(
+        [sys.executable, "-m", "pretrain.train", *arguments, "--dry-run", "--world-size", "2"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "vocab_size = 400" in finished.stdout
+    assert "data 2" in finished.stdout
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_changed_model_is_refused_on_resume(tiny_data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pretrain.train"]
     steps = {"train.num_steps": 2, "validation.num_samples": 4}

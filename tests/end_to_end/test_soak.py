@@ -8,19 +8,25 @@ import pytest
 import torch
 
 from megatron_eso.training.run_directory import RunDirectory
-from tests.end_to_end.test_kill import NUM_STEPS, finish, kill_all, launch, read_metrics
+from tests.end_to_end.test_kill import finish, kill_all, launch, read_metrics
 from tests.support.training import OVERLAPPED, Overrides, read_checkpoint
 
 NUM_KILLS = 20
+NUM_STEPS = 300
+TIME_LIMIT_SECONDS = 900.0
 LONGEST_LIFE_SECONDS = 16.0  # beyond the start, so that kills fall on resume, steps and saves alike
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_many_kills_change_nothing(tiny_data: Path, tmp_path: Path) -> None:
-    overrides: Overrides = OVERLAPPED | {"model.hidden_dropout": 0.1, "checkpoint.interval": 1}
+    overrides: Overrides = OVERLAPPED | {
+        "model.hidden_dropout": 0.1,
+        "checkpoint.interval": 1,
+        "train.num_steps": NUM_STEPS,
+    }
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    finish(straight, tiny_data, overrides)
+    finish(straight, tiny_data, overrides, TIME_LIMIT_SECONDS)
     draw = random.Random()
     for number in range(NUM_KILLS):
         process = launch(killed, tiny_data, overrides)
@@ -32,7 +38,7 @@ def test_many_kills_change_nothing(tiny_data: Path, tmp_path: Path) -> None:
         print(f"kill {number}: at step {max(steps, default=0)}")
         if over:
             break
-    finish(killed, tiny_data, overrides)
+    finish(killed, tiny_data, overrides, TIME_LIMIT_SECONDS)
     assert RunDirectory(killed).read_status()["state"] == "finished"
     assert read_metrics(killed) == read_metrics(straight)
     name = f"step_{NUM_STEPS:08d}"
