@@ -45,7 +45,7 @@ class StageError(UserError):
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stages that are not finished, and print what came out."""
-    parser = argparse.ArgumentParser(prog="pretrain.quickstart", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pretrain.quickstart", description=__doc__)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     overrides = parser.parse_args(argv).overrides
     config = load_config([str(CONFIG), *overrides]).config

@@ -89,11 +89,12 @@ def kill_at_random(run: Path, data: Path, overrides: Overrides, draw: random.Ran
     """Start, wait until some steps are taken, and kill every process at once."""
     process = launch(run, data, overrides)
     deadline = time.monotonic() + START_SECONDS
-    while not any(record["step"] >= KILL_AFTER_STEP for record in read_metrics(run)):
+    target = KILL_AFTER_STEP + draw.randrange(6)
+    while not any(record["step"] >= target for record in read_metrics(run)):
         assert process.poll() is None, (run / "log").read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    time.sleep(draw.uniform(0.0, 0.6))
+    time.sleep(draw.uniform(0.0, 0.2))
     kill_all(process)
     assert RunDirectory(run).read_status()["state"] == "running"
     return max(record["step"] for record in read_metrics(run))
