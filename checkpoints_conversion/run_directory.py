@@ -134,17 +134,17 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def describe_network(checkpoint: Checkpoint) -> NetworkConfig:
-    """The network that a checkpoint's configuration describes.
+def describe_network(config: Config, source: Path) -> NetworkConfig:
+    """The network that a run's configuration, read from `source`, describes.
 
     Raises:
         CheckpointError: the configuration does not state the vocabulary.
     """
-    model, data = checkpoint.config.model, checkpoint.config.data
+    model, data = config.model, config.data
     if data.vocab_size is None or data.mask_token_id is None:
         raise CheckpointError(
-            f"{checkpoint.directory / 'config.json'}: data.vocab_size and data.mask_token_id are "
-            "not set; give a checkpoint of this version"
+            f"{source}: data.vocab_size and data.mask_token_id are not set; give a checkpoint of "
+            "this version"
         )
     return NetworkConfig(
         vocab_size=data.vocab_size,
@@ -182,7 +182,7 @@ def read_network(
         CheckpointError: there are no such weights, or a tensor is missing, damaged or of another
             shape.
     """
-    config = describe_network(checkpoint)
+    config = describe_network(checkpoint.config, checkpoint.directory / "config.json")
     if weights is None:
         weights = "ema" if checkpoint.has_ema else "raw"
     if weights == "ema" and not checkpoint.has_ema:

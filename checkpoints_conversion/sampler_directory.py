@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_eso.errors import CheckpointError
+from megatron_eso.files import sync_path, sync_tree
 from megatron_eso.sampler import network_eso_lm
 from megatron_eso.sampler.directory import FORMAT_VERSION, INDEX_FILE, WEIGHTS_FILE
 
@@ -177,7 +178,7 @@ def new_directory(directory: str | Path, replaces: Any = None) -> Iterator[Path]
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
-        sync_directory(partial)
+        sync_tree(partial)
         if directory.exists():
             directory.rename(replaced)
         partial.rename(directory)
@@ -187,18 +188,3 @@ def new_directory(directory: str | Path, replaces: Any = None) -> Iterator[Path]
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
-
-
-def sync_directory(directory: Path) -> None:
-    """Have the files of a directory tree, and their names, on disk."""
-    for path in (*directory.rglob("*"), directory):
-        sync_path(path)
-
-
-def sync_path(path: Path) -> None:
-    """Have a file's content, or the names in a directory, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

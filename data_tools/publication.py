@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_eso.data.shard_writer import sync_directory
 from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.files import sync_path
 
 _LOCK_FILE = "lock"
 
@@ -39,9 +39,9 @@ def publish_directory(out: Path) -> Iterator[Path]:
             shutil.rmtree(building)
             raise
         (building / _LOCK_FILE).unlink()
-        sync_directory(building)
+        sync_path(building)
         building.rename(out)
-        sync_directory(out.parent)
+        sync_path(out.parent)
 
 
 def _empty(directory: Path) -> None:

@@ -53,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.train", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.train", description=__doc__.split("\n\n")[0]
+    )
     parser.add_argument(
         "layers",
         nargs="+",

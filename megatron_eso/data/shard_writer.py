@@ -39,6 +39,7 @@ from megatron_eso.data.shard_format import (
     shard_name,
 )
 from megatron_eso.errors import DataError
+from megatron_eso.files import sync_path
 
 
 class DatasetWriter:
@@ -146,9 +147,9 @@ class DatasetWriter:
         file = HashingFile(unfinished)
         file.write(encoded)
         file.close()
-        sync_directory(self._directory)
+        sync_path(self._directory)
         unfinished.rename(self._directory / MANIFEST_FILE)
-        sync_directory(self._directory)
+        sync_path(self._directory)
         return dataset_id(encoded)
 
     def _write_record(self) -> None:
@@ -185,7 +186,7 @@ class DatasetWriter:
             file = HashingFile(folder / name)
             file.write(self._tokenizer_files[name])
             written.append(file.close())
-        sync_directory(folder)
+        sync_path(folder)
         return tuple(written)
 
 
@@ -221,12 +222,3 @@ def hash_blocks(data: bytes | memoryview) -> npt.NDArray[np.uint64]:
         ],
         dtype="<u8",
     )
-
-
-def sync_directory(directory: Path) -> None:
-    """Bring a directory's entries to the disk."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

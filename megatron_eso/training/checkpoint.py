@@ -36,8 +36,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_state_dic
 from megatron_eso.config import Config
 from megatron_eso.config_io import config_to_dict, read_config
 from megatron_eso.errors import CheckpointError, ConfigError
+from megatron_eso.files import sync_path, sync_tree, write_atomically, write_json
 from megatron_eso.safe_pickle import read_checkpoint_metadata
-from megatron_eso.training.files import sync_folder, sync_tree, write_atomically, write_json
 from megatron_eso.training.main_parameters import (
     MainParameter,
     gather_owned,
@@ -118,7 +118,7 @@ class Checkpoints:
             write_json(partial / "state.json", describe(state) | self.identity)
             sync_tree(partial)
             partial.replace(final)
-            sync_folder(self.directory)
+            sync_path(self.directory)
             write_atomically(self.directory / "latest", final.name + "\n")
             self._remove_old()
         dist.barrier()

@@ -11,7 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_eso.config import Config
 from megatron_eso.config_io import config_to_toml
-from megatron_eso.training.files import write_atomically
+from megatron_eso.files import write_atomically
 from megatron_eso.training.run_directory import RunDirectory
 from megatron_eso.training.train_state import Counters
 

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_eso.config import Config
 from megatron_eso.config_io import config_to_dict
 from megatron_eso.errors import ConfigError
-from megatron_eso.training.files import write_json
+from megatron_eso.files import write_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_conversion.parameter_map import map_to_megatron, map_to_sampler
-from megatron_eso.sampler.network_eso_lm import NetworkConfig
+from checkpoints_conversion.run_directory import describe_network
 from tests.support.dense_oracle import (
     OracleConfig,
     dense_losses,
@@ -107,25 +107,7 @@ def test_loss_and_gradients_equal_the_oracles(
         mask_token_id=mask_id,
     )
     parameters = draw_parameters(oracle, hidden_size=model.hidden_size, vocab_size=vocab_size)
-    network = NetworkConfig(
-        vocab_size=vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_query_groups,
-        head_dim=model.head_dim,
-        intermediate_size=model.ffn_hidden_size,
-        activation=model.activation,
-        normalization=model.normalization,
-        norm_epsilon=model.norm_epsilon,
-        rotary_base=float(model.rotary_base),
-        add_bias_linear=model.add_bias_linear,
-        qk_layernorm=model.qk_layernorm,
-        head_bias=model.head_bias,
-        tie_word_embeddings=model.share_embeddings_and_output_weights,
-        mask_token_id=mask_id,
-        max_length=config.data.sequence_length,
-    )
+    network = describe_network(config, tmp_path)
     padded = model.pad_vocabulary(vocab_size)
     plain = {name: tensor.detach().float() for name, tensor in parameters.items()}
     tensors = map_to_megatron(network, plain, padded_vocab_size=padded)
