@@ -70,7 +70,7 @@ def train_step(
         pp_rank=groups.pp.rank(),
     )
     reports = run_schedule(step, state, micro_batches, groups, forward_only=False)
-    losses = reduce_over_world(sum(reports, torch.zeros(4, dtype=torch.float64)), groups)
+    losses = reduce_over_world(sum_reports(reports), groups)
     loss, nelbo = float(losses[:2].sum()), float(losses[2:].sum())
 
     learning_rate = float(state.optimizer.param_groups[0]["lr"])
@@ -157,6 +157,11 @@ def run_schedule(
         forward_only=forward_only,
     )
     return reports if is_pp_last_stage(groups.pp) else []
+
+
+def sum_reports(reports: list[Tensor]) -> Tensor:
+    """The losses [4] of a step on this rank; zeros on the stages that have none."""
+    return torch.stack(reports).sum(0) if reports else torch.zeros(4, dtype=torch.float64)
 
 
 def reduce_over_world(report: Tensor, groups: ProcessGroupCollection) -> Tensor:

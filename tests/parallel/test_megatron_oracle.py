@@ -52,7 +52,12 @@ def compute_gradients(
     from megatron_eso.data.reader import TokenDataset
     from megatron_eso.model.sharding import shard_parameters
     from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import forward_step, reduce_over_world, run_schedule
+    from megatron_eso.training.step import (
+        forward_step,
+        reduce_over_world,
+        run_schedule,
+        sum_reports,
+    )
     from megatron_eso.training.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
@@ -73,7 +78,7 @@ def compute_gradients(
             pp_rank=0,
         )
         reports = run_schedule(step, state, micro_batches, groups, forward_only=False)
-        losses = reduce_over_world(sum(reports, torch.zeros(4, dtype=torch.float64)), groups)
+        losses = reduce_over_world(sum_reports(reports), groups)
         for parameter, sharded in shard_parameters(model):
             whole = torch.zeros_like(megatron_tensors[sharded.key])
             whole[_index(sharded)] = parameter.main_grad
