@@ -14,6 +14,7 @@ from megatron_eso.diffusion.dealing import Dealing
 from megatron_eso.diffusion.loss import PhaseTokens, count_phase_tokens
 from megatron_eso.diffusion.noise import (
     diffusion_times,
+    draw_any_order,
     draw_noise,
     validation_times,
 )
@@ -153,6 +154,41 @@ def plan_validation(
             row_multiple=row_multiple(config),
         )
         yield MicroBatch(plan=plan, indices=indices, is_sequential=is_sequential)
+
+
+def plan_any_order(
+    config: Config,
+    dataset: TokenDataset,
+    number: int,
+    *,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+) -> Iterator[MicroBatch]:
+    """Plan this rank's part of the validation set for exact likelihoods, each in one order.
+
+    Args:
+        config: The resolved configuration.
+        dataset: The validation shards.
+        number: Which of each sample's independent orders.
+        data_parallel_rank: This rank.
+        data_parallel_size: Number of ranks that share the set.
+    """
+    length, alpha_0 = config.data.sequence_length, config.objective.alpha_0
+    num_samples = count_validation_samples(config, dataset)
+    mine = np.arange(data_parallel_rank, num_samples, data_parallel_size)
+    size = config.validation.micro_batch_size
+    for start in range(0, len(mine), size):
+        samples = mine[start : start + size]
+        noise = draw_any_order(VALIDATION_SEED, samples, number, alpha_0, length)
+        plan = plan_rows(
+            dataset.rows(samples, length),
+            noise,
+            schedule=LogLinearSchedule(alpha_0),
+            loss_type="elbo",
+            mask_token_id=dataset.mask_token_id,
+            row_multiple=row_multiple(config),
+        )
+        yield MicroBatch(plan=plan, indices=samples, is_sequential=noise.is_sequential_B)
 
 
 def count_validation_samples(config: Config, dataset: TokenDataset) -> int:

@@ -177,6 +177,41 @@ def draw_noise(
     )
 
 
+def draw_any_order(
+    seed: int, indices_B: NDArray[np.int64], number: int, alpha_0: float, sequence_length: int
+) -> Noise:
+    """Draws the `number`-th order of each sample for its exact likelihood, every token masked.
+
+    As in the sequential phase, a binomial number of positions with mean alpha_0 T come first, in
+    random order, and the rest follow left to right (the reference's algo.py, `_any_order_ar_loss`).
+
+    Args:
+        seed: Key of the orders.
+        indices_B: Indices of the samples in the set.
+        number: Which of a sample's independent orders, from 0 on.
+        alpha_0: Share of tokens that come in random order.
+        sequence_length: T.
+    """
+    shape = (len(indices_B), sequence_length)
+    permutation_BT = np.empty(shape, dtype=np.int64)
+    for b, index in enumerate(indices_B):
+        # Far more samples than a set has lie between the orders of one.
+        words = random_bits(
+            seed, Purpose.ANY_ORDER, int(index) + (number << 40), 2 * sequence_length
+        )
+        bits_T, keys_T = words.reshape(2, sequence_length)
+        is_first_T = (bits_T >> np.uint64(11)) * 2.0**-53 < alpha_0
+        keys_T = keys_T >> np.uint64(1)
+        rest_T = np.arange(sequence_length, dtype=np.uint64) | _UPPER_BIT
+        permutation_BT[b] = np.argsort(np.where(is_first_T, keys_T, rest_T), kind="stable")
+    return Noise(
+        is_masked_BT=np.ones(shape, dtype=np.bool_),
+        permutation_BT=permutation_BT,
+        t_B=np.full(len(indices_B), np.nan),
+        is_sequential_B=np.ones(len(indices_B), dtype=np.bool_),
+    )
+
+
 def _stratified_time(
     seed: int, purposes: _Purposes, index: int, stratum: int, num_strata: int, sampling_eps: float
 ) -> float:

@@ -1,5 +1,6 @@
 """The validation NELBO: on fixed noise, the same on every layout."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -9,7 +10,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_eso.config import Config
-from megatron_eso.data.batches import MicroBatch, count_validation_samples, plan_validation
+from megatron_eso.data.batches import (
+    MicroBatch,
+    count_validation_samples,
+    plan_any_order,
+    plan_validation,
+)
 from megatron_eso.data.reader import TokenDataset
 from megatron_eso.diffusion.loss import NelboEstimate, estimate_nelbo, sum_samples
 from megatron_eso.training.main_parameters import synchronize_parameters
@@ -36,23 +42,72 @@ def evaluate(
     """
     assert not use_ema or state.ema is not None
     average = state.ema.applied(state.chunks, state.optimizer) if use_ema and state.ema else None
-    with torch.no_grad(), for_evaluation(state.chunks), average or nullcontext():
-        micro_batches = list(
-            plan_validation(
-                config,
-                dataset,
-                data_parallel_rank=groups.dp.rank(),
-                data_parallel_size=groups.dp.size(),
-            )
+    micro_batches = plan_validation(
+        config,
+        dataset,
+        data_parallel_rank=groups.dp.rank(),
+        data_parallel_size=groups.dp.size(),
+    )
+    num_samples = count_validation_samples(config, dataset)
+    with average or nullcontext():
+        diffusion_N, sequential_N = sum_over_samples(
+            state, list(micro_batches), num_samples, groups
+        ).numpy()
+    return estimate_nelbo(diffusion_N, sequential_N, config.data.sequence_length)
+
+
+def evaluate_any_order(
+    config: Config,
+    state: TrainState,
+    dataset: TokenDataset,
+    groups: ProcessGroupCollection,
+    num_orders: int,
+) -> float:
+    """Bound the likelihood by the mean over orders; collective over the world.
+
+    Each order gives a sample's exact likelihood in it; -log of their mean over `num_orders` orders
+    is a bound that tightens with their number (the reference's algo.py, `num_iw_orders`).
+
+    Returns:
+        Nats per token, the mean over the validation set.
+    """
+    num_samples = count_validation_samples(config, dataset)
+    nll = []
+    for number in range(num_orders):
+        micro_batches = plan_any_order(
+            config,
+            dataset,
+            number,
+            data_parallel_rank=groups.dp.rank(),
+            data_parallel_size=groups.dp.size(),
         )
-        reports: list[Tensor] = []
+        nll.append(sum_over_samples(state, list(micro_batches), num_samples, groups)[1])
+    bound_N = math.log(num_orders) - torch.stack(nll).neg().logsumexp(0)
+    return float(bound_N.mean()) / config.data.sequence_length
+
+
+def sum_over_samples(
+    state: TrainState,
+    micro_batches: list[MicroBatch],
+    num_samples: int,
+    groups: ProcessGroupCollection,
+) -> Tensor:
+    """Sums [2, N] of every sample of the set in either phase; collective over the world.
+
+    Args:
+        state: Left as it was; its weights as they are.
+        micro_batches: This rank's part of the set.
+        num_samples: N.
+        groups: Groups of this rank.
+    """
+    reports: list[Tensor] = []
+    with torch.no_grad(), for_evaluation(state.chunks):
         if micro_batches:
             reports = run_schedule(evaluation_step, state, micro_batches, groups, forward_only=True)
-    sums = torch.zeros(2, count_validation_samples(config, dataset), dtype=torch.float64)
+    sums = torch.zeros(2, num_samples, dtype=torch.float64)
     for micro_batch, report in zip(micro_batches, reports, strict=bool(reports)):
         sums[micro_batch.is_sequential.astype(int), micro_batch.indices] = report.cpu()
-    diffusion_N, sequential_N = reduce_over_world(sums, groups).numpy()
-    return estimate_nelbo(diffusion_N, sequential_N, config.data.sequence_length)
+    return reduce_over_world(sums, groups)
 
 
 def evaluation_step(

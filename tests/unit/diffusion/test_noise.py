@@ -264,7 +264,7 @@ def test_random_bits_are_blocks_of_philox() -> None:
 
 def test_noise_version_1_stays_as_it_is() -> None:
     assert NOISE_VERSION == 1
-    assert [int(purpose) for purpose in Purpose] == list(range(1, 14))
+    assert [int(purpose) for purpose in Purpose] == list(range(1, 15))
     assert random_bits(1234, Purpose.TIME, 5, 2).tolist() == PINNED_BITS
     dealing, places = Dealing(8, 2, 2, 0.5), np.arange(8)
     t = diffusion_times(1234, 80, dealing, places)
