@@ -70,8 +70,9 @@ def find_step(run: Path, step: int | None) -> Path:
     found = sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8))
     wanted = [path for path in found if step is None or path.name == f"step_{step:08d}"]
     if not wanted:
+        what = "no complete checkpoint" if step is None else f"no checkpoint of step {step}"
         names = ", ".join(path.name for path in found) or "none"
-        raise ConfigError(f"{run}: no checkpoint of step {step}; there are: {names}")
+        raise ConfigError(f"{run}: {what}; there are: {names}")
     return wanted[-1]
 
 

@@ -103,6 +103,8 @@ def start_logging(rank: int) -> None:
     # Megatron-Core warns of every optional package; the log says what is in use.
     logging.getLogger("megatron").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="megatron")
+    # It calls collectives by names that newer torch would rather not have.
+    warnings.filterwarnings("ignore", module="torch.distributed", category=FutureWarning)
 
 
 def run_training(
