@@ -26,7 +26,7 @@ from tests.support.training import (
 
 NUM_STEPS = 20
 KILL_AFTER_STEP = 8
-START_SECONDS = 90.0
+START_SECONDS = 180.0
 LOSS_TOLERANCE = 1e-5  # relative, where the layout changes
 
 CASES: dict[str, Overrides] = {

@@ -16,6 +16,7 @@ backend itself; megatron's parallel state is destroyed after each call. A call t
 worker that dies, fails that call only: the workers are killed and the next call starts others.
 """
 
+import math
 import multiprocessing
 import os
 import pickle
@@ -34,6 +35,10 @@ from typing import Any, Self
 MAX_RANKS = 4
 CALL_SECONDS = 120.0  # generous for four ranks on two slow cores
 GRACE_SECONDS = 5.0  # for the other ranks once one has failed, and for a worker to leave
+
+
+FAILED_AT: dict[str, float] = {}
+"""When this process's call failed."""
 
 
 class RankError(AssertionError):
@@ -62,6 +67,8 @@ class Outcome:
 
     value: Any = None
     failure: str | None = None
+    failed_at: float = math.inf
+    """By the machine's clock: the others fail in their collectives, but later."""
     exception: BaseException | None = None
 
 
@@ -123,9 +130,11 @@ class World:
         silent = [rank for rank in range(num_ranks) if rank not in outcomes]
         if silent:
             self.kill()
-        for rank, outcome in outcomes.items():
-            if outcome.failure is not None:
-                raise RankError(f"rank {rank}: {outcome.failure}") from outcome.exception
+        failed = [rank for rank, outcome in outcomes.items() if outcome.failure is not None]
+        if failed:
+            first = min(failed, key=lambda rank: outcomes[rank].failed_at)
+            outcome = outcomes[first]
+            raise RankError(f"rank {first}: {outcome.failure}") from outcome.exception
         if silent:
             raise WorldTimeoutError(f"ranks {silent} did not return in {timeout_seconds:g} s")
         return [outcomes[rank].value for rank in range(num_ranks)]
@@ -183,7 +192,7 @@ class World:
                 try:
                     outcomes[rank] = pickle.loads(link.recv_bytes())
                 except EOFError:
-                    outcomes[rank] = Outcome(failure="its process died")
+                    outcomes[rank] = Outcome(failure="its process died", failed_at=-math.inf)
                 if outcomes[rank].failure is not None:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         return outcomes
@@ -204,12 +213,12 @@ def answer(call: bytes) -> bytes:
     try:
         return pickle.dumps(Outcome(value=execute(pickle.loads(call))))
     except Exception as error:
-        failure = traceback.format_exc()
+        failure, failed_at = traceback.format_exc(), FAILED_AT.pop("time", math.inf)
         try:
-            copy = pickle.dumps(Outcome(failure=failure, exception=error))
+            copy = pickle.dumps(Outcome(failure=failure, failed_at=failed_at, exception=error))
             pickle.loads(copy)
         except Exception:  # an exception that does not survive the way: its traceback does
-            return pickle.dumps(Outcome(failure=failure))
+            return pickle.dumps(Outcome(failure=failure, failed_at=failed_at))
         return copy
 
 
@@ -229,6 +238,9 @@ def execute(call: Call) -> Any:
     try:
         value = call.function(*call.args)
         dist.barrier()  # nobody takes the group away from a rank that still uses it
+    except Exception:
+        FAILED_AT["time"] = time.monotonic()  # before the group ends, and the others' calls with it
+        raise
     finally:
         parallel_state = sys.modules.get("megatron.core.parallel_state")
         if parallel_state is not None:
