@@ -20,6 +20,7 @@ from megatron_eso.config_io import config_to_toml, load_config, read_config
 from megatron_eso.data.reader import TokenDataset
 from megatron_eso.diffusion.loss import to_perplexity
 from megatron_eso.errors import CheckpointError, ConfigError, UserError, run_command
+from megatron_eso.training.run_directory import RunDirectory, list_checkpoints
 from pretrain.train import start_logging
 
 
@@ -67,7 +68,7 @@ def find_step(run: Path, step: int | None) -> Path:
     Raises:
         ConfigError: There is none.
     """
-    found = sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8))
+    found = list_checkpoints(RunDirectory(run).checkpoints)
     wanted = [path for path in found if step is None or path.name == f"step_{step:08d}"]
     if not wanted:
         what = "no complete checkpoint" if step is None else f"no checkpoint of step {step}"

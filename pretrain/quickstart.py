@@ -21,6 +21,7 @@ from megatron_eso.config import Config
 from megatron_eso.config_io import load_config
 from megatron_eso.data.reader import TokenDataset
 from megatron_eso.errors import UserError, run_command
+from megatron_eso.training.run_directory import RunDirectory
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.toml"
 VOCAB_SIZE = 2048
@@ -99,7 +100,7 @@ def plan_stages(config: Config, overrides: list[str], data: Path, sampler: Path)
 
 def is_training_finished(status: Path) -> bool:
     """Whether the run's status says that it reached its last step."""
-    return status.exists() and json.loads(status.read_text())["state"] == "finished"
+    return status.exists() and RunDirectory(status.parent).read_status()["state"] == "finished"
 
 
 def run_stage(title: str, stage: Stage) -> None:

@@ -13,6 +13,7 @@ from megatron_eso.data.reader import TokenDataset
 from megatron_eso.diffusion.dealing import Dealing
 from megatron_eso.diffusion.loss import PhaseTokens, count_phase_tokens
 from megatron_eso.diffusion.noise import (
+    Noise,
     diffusion_times,
     draw_any_order,
     draw_noise,
@@ -127,33 +128,21 @@ def plan_validation(
     num_samples = count_validation_samples(config, dataset)
     length, alpha_0 = config.data.sequence_length, config.objective.alpha_0
     phases = [is_sequential for is_sequential in (False, True) if alpha_0 != float(is_sequential)]
-    mine = np.arange(data_parallel_rank, num_samples, data_parallel_size)
-    size = config.validation.micro_batch_size
-    for start in range(0, len(mine), size):
-        samples = mine[start : start + size]
-        indices = np.tile(samples, len(phases))
-        is_sequential = np.repeat(phases, len(samples))
+    for samples in _split_set(config, num_samples, data_parallel_rank, data_parallel_size):
         times = validation_times(
             VALIDATION_SEED, samples, num_samples, sampling_eps=config.objective.sampling_eps
         )
+        indices = np.tile(samples, len(phases))
         noise = draw_noise(
             VALIDATION_SEED,
             indices,
-            is_sequential,
+            np.repeat(phases, len(samples)),
             np.tile(times, len(phases)),
             alpha_0,
             length,
             is_validation=True,
         )
-        plan = plan_rows(
-            np.tile(dataset.rows(samples, length), (len(phases), 1)),
-            noise,
-            schedule=LogLinearSchedule(alpha_0),
-            loss_type="elbo",
-            mask_token_id=dataset.mask_token_id,
-            row_multiple=row_multiple(config),
-        )
-        yield MicroBatch(plan=plan, indices=indices, is_sequential=is_sequential)
+        yield _plan_samples(config, dataset, indices, noise)
 
 
 def plan_any_order(
@@ -175,20 +164,34 @@ def plan_any_order(
     """
     length, alpha_0 = config.data.sequence_length, config.objective.alpha_0
     num_samples = count_validation_samples(config, dataset)
+    for samples in _split_set(config, num_samples, data_parallel_rank, data_parallel_size):
+        noise = draw_any_order(VALIDATION_SEED, samples, number, alpha_0, length)
+        yield _plan_samples(config, dataset, samples, noise)
+
+
+def _split_set(
+    config: Config, num_samples: int, data_parallel_rank: int, data_parallel_size: int
+) -> Iterator[NDArray[np.int64]]:
+    """This rank's samples of the set, by micro-batch."""
     mine = np.arange(data_parallel_rank, num_samples, data_parallel_size)
     size = config.validation.micro_batch_size
     for start in range(0, len(mine), size):
-        samples = mine[start : start + size]
-        noise = draw_any_order(VALIDATION_SEED, samples, number, alpha_0, length)
-        plan = plan_rows(
-            dataset.rows(samples, length),
-            noise,
-            schedule=LogLinearSchedule(alpha_0),
-            loss_type="elbo",
-            mask_token_id=dataset.mask_token_id,
-            row_multiple=row_multiple(config),
-        )
-        yield MicroBatch(plan=plan, indices=samples, is_sequential=noise.is_sequential_B)
+        yield mine[start : start + size]
+
+
+def _plan_samples(
+    config: Config, dataset: TokenDataset, indices: NDArray[np.int64], noise: Noise
+) -> MicroBatch:
+    """A micro-batch of samples of the set, with ELBO weights."""
+    plan = plan_rows(
+        dataset.rows(indices, config.data.sequence_length),
+        noise,
+        schedule=LogLinearSchedule(config.objective.alpha_0),
+        loss_type="elbo",
+        mask_token_id=dataset.mask_token_id,
+        row_multiple=row_multiple(config),
+    )
+    return MicroBatch(plan=plan, indices=indices, is_sequential=noise.is_sequential_B)
 
 
 def count_validation_samples(config: Config, dataset: TokenDataset) -> int:

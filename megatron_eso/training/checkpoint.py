@@ -43,6 +43,7 @@ from megatron_eso.training.main_parameters import (
     gather_owned,
     publish_main_parameters,
 )
+from megatron_eso.training.run_directory import list_checkpoints
 from megatron_eso.training.train_state import Counters, TrainState
 
 FORMAT_VERSION = 1
@@ -93,8 +94,8 @@ class Checkpoints:
     identity: dict[str, Any]
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint; a folder gets its final name once it is complete."""
-        steps = sorted(self.directory.glob("step_" + "[0-9]" * 8))
+        """The newest complete checkpoint."""
+        steps = list_checkpoints(self.directory)
         return steps[-1] if steps else None
 
     def save(self, state: TrainState, config: Config, groups: ProcessGroupCollection) -> Path:
@@ -125,8 +126,7 @@ class Checkpoints:
         return final
 
     def _remove_old(self) -> None:
-        steps = sorted(self.directory.glob("step_" + "[0-9]" * 8))
-        for old in steps[: -self.keep_last]:
+        for old in list_checkpoints(self.directory)[: -self.keep_last]:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             doomed = old.with_suffix(".deleting")
             old.replace(doomed)
@@ -179,13 +179,13 @@ def find_checkpoint(path: Path) -> Path:
     """
     if (path / "state.json").exists():
         return path
-    newest = sorted((path / "checkpoints").glob("step_" + "[0-9]" * 8))
-    if not newest:
+    found = list_checkpoints(path / "checkpoints")
+    if not found:
         raise ConfigError(
             f"checkpoint.init_from = {path}: holds no checkpoint; name a run directory, or one of "
             f"its checkpoints/step_* folders"
         )
-    return newest[-1]
+    return found[-1]
 
 
 def check_same(checkpoint: Path, config: Config, keys: tuple[str, ...]) -> None:

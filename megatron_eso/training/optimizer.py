@@ -1,7 +1,6 @@
 """Optimizer, learning-rate schedule and the update itself, on Megatron-Core's."""
 
 import math
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -90,8 +89,3 @@ def update_parameters(optimizer: ChainedOptimizer, *, loss_is_finite: bool) -> t
             )
     optimizer.step_with_ready_grads()
     return grad_norm, True
-
-
-def inner_optimizers(optimizer: ChainedOptimizer) -> list[Any]:
-    """Megatron-Core's optimizers that the chain is made of."""
-    return list(optimizer.chained_optimizers)

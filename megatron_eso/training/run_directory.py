@@ -92,6 +92,14 @@ class RunDirectory:
         return dict(json.loads((self.path / "status.json").read_text()))
 
 
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in `RUN_DIR/checkpoints`, oldest first.
+
+    A checkpoint gets its name `step_XXXXXXXX` once it is complete.
+    """
+    return sorted(folder.glob("step_" + "[0-9]" * 8))
+
+
 def describe_process() -> str:
     """Host, process and job, for whoever finds the directory locked."""
     job = os.environ.get("SLURM_JOB_ID")

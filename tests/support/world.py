@@ -37,10 +37,6 @@ CALL_SECONDS = 120.0  # generous for four ranks on two slow cores
 GRACE_SECONDS = 5.0  # for the other ranks once one has failed, and for a worker to leave
 
 
-FAILED_AT: dict[str, float] = {}
-"""When this process's call failed."""
-
-
 class RankError(AssertionError):
     """A rank raised or died; the message holds its traceback, `__cause__` what it raised."""
 
@@ -213,7 +209,7 @@ def answer(call: bytes) -> bytes:
     try:
         return pickle.dumps(Outcome(value=execute(pickle.loads(call))))
     except Exception as error:
-        failure, failed_at = traceback.format_exc(), FAILED_AT.pop("time", math.inf)
+        failure, failed_at = traceback.format_exc(), getattr(error, "failed_at", math.inf)
         try:
             copy = pickle.dumps(Outcome(failure=failure, failed_at=failed_at, exception=error))
             pickle.loads(copy)
@@ -238,8 +234,9 @@ def execute(call: Call) -> Any:
     try:
         value = call.function(*call.args)
         dist.barrier()  # nobody takes the group away from a rank that still uses it
-    except Exception:
-        FAILED_AT["time"] = time.monotonic()  # before the group ends, and the others' calls with it
+    except Exception as error:
+        # Before the group ends, and the others' calls with it.
+        error.failed_at = time.monotonic()  # type: ignore[attr-defined]
         raise
     finally:
         parallel_state = sys.modules.get("megatron.core.parallel_state")

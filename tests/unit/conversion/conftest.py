@@ -10,6 +10,7 @@ from torch import Tensor
 from checkpoints_conversion.__main__ import main
 from megatron_eso.sampler import EsoLM
 from megatron_eso.sampler.network_eso_lm import EsoNetwork, NetworkConfig
+from tests.support.networks import make_network_config
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -44,26 +45,8 @@ def tiny_model(tiny_directory: Path) -> EsoLM:
 
 def make_config(**changes: object) -> NetworkConfig:
     """A small network in which every size differs from every other one."""
-    values: dict[str, object] = {
-        "vocab_size": 11,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 4,
-        "intermediate_size": 24,
-        "activation": "gelu",
-        "normalization": "LayerNorm",
-        "norm_epsilon": 1e-5,
-        "rotary_base": 10000.0,
-        "add_bias_linear": True,
-        "qk_layernorm": False,
-        "head_bias": True,
-        "tie_word_embeddings": False,
-        "mask_token_id": 3,
-        "max_length": 9,
-    }
-    return NetworkConfig(**{**values, **changes})  # type: ignore[arg-type]
+    sizes = {"hidden_size": 16, "head_dim": 4, "intermediate_size": 24, "max_length": 9}
+    return make_network_config(**{**sizes, **changes})
 
 
 CONFIGS = {

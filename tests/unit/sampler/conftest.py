@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megatron_eso.sampler import EsoLM
-from megatron_eso.sampler.network_eso_lm import EsoNetwork, NetworkConfig
+from megatron_eso.sampler.network_eso_lm import EsoNetwork
+from tests.support.networks import make_network_config
 
 KINDS = {
     "gelu": {},
@@ -24,27 +25,7 @@ KINDS = {
 
 
 def make_model(dtype: torch.dtype = torch.float64, **changes: object) -> EsoLM:
-    values: dict[str, object] = {
-        "vocab_size": 11,
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 6,
-        "intermediate_size": 20,
-        "activation": "gelu",
-        "normalization": "LayerNorm",
-        "norm_epsilon": 1e-5,
-        "rotary_base": 10000.0,
-        "add_bias_linear": True,
-        "qk_layernorm": False,
-        "head_bias": True,
-        "tie_word_embeddings": False,
-        "mask_token_id": 3,
-        "max_length": 12,
-    }
-    config = NetworkConfig(**{**values, **changes})  # type: ignore[arg-type]
-    network = EsoNetwork(config).to(dtype).eval().requires_grad_(False)
+    network = EsoNetwork(make_network_config(**changes)).to(dtype).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(2)
     for parameter in network.parameters():
         parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
