@@ -21,6 +21,7 @@ BIN := .venv/bin
 KEY := $(shell cat setup.py requirements/*.txt | cksum | cut -d ' ' -f 1)
 BASE := .venv/base-$(KEY)
 DEV := .venv/dev-$(KEY)
+INTEROP := .venv-interop/$(shell cksum < requirements/interop.txt | cut -d ' ' -f 1)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: help quickstart test lint soak bench
@@ -32,7 +33,7 @@ quickstart: $(BASE)
 	@$(BIN)/python -m pretrain.quickstart
 	@echo "run: $$SECONDS s"
 
-test: $(DEV)
+test: $(DEV) $(INTEROP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
 	@echo "run: $$SECONDS s"
 
@@ -41,10 +42,10 @@ lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-soak: $(DEV)
+soak: $(DEV) $(INTEROP)
 	$(BIN)/python -m pytest -m soak
 
-bench: $(DEV)
+bench: $(DEV) $(INTEROP)
 	$(BIN)/python -m pytest -m bench --capture=no
 
 $(BASE):
@@ -64,3 +65,13 @@ $(DEV): $(BASE)
 		|| { tail -n 20 .venv/install.log >&2; exit 1; }
 	@touch $@
 	@echo "installation for the tests: $$SECONDS s"
+
+$(INTEROP):
+	@echo "installing the readers and servers that the tests hold the data part to ..."
+	@rm -rf .venv-interop
+	@$(PYTHON) -m venv .venv-interop
+	@.venv-interop/bin/python -m pip install --disable-pip-version-check \
+		--requirement requirements/interop.txt &> .venv-interop/install.log \
+		|| { tail -n 20 .venv-interop/install.log >&2; exit 1; }
+	@touch $@
+	@echo "installation of the readers and servers: $$SECONDS s"
