@@ -16,6 +16,7 @@ from checkpoints_conversion.official import (
 from checkpoints_conversion.run_directory import open_checkpoint, read_network, write_run_directory
 from checkpoints_conversion.sampler_directory import write_sampler_directory
 from checkpoints_conversion.verify import Comparison, compare, load_any, recorded_weights
+from megatron_eso.data.tokenizer import Tokenizer, has_tokenizer
 from megatron_eso.errors import ConfigError, run_command
 from megatron_eso.sampler.directory import build_network, read_config, read_weights
 from megatron_eso.sampler.network_eso_lm import NetworkConfig
@@ -42,7 +43,9 @@ def convert_to_sampler(args: argparse.Namespace) -> None:
 def convert_from_official(args: argparse.Namespace) -> None:
     """An official Lightning checkpoint to a sampler directory."""
     official = read_official(args.ckpt, args.weights)
-    config = infer_config(official, args.mask_token_id)
+    tokenizer = None if args.tokenizer is None else Path(args.tokenizer)
+    vocab_size = len(official.tensors["vocab_embed.embedding"])
+    config = infer_config(official, choose_mask_token(args.mask_token_id, tokenizer, vocab_size))
     description = describe_official(official, config)
     tensors = fold_official(official)
     build_network(config, tensors, torch.float32, "cpu")  # refuses shapes that do not fit
@@ -51,12 +54,20 @@ def convert_from_official(args: argparse.Namespace) -> None:
         description,
         tensors,
         dtype=torch.float32,
-        tokenizer=None if args.tokenizer is None else Path(args.tokenizer),
+        tokenizer=tokenizer,
     )
     _say(
         f"{args.out_dir}: step {official.step}, {args.weights} weights, "
         f"{_count(tensors)} parameters"
     )
+
+
+def choose_mask_token(told: int | None, tokenizer: Path | None, vocab_size: int) -> int | None:
+    """The mask token that the command line names, or else that of a tokenizer of this size."""
+    if told is None and tokenizer is not None and has_tokenizer(tokenizer):
+        loaded = Tokenizer.load(tokenizer)
+        return loaded.mask_token_id if loaded.vocab_size == vocab_size else None
+    return told
 
 
 def convert_to_megatron(args: argparse.Namespace) -> None:
@@ -127,8 +138,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("ckpt", metavar="CKPT")
     command.add_argument("out_dir", metavar="OUT_DIR")
     command.add_argument("--weights", choices=kinds, default="ema")
-    command.add_argument("--tokenizer", metavar="PATH", help="files to copy; none by default")
-    command.add_argument("--mask-token-id", type=int, metavar="N", help="default: the last row")
+    command.add_argument("--tokenizer", metavar="PATH", help="file or directory; none by default")
+    command.add_argument(
+        "--mask-token-id", type=int, metavar="N", help="default: the tokenizer's, else the last row"
+    )
     command.set_defaults(run=convert_from_official)
 
     command = commands.add_parser("to-megatron", help=convert_to_megatron.__doc__)

@@ -20,16 +20,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_eso.errors import CheckpointError
-from megatron_eso.safe_pickle import read_checkpoint_metadata
+from megatron_eso.safe_pickle import TORCH_DIST_BACKEND, read_checkpoint_metadata
 
 INDEX_FILE = ".metadata"
 BACKEND_FILE = "metadata.json"
-BACKEND = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 
 
 class _Reader(FileSystemReader):
@@ -57,7 +51,7 @@ def read_index(directory: Path) -> Metadata:
         raise CheckpointError(
             f"{backend}: cannot be read ({error}); give a complete checkpoint"
         ) from None
-    if found != BACKEND["sharded_backend"]:
+    if found != TORCH_DIST_BACKEND["sharded_backend"]:
         raise CheckpointError(f"{backend}: the format {found!r} is unknown; save as torch_dist")
     index = read_checkpoint_metadata(directory)
     if index.storage_meta is None:
@@ -114,4 +108,4 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save(dict(tensors), storage_writer=FileSystemWriter(directory, sync_files=True))
     torch.save({}, directory / "common.pt")
-    (directory / BACKEND_FILE).write_text(json.dumps(BACKEND), encoding="utf-8")
+    (directory / BACKEND_FILE).write_text(json.dumps(TORCH_DIST_BACKEND), encoding="utf-8")

@@ -37,6 +37,8 @@ from megatron_eso.config import (
 )
 from megatron_eso.config_io import config_to_dict, read_config
 from megatron_eso.errors import CheckpointError
+from megatron_eso.file_index import describe_file, find_damage, write_index
+from megatron_eso.file_index import read_index as read_file_index
 from megatron_eso.sampler.network_eso_lm import NetworkConfig
 
 FORMAT_VERSION = 1
@@ -85,6 +87,8 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
         ConfigError: its configuration is damaged or of another version.
     """
     directory = _find_checkpoint(Path(path), step)
+    for problem in find_damage(directory, read_file_index(directory)):
+        raise CheckpointError(f"{problem}; take another checkpoint than {directory}")
     state = _read_state(directory / "state.json")
     return Checkpoint(
         directory=directory,
@@ -224,10 +228,11 @@ def write_run_directory(
         directory: must not exist, or be empty.
         description: content of a sampler's `config.json`.
         tensors: by the sampler's names.
-        tokenizer: directory whose tokenizer files are copied.
+        tokenizer: a file or directory, or None.
 
     Raises:
         CheckpointError: the directory exists, or Megatron-Core has no such network.
+        DataError: the tokenizer is damaged.
     """
     network = NetworkConfig.from_dict(description)
     config = build_run_config(network, description, str(directory))
@@ -242,9 +247,10 @@ def write_run_directory(
         for folder in (partial, checkpoint):
             write_json(folder / "config.json", config_to_dict(config))
         write_json(checkpoint / "state.json", state)
+        write_index(checkpoint, {file.name: describe_file(file) for file in checkpoint.iterdir()})
         if tokenizer is not None:
             (partial / TOKENIZER).mkdir()
-            copy_tokenizer(tokenizer, partial / TOKENIZER, reserved=set())
+            copy_tokenizer(tokenizer, partial / TOKENIZER, description)
         (partial / "checkpoints" / "latest").write_text(checkpoint.name + "\n", encoding="utf-8")
 
 

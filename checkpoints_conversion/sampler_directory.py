@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -13,10 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_eso.data.tokenizer import Tokenizer, has_tokenizer
 from megatron_eso.errors import CheckpointError
 from megatron_eso.files import sync_path, sync_tree
 from megatron_eso.sampler import network_eso_lm
 from megatron_eso.sampler.directory import FORMAT_VERSION, INDEX_FILE, WEIGHTS_FILE
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 5_000_000_000
 CODE_FILES = ("modeling_eso_lm.py", "configuration_eso_lm.py", "network_eso_lm.py")
@@ -40,12 +44,12 @@ def write_sampler_directory(
         description: the network's fields, `alpha_0`, `variant` and `source`.
         tensors: by the sampler's names.
         dtype: in which the weights are stored.
-        tokenizer: file or directory whose files are copied.
+        tokenizer: a file or directory, or None.
         max_shard_bytes: above it the weights are split, with an index.
 
     Raises:
-        CheckpointError: the directory holds something else, or a tokenizer's file has a name of
-            ours.
+        CheckpointError: the directory holds something else, or the tokenizer is not there.
+        DataError: the tokenizer is damaged.
     """
     config = {
         "architectures": [MODEL_CLASS.partition(".")[2]],
@@ -66,7 +70,7 @@ def write_sampler_directory(
         "top_p": 1.0,
     }
     with new_directory(directory, replaces=is_sampler_directory) as partial:
-        copy_tokenizer(tokenizer, partial, reserved=OWN_FILES)
+        copy_tokenizer(tokenizer, partial, description)
         stored = {name: tensors[name].to(dtype).contiguous() for name in sorted(tensors)}
         write_weights(partial, stored, max_shard_bytes)
         write_json(partial / "config.json", config)
@@ -124,28 +128,46 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def list_tokenizer_files(tokenizer: Path) -> list[Path]:
-    """The file, or the files of the directory that are not those of a sampler directory itself."""
-    if tokenizer.is_file():
-        return [tokenizer]
-    if not tokenizer.is_dir():
-        raise CheckpointError(f"{tokenizer}: not found; give a tokenizer's file or directory")
-    names = OWN_FILES if is_sampler_directory(tokenizer) else set()
+def list_unknown_files(directory: Path) -> list[Path]:
+    """The files of a directory that are not those of a sampler directory itself."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: not found; give a tokenizer's file or directory")
+    names = OWN_FILES if is_sampler_directory(directory) else set()
     return sorted(
         path
-        for path in tokenizer.iterdir()
+        for path in directory.iterdir()
         if path.is_file() and path.name not in names and path.suffix != ".safetensors"
     )
 
 
-def copy_tokenizer(tokenizer: Path | None, directory: Path, reserved: set[str]) -> None:
-    """Copy a tokenizer's files.
+def copy_tokenizer(tokenizer: Path | None, directory: Path, description: Mapping[str, Any]) -> None:
+    """Write the files of a tokenizer that transformers opens too; of an unknown kind, copy all.
+
+    Args:
+        tokenizer: a file, or a directory that may hold other things of ours as well.
+        directory: to write to.
+        description: has the `vocab_size` and `mask_token_id` of the network.
 
     Raises:
-        CheckpointError: there is no such tokenizer, or a file has a reserved name.
+        CheckpointError: there is no such tokenizer, or a file of an unknown one has a name of ours.
+        DataError: it is damaged.
     """
-    for path in list_tokenizer_files(tokenizer) if tokenizer is not None else []:
-        if path.name in reserved:
+    if tokenizer is None:
+        return
+    if has_tokenizer(tokenizer):
+        loaded = Tokenizer.load(tokenizer)
+        ours = loaded.vocab_size, loaded.mask_token_id
+        network = description["vocab_size"], description["mask_token_id"]
+        if ours != network:
+            logger.warning(
+                "%s: has %d tokens and the mask token %d, the network %d and %d; is it the "
+                "network's tokenizer?",
+                *(tokenizer, *ours, *network),
+            )
+        loaded.save(directory)
+        return
+    for path in list_unknown_files(tokenizer):
+        if path.name in OWN_FILES:
             raise CheckpointError(
                 f"{path}: a tokenizer's file cannot have this name; give a directory of the "
                 "tokenizer's files alone"

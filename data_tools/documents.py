@@ -1,216 +1,141 @@
-"""Text files to documents: finding the inputs, cutting them into units of work, parsing a unit.
+"""Units of work to documents."""
 
-A `.jsonl` file holds a document per line, under the text key; a `.txt` file is one document. The
-cuts depend on the files alone, never on how many processes work on them.
-"""
-
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import BinaryIO, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import xxhash
 
-from megatron_eso.data.tokenizer import split_segments
-from megatron_eso.errors import ConfigError, DataError
+from data_tools.inputs import TextOptions
+from data_tools.problems import Problem
+from data_tools.units import Unit
+from megatron_eso.errors import DataError
 
-Kind = Literal["jsonl", "txt"]
-
-_KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".txt": "txt"}
-_UNIT_BYTES = 2**20
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class InputFile:
-    """A file to read documents from."""
-
-    path: Path
-    name: str
-    """Path relative to the input that named it; goes into the manifest."""
-    kind: Kind
-    num_bytes: int
+_DECODER = json.JSONDecoder()
+_INVALID_UTF8 = "invalid UTF-8; convert the file"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unit:
-    """A piece of work: some lines of a JSONL file, or a text file or a part of one."""
+class Document:
+    """A document, or a part of one that goes over several units."""
 
-    file: int
-    """Number of the input file."""
-    path: str
-    kind: Kind
-    data: bytes
-    first_line: int
-    """Number of the first line in the file, from 1."""
-    ends_document: bool = True
-    """False where a text file goes on in the next unit."""
-    document_hash: int = 0
-    """Of the text file's document, where the caller asked for it."""
+    text: bytes
+    """In UTF-8."""
+    ends: bool = True
+    """False where it goes on in the next unit."""
+    hash: int = 0
+    """Of the whole document, where it ends."""
 
 
-@dataclass(slots=True)
-class ReadFile:
-    """What reading a file has found, complete once all its units are taken."""
-
-    num_bytes: int = 0
-    sha256: "hashlib._Hash" = field(default_factory=hashlib.sha256)
-
-
-def find_inputs(paths: Sequence[str]) -> list[InputFile]:
-    """The input files in order: as given, folders searched through in the order of their paths.
-
-    Raises:
-        ConfigError: a path is missing, of an unknown kind, or a folder without text.
-        DataError: a file is empty.
-    """
-    inputs: list[InputFile] = []
-    for text in paths:
-        path = Path(text)
-        if path.is_dir():
-            found = sorted(
-                (file.relative_to(path).as_posix(), file)
-                for file in path.rglob("*")
-                if file.suffix in _KINDS and file.is_file()
-            )
-            if not found:
-                raise ConfigError(
-                    f"--input {text}: the folder holds no {' or '.join(_KINDS)} files"
-                )
-            inputs.extend(_describe_input(file, name) for name, file in found)
-        elif not path.is_file():
-            raise ConfigError(f"--input {text}: there is no such file or folder")
-        elif path.suffix not in _KINDS:
-            raise ConfigError(
-                f"--input {text}: unknown kind of file; give {' or '.join(_KINDS)} files"
-            )
-        else:
-            inputs.append(_describe_input(path, path.name))
-    return inputs
-
-
-def read_units(
-    file: InputFile, number: int, found: ReadFile, *, cut_text: bool, hash_text: bool
-) -> Iterator[Unit]:
-    """Cut a file into units of about 1 MiB.
+def parse_unit(unit: Unit, options: TextOptions, problems: list[Problem]) -> Iterator[Document]:
+    """The documents of a unit, empty ones too.
 
     Args:
-        file: to read.
-        number: of the file, for the units.
-        found: receives size and sha256 of what was read.
-        cut_text: cut long text files after newlines, else each is one unit.
-        hash_text: give the units of a text file the hash of the whole.
+        unit: to parse.
+        options: as the unit was read with.
+        problems: receives what is left out, where `options.on_error` is "skip".
 
     Raises:
-        DataError: the file cannot be read.
+        DataError: something is wrong, where it is "stop"; the message names file and line.
     """
-    try:
-        document_hash = 0
-        if hash_text and file.kind == "txt":
-            document_hash = _hash_text_file(file.path)
-        with file.path.open("rb", buffering=0) as stream:
-            first_line = 1
-            for data, is_last in _cut_stream(stream, file.kind, found, cut_text):
-                yield Unit(
-                    file=number,
-                    path=str(file.path),
-                    kind=file.kind,
-                    data=data,
-                    first_line=first_line,
-                    ends_document=is_last or file.kind == "jsonl",
-                    document_hash=document_hash,
-                )
-                first_line += data.count(b"\n")
-    except OSError as error:
-        raise DataError(
-            f"cannot read {file.path}: {error.strerror}; mend or leave it out"
-        ) from error
-
-
-def parse_unit(unit: Unit, text_key: str) -> Iterator[bytes]:
-    """The documents of a unit in UTF-8, or for a text file the part of its document.
-
-    Raises:
-        DataError: a line that is no document; the message names file and line.
-    """
-    if unit.kind == "txt":
-        try:
-            unit.data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = unit.first_line + unit.data.count(b"\n", 0, error.start)
-            raise DataError(f"{unit.path}:{line}: invalid UTF-8; convert the file") from error
-        yield unit.data
-        return
-    data = unit.data
-    if unit.first_line == 1:
-        data = data.removeprefix(_BYTE_ORDER_MARK)
-    for line, content in enumerate(data.split(b"\n"), start=unit.first_line):
-        if content.strip():
-            yield _parse_line(content, f"{unit.path}:{line}", text_key)
+    parsers = {"jsonl": _parse_lines, "txt": _parse_text, "parquet": _parse_rows}
+    for found in parsers[unit.kind](unit, options):
+        if isinstance(found, Document):
+            yield found
+        elif options.on_error == "stop":
+            raise DataError(found.describe())
+        else:
+            problems.append(found)
 
 
 def hash_document(text: bytes) -> int:
-    """The hash that decides a document's split, a 64-bit integer."""
-    return xxhash.xxh3_64_intdigest(text)
+    """The hash of a document's text, a 128-bit integer: for splits, and to know equal documents."""
+    return xxhash.xxh3_128_intdigest(text)
 
 
-def _describe_input(path: Path, name: str) -> InputFile:
-    num_bytes = path.stat().st_size
-    if not num_bytes:
-        raise DataError(f"{path} is empty; leave it out")
-    return InputFile(path=path, name=name, kind=_KINDS[path.suffix], num_bytes=num_bytes)
+def _parse_lines(unit: Unit, options: TextOptions) -> Iterator[Document | Problem]:
+    for line, content in enumerate(_split_lines(unit.data), start=unit.first_line):
+        try:
+            record = _DECODER.decode(content)  # type: ignore[arg-type]
+            text = record[options.text_key].encode("utf-8")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            wrong = _explain(content, options.text_key)
+            if wrong is not None:
+                yield _name_problem(unit, line, wrong)
+        else:
+            yield Document(text=text, hash=hash_document(text))
+    yield from unit.problems
 
 
-def _parse_line(content: bytes, where: str, text_key: str) -> bytes:
+def _split_lines(data: bytes) -> list[str] | list[str | None]:
+    """The lines; None for those in invalid UTF-8."""
     try:
-        record = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: invalid UTF-8; convert the file") from error
+        return data.decode("utf-8").split("\n")
+    except UnicodeDecodeError:
+        lines = data.split(b"\n")
+        return [None if _find_invalid_utf8(line) is not None else line.decode() for line in lines]
+
+
+def _explain(line: str | None, text_key: str) -> str | None:
+    """What is wrong with a line without text; None if it is blank."""
+    if line is None:
+        return _INVALID_UTF8
+    if not line.strip():
+        return None
+    try:
+        record = _DECODER.decode(line)
+    except json.JSONDecodeError as error:
+        return f"invalid JSON ({error.msg}, column {error.colno}); mend the line"
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: invalid JSON ({error}); mend the line") from error
+        return f"invalid JSON ({error}); mend the line"
     if not isinstance(record, dict):
-        raise DataError(f"{where}: not a JSON object; each line must be one")
-    text = record.get(text_key)
-    if not isinstance(text, str):
-        problem = f"{text_key!r} is not a string" if text_key in record else f"no key {text_key!r}"
-        raise DataError(f"{where}: {problem}; name the key of the text by --text-key")
+        return "not a JSON object; each line must be one"
+    if text_key not in record:
+        return f"no key {text_key!r}; name the key of the text by --text-key"
+    if not isinstance(record[text_key], str):
+        return f"{text_key!r} is not a string; name the key of the text by --text-key"
+    return "the text holds half a surrogate pair; mend the line"
+
+
+def _parse_text(unit: Unit, options: TextOptions) -> Iterator[Document | Problem]:
+    separator = (options.document_separator or "").encode("utf-8")
+    texts = unit.data.split(separator) if separator else [unit.data]
+    line = unit.first_line
+    for index, text in enumerate(texts):
+        is_first, is_last = index == 0, index == len(texts) - 1
+        continues = unit.continues and is_first
+        ends = unit.ends_document or not is_last
+        if is_last and not text and not continues:
+            break  # nothing behind the last separator
+        hashed = unit.document_hash if continues else hash_document(text)
+        document = Document(text=text, ends=ends, hash=hashed if ends else 0)
+        error = _find_invalid_utf8(text)
+        if error is not None:
+            yield _name_problem(unit, line + text.count(b"\n", 0, error), _INVALID_UTF8)
+            if continues and ends:  # what was handed out of it has to end
+                yield replace(document, text=b"")
+        else:
+            yield document
+        line += text.count(b"\n") + separator.count(b"\n")
+    yield from unit.problems
+
+
+def _find_invalid_utf8(text: bytes) -> int | None:
     try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: the text holds half a surrogate pair; mend the line") from error
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
+    return None
 
 
-def _cut_stream(
-    stream: BinaryIO, kind: Kind, found: ReadFile, cut_text: bool
-) -> Iterator[tuple[bytes, bool]]:
-    """Yield pieces cut at line ends (JSONL) or segment ends (text), and whether it is the last."""
-    pending = bytearray()
-    cuts = kind == "jsonl" or cut_text
-    while piece := stream.read(_UNIT_BYTES):
-        found.num_bytes += len(piece)
-        found.sha256.update(piece)
-        pending += piece
-        # What is left over is not the file's last byte, so that the last piece is known as such.
-        stop = _find_cut(pending, kind) if cuts and len(pending) > _UNIT_BYTES else 0
-        if 0 < stop < len(pending):
-            yield bytes(pending[:stop]), False
-            del pending[:stop]
-    if pending:
-        yield bytes(pending), True
+def _parse_rows(unit: Unit, options: TextOptions) -> Iterator[Document | Problem]:
+    stop = 0
+    for num_bytes in unit.row_bytes:
+        start, stop = stop, stop + num_bytes
+        text = unit.data[start:stop]
+        yield Document(text=text, hash=hash_document(text))
+    yield from unit.problems
 
 
-def _find_cut(pending: bytearray, kind: Kind) -> int:
-    if kind == "jsonl":
-        return pending.rfind(b"\n") + 1
-    segments = list(split_segments(bytes(pending)))
-    return len(pending) - len(segments[-1])
-
-
-def _hash_text_file(path: Path) -> int:
-    digest = xxhash.xxh3_64()
-    with path.open("rb", buffering=0) as stream:
-        while piece := stream.read(_UNIT_BYTES):
-            digest.update(piece)
-    return digest.intdigest()
+def _name_problem(unit: Unit, line: int, what: str) -> Problem:
+    return Problem(path=unit.path, line=line, what=what, start=unit.start)

@@ -1,38 +1,29 @@
-"""Units of text to tokens, in one process or several, in the order of the input."""
+"""Units of text to tokens."""
 
-import itertools
-import multiprocessing
-import signal
-from collections import deque
-from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.documents import Unit, hash_document, parse_unit
+from data_tools.documents import Document, parse_unit
+from data_tools.inputs import TextOptions
+from data_tools.problems import Problem
+from data_tools.units import Unit
 from megatron_eso.data.shard_format import choose_dtype, numpy_dtype
 from megatron_eso.data.tokenizer import Tokenizer
-from megatron_eso.errors import DataError
+
+DOCUMENT_DTYPE = np.dtype(
+    [("num_tokens", "<u8"), ("num_text_bytes", "<u8"), ("hash_low", "<u8"), ("hash_high", "<u8")]
+)
+"""What is kept of a document: tokens with the end-of-text token, bytes, the text's hash."""
 
 _WORD_BOUNDARY_UTF8 = "\u2581".encode()
 _ROUND_TRIP_BYTES = 16 * 1024
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EncodedPart:
-    """The tokens of a unit that go to one split."""
-
-    tokens: npt.NDArray[np.unsignedinteger]
-    num_documents: int
-    num_text_bytes: int
-
-
 @dataclass(kw_only=True, slots=True)
 class EncodingNotes:
-    """What is worth telling about a unit, or about all of them together."""
+    """What is worth telling about a unit, or about many together."""
 
     empty_documents: int = 0
     """Left out: they have no tokens."""
@@ -41,42 +32,27 @@ class EncodingNotes:
     round_trips: int = 0
     """Documents that were encoded and decoded to see whether they come back."""
     exact_round_trips: int = 0
+    problems: int = 0
+    """Lines, rows and files that were left out since they are no text."""
 
     def add(self, other: "EncodingNotes") -> None:
         """Add another's counts."""
-        self.empty_documents += other.empty_documents
-        self.word_boundary_characters += other.word_boundary_characters
-        self.round_trips += other.round_trips
-        self.exact_round_trips += other.exact_round_trips
+        for name, count in asdict(other).items():
+            setattr(self, name, getattr(self, name) + count)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedUnit:
-    """Result of a unit: its tokens for the training and the validation split, or its error."""
+    """Result of a unit. Where its last document goes on in the next unit, that is left open."""
 
-    file: int
-    num_bytes: int
-    train: EncodedPart
-    validation: EncodedPart
+    tokens: npt.NDArray[np.unsignedinteger]
+    documents: npt.NDArray[np.void]
+    """DOCUMENT_DTYPE, the documents that end in the unit, counted from the unit's start."""
+    open_tokens: int
+    """Tokens behind the last document that ends."""
+    open_text_bytes: int
     notes: EncodingNotes
-    error: str | None = None
-
-
-@dataclass(slots=True)
-class _Collector:
-    """Tokens for one split, gathered."""
-
-    parts: list[npt.NDArray[np.integer]] = field(default_factory=list)
-    num_documents: int = 0
-    num_text_bytes: int = 0
-
-    def finish(self, dtype: np.dtype[np.unsignedinteger]) -> EncodedPart:
-        empty = np.empty(0, dtype=dtype)
-        return EncodedPart(
-            tokens=np.concatenate([empty, *self.parts], dtype=dtype, casting="unsafe"),
-            num_documents=self.num_documents,
-            num_text_bytes=self.num_text_bytes,
-        )
+    problems: list[Problem] = field(default_factory=list)
 
 
 class UnitEncoder:
@@ -84,110 +60,77 @@ class UnitEncoder:
 
     Args:
         tokenizer: with an end-of-text token.
-        text_key: of JSONL documents.
-        validation_share: share of the documents, by the hash of their text, for validation.
+        options: how the documents lie in the units.
     """
 
-    def __init__(self, tokenizer: Tokenizer, text_key: str, validation_share: float) -> None:
+    def __init__(self, tokenizer: Tokenizer, options: TextOptions) -> None:
         assert tokenizer.eos_token_id is not None
         self._tokenizer = tokenizer
-        self._text_key = text_key
-        self._threshold = int(validation_share * 2**64)
-        self._eos = np.array([tokenizer.eos_token_id], dtype=np.int32)
+        self._options = options
         self._dtype = numpy_dtype(choose_dtype(tokenizer.vocab_size))
+        self._eos = np.array([tokenizer.eos_token_id], dtype=np.int32)
 
-    def encode(self, unit: Unit) -> EncodedUnit:
-        """Encode a unit; an error in its text becomes part of the result, to be raised in order."""
-        train, validation, notes = _Collector(), _Collector(), EncodingNotes()
-        error = None
-        try:
-            for text in parse_unit(unit, self._text_key):
-                if not text:
-                    notes.empty_documents += 1
-                    continue
-                value = unit.document_hash if unit.kind == "txt" else hash_document(text)
-                self._add(validation if value < self._threshold else train, unit, text, notes)
-        except DataError as found:
-            error = str(found)
-        encoded = EncodedUnit(
-            file=unit.file,
-            num_bytes=len(unit.data),
-            train=train.finish(self._dtype),
-            validation=validation.finish(self._dtype),
+    def __call__(self, task: tuple[int, Unit]) -> EncodedUnit:
+        """Encode the unit of a task (number of the span, unit).
+
+        Raises:
+            DataError: the text is damaged, and the options say to stop at that.
+        """
+        _, unit = task
+        problems: list[Problem] = []
+        parsed = list(parse_unit(unit, self._options, problems))
+        # What closes a document of earlier units may be empty itself.
+        documents = [
+            document
+            for number, document in enumerate(parsed)
+            if document.text or (number == 0 and unit.continues)
+        ]
+        notes = EncodingNotes(empty_documents=len(parsed) - len(documents), problems=len(problems))
+        ids = self._tokenizer.encode_batch([document.text for document in documents])
+        self._check_round_trip(documents, ids, notes)
+        return self._gather(documents, ids, notes, problems)
+
+    def _gather(
+        self,
+        documents: list[Document],
+        ids: list[npt.NDArray[np.int32]],
+        notes: EncodingNotes,
+        problems: list[Problem],
+    ) -> EncodedUnit:
+        parts = [np.empty(0, dtype=np.int32)]
+        for document, tokens in zip(documents, ids, strict=True):
+            parts.append(tokens)
+            if document.ends:
+                parts.append(self._eos)
+            if not document.text.isascii():  # much faster to tell than to count
+                notes.word_boundary_characters += document.text.count(_WORD_BOUNDARY_UTF8)
+        joined = np.concatenate(parts, dtype=self._dtype, casting="unsafe")
+        ended = [document for document in documents if document.ends]
+        # A document of a unit that does not end is its last.
+        assert ended == documents[: len(ended)]
+        table = np.empty(len(ended), dtype=DOCUMENT_DTYPE)
+        table["num_tokens"] = [len(tokens) + 1 for tokens in ids[: len(ended)]]
+        table["num_text_bytes"] = [len(document.text) for document in ended]
+        table["hash_low"] = [document.hash & (2**64 - 1) for document in ended]
+        table["hash_high"] = [document.hash >> 64 for document in ended]
+        assert np.count_nonzero(joined == self._eos) == len(ended), "text gave an end-of-text token"
+        assert not (joined == self._tokenizer.mask_token_id).any(), "text gave a mask token"
+        return EncodedUnit(
+            tokens=joined,
+            documents=table,
+            open_tokens=sum(map(len, ids[len(ended) :])),
+            open_text_bytes=sum(len(document.text) for document in documents[len(ended) :]),
             notes=notes,
-            error=error,
+            problems=problems,
         )
-        assert self._is_clean(encoded.train), "text gave an end-of-text or mask token"
-        assert self._is_clean(encoded.validation), "text gave an end-of-text or mask token"
-        return encoded
 
-    def _add(self, split: "_Collector", unit: Unit, text: bytes, notes: EncodingNotes) -> None:
-        ids = self._tokenizer.encode_utf8(text)
-        split.parts.append(ids)
-        split.num_text_bytes += len(text)
-        if unit.ends_document:
-            split.parts.append(self._eos)
-            split.num_documents += 1
-        notes.word_boundary_characters += text.count(_WORD_BOUNDARY_UTF8)
-        if notes.round_trips == 0 and len(text) <= _ROUND_TRIP_BYTES:
-            notes.round_trips = 1
-            decoded = self._tokenizer.decode(ids.tolist())
-            notes.exact_round_trips = int(decoded == text.decode("utf-8"))
-
-    def _is_clean(self, part: EncodedPart) -> bool:
-        """Whether the end-of-text token stands at the ends of documents only, and no mask token."""
-        ends = int(np.count_nonzero(part.tokens == self._tokenizer.eos_token_id))
-        has_mask = bool((part.tokens == self._tokenizer.mask_token_id).any())
-        return ends == part.num_documents and not has_mask
-
-
-def encode_units(
-    units: Iterable[Unit], encoder: UnitEncoder, num_workers: int
-) -> Generator[EncodedUnit]:
-    """Encode units in order, holding a few of them per worker at a time.
-
-    Args:
-        units: to encode.
-        encoder: does it.
-        num_workers: processes; 1 works in this one.
-
-    Raises:
-        DataError: a worker died.
-    """
-    if num_workers == 1:
-        yield from map(encoder.encode, units)
-        return
-    # Started afresh, not forked: a fork of a process with threads may hang.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        num_workers, mp_context=context, initializer=_start_worker, initargs=(encoder,)
-    )
-    pending: deque[Future[EncodedUnit]] = deque()
-    remaining = iter(units)
-    try:
-        for unit in itertools.islice(remaining, 3 * num_workers):
-            pending.append(pool.submit(_encode_in_worker, unit))
-        while pending:
-            encoded = pending.popleft().result()
-            for unit in itertools.islice(remaining, 1):
-                pending.append(pool.submit(_encode_in_worker, unit))
-            yield encoded
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process died, perhaps for want of memory; use fewer --workers"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker_encoder: UnitEncoder
-
-
-def _start_worker(encoder: UnitEncoder) -> None:
-    global _worker_encoder
-    _worker_encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
-
-
-def _encode_in_worker(unit: Unit) -> EncodedUnit:
-    return _worker_encoder.encode(unit)
+    def _check_round_trip(
+        self, documents: list[Document], ids: list[npt.NDArray[np.int32]], notes: EncodingNotes
+    ) -> None:
+        """Decode a document of the unit, if one is short enough for that to be cheap."""
+        for document, tokens in zip(documents, ids, strict=True):
+            if document.text and len(document.text) <= _ROUND_TRIP_BYTES:
+                decoded = self._tokenizer.decode(tokens.tolist())
+                notes.round_trips = 1
+                notes.exact_round_trips = int(decoded == document.text.decode("utf-8"))
+                return

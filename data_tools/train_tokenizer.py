@@ -13,10 +13,15 @@ from typing import Literal
 import sentencepiece
 import xxhash
 
-from data_tools.documents import ReadFile, find_inputs, parse_unit, read_units
+from data_tools.documents import parse_unit
+from data_tools.inputs import InputFile, TextOptions, find_inputs, plan_spans
+from data_tools.problems import Problem
 from data_tools.progress import Progress
 from data_tools.publication import publish_directory
-from megatron_eso.data.tokenizer import MASK_PIECE, Tokenizer, split_segments
+from data_tools.units import Unit, read_units
+from megatron_eso.data.sentencepiece_model import MODEL_FILE
+from megatron_eso.data.special_tokens import MASK_NAME
+from megatron_eso.data.tokenizer import Tokenizer, split_segments
 from megatron_eso.errors import ConfigError, DataError
 
 TRAINING_FILE = "tokenizer_training.json"
@@ -34,11 +39,11 @@ class TokenizerOptions:
     """What to train."""
 
     inputs: Sequence[str]
-    """JSONL files, text files, folders of them."""
+    """Files, folders, globs, or standard input."""
     vocab_size: int
     """Ids, the mask token among them."""
     out: Path
-    text_key: str = "text"
+    text: TextOptions = TextOptions()
     model_type: Literal["unigram", "bpe"] = "unigram"
 
 
@@ -58,7 +63,7 @@ def train_tokenizer(options: TokenizerOptions) -> Tokenizer:
             f"train-tokenizer: {options.vocab_size} pieces from "
             f"{sum(map(len, sample)) / 1e6:.1f} MB of text\n"
         )
-        tokenizer = Tokenizer(_train_model(sample, options))
+        tokenizer = Tokenizer({MODEL_FILE: _train_model(sample, options)})
         tokenizer.save(building)
         training = {
             "normalization": "identity",
@@ -74,28 +79,64 @@ def train_tokenizer(options: TokenizerOptions) -> Tokenizer:
     return tokenizer
 
 
+class _Sample:
+    """The segments of the lowest hashes, as many as there is room for."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._room = num_bytes
+        self._seen = 0
+        # The smallest entry is the segment of the highest hash, of equal ones the last.
+        self._heap: list[tuple[int, int, bytes]] = []
+        # Nothing comes back into the room that a large segment has left: what is kept depends on
+        # the segments alone, not on when room was made.
+        self._bound = 2**64
+
+    def add(self, segment: bytes) -> None:
+        """Take a segment if its hash allows."""
+        value = xxhash.xxh3_64_intdigest(segment)
+        self._seen += 1
+        if value >= self._bound:
+            return
+        heapq.heappush(self._heap, (-value, -self._seen, segment))
+        self._room -= len(segment)
+        while self._room < 0 and len(self._heap) > 1:
+            value, _, segment = heapq.heappop(self._heap)
+            self._bound = -value
+            self._room += len(segment)
+
+    def segments(self) -> list[bytes]:
+        """In the order in which they were added."""
+        return [segment for _, _, segment in sorted(self._heap, key=lambda entry: -entry[1])]
+
+
 def _sample_text(options: TokenizerOptions) -> list[bytes]:
-    """Segments of the input in order: all, or those of the lowest hashes up to the limit."""
     files = find_inputs(options.inputs)
     progress = Progress("train-tokenizer: reading", sum(file.num_bytes for file in files))
-    kept: list[tuple[int, int, bytes]] = []
-    size = 0
-    count = 0
-    for number, file in enumerate(files):
-        for unit in read_units(file, number, ReadFile(), cut_text=True, hash_text=False):
-            for document in parse_unit(unit, options.text_key):
-                for segment in split_segments(document):
-                    # The smallest entry of the heap is the segment of the highest hash.
-                    heapq.heappush(kept, (-xxhash.xxh3_64_intdigest(segment), count, segment))
-                    count += 1
-                    size += len(segment)
-            while size > _SAMPLE_BYTES and len(kept) > 1:
-                size -= len(heapq.heappop(kept)[2])
-            progress.advance(len(unit.data))
+    sample = _Sample(_SAMPLE_BYTES)
+    problems: list[Problem] = []
+    num_problems = 0
+    for unit in _read_all(files, options.text):
+        found: list[Problem] = []
+        for document in parse_unit(unit, options.text, found):
+            for segment in split_segments(document.text):
+                sample.add(segment)
+        num_problems += len(found)
+        problems = problems or found[:1]
+        progress.advance(unit.raw_bytes)
     progress.finish()
-    if not kept:
+    for problem in problems:
+        sys.stderr.write(
+            f"train-tokenizer: {num_problems} bad places left out, first {problem.describe()}\n"
+        )
+    segments = sample.segments()
+    if not segments:
         raise DataError("the input holds no text to train on; check --input and --text-key")
-    return [segment for _, _, segment in sorted(kept, key=lambda entry: entry[1])]
+    return segments
+
+
+def _read_all(files: Sequence[InputFile], options: TextOptions) -> Iterator[Unit]:
+    for span in plan_spans(files):
+        yield from read_units(files, span, options)
 
 
 def _train_model(sample: Sequence[bytes], options: TokenizerOptions) -> bytes:
@@ -119,7 +160,7 @@ def _train_model(sample: Sequence[bytes], options: TokenizerOptions) -> bytes:
             bos_id=1,
             eos_id=2,
             pad_id=3,
-            control_symbols=[MASK_PIECE],
+            control_symbols=[MASK_NAME],
             max_sentence_length=8 * _LINE_CHARACTERS,
             num_threads=_NUM_THREADS,
             minloglevel=2,

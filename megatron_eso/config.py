@@ -120,16 +120,44 @@ class ModelConfig:
 class DataConfig:
     """Token shards."""
 
-    train: str
-    """Directory of the training shards."""
+    train: str | tuple[str, ...]
+    """Directory or URL of the training shards, or a list of them: a blend of corpora."""
+    train_weights: tuple[float, ...] | None = None
+    """Shares of the corpora in the samples, in any unit; left out: by their numbers of rows."""
+    phase: int = 1
+    """Number of the blend within the run: raise it by one to change the blend on resume."""
     validation: str | None = None
-    """Directory of the validation shards."""
+    """Directory or URL of the validation shards."""
     sequence_length: int
     """Tokens of a sample."""
+    framing: Literal["none", "bos_eos"] = "none"
+    """`bos_eos`: BOS first and EOS last in every sample, in place of two tokens of text."""
+    ssl_ratio: float = 0.0
+    """Share of the training samples that are cut to a random length."""
     vocab_size: int | None = None
     """Tokens of the vocabulary, the mask token among them; the shards tell."""
     mask_token_id: int | None = None
     """The mask token; the shards tell."""
+    quarantine: str | None = None
+    """JSON file that lists damaged records; rows of other records stand in for theirs."""
+    cache_directory: str | None = None
+    """Folder on a local disk for copies of shards that have a URL; left out: a temporary one."""
+    cache_gib: float = 100.0
+    """Largest size of these copies together, in GiB."""
+    prefetch_steps: int = 2
+    """Steps that a thread reads ahead; 0: none."""
+    batch_check_interval: int = 100
+    """Steps between checks that all ranks of a copy of the model hold the same batch; 0: never."""
+
+    @property
+    def train_corpora(self) -> tuple[str, ...]:
+        """The training shards as a list, of one where there is no blend."""
+        return (self.train,) if isinstance(self.train, str) else self.train
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of text in a sample: what its framing leaves."""
+        return self.sequence_length - (2 if self.framing == "bos_eos" else 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +176,14 @@ class TrainConfig:
     """Activations to recompute in the backward pass: none, or all of a layer."""
     log_interval: int = 10
     """Steps between lines of the log and of metrics.jsonl."""
+    spike_deviations: float = 6.0
+    """Deviations above the moving mean of loss or gradient norm that are flagged; 0: none."""
+    skip_deviations: float = 0.0
+    """Deviations at which the update is left out; 0: only where it is not finite."""
+    max_skipped_in_row: int = 10
+    """Updates left out in a row after which to go back to a checkpoint, past the data; 0: never."""
+    max_rollbacks: int = 2
+    """Times to go back; then the run fails."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,10 +277,36 @@ class CheckpointConfig:
 
     interval: int = 0
     """Steps between checkpoints; 0: at the end only."""
+    interval_minutes: float = 0.0
+    """Minutes between checkpoints, whatever the steps; 0: by steps only."""
+    async_save: bool = True
+    """Write beside the training, which waits for a copy to host memory only."""
     keep_last: int = 2
-    """Complete checkpoints to keep."""
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept for ever; 0: none."""
+    keep_best: bool = True
+    """Keep the checkpoint of the lowest val/nelbo, among those saved at a validation."""
+    end_margin_minutes: float = 5.0
+    """Minutes before the end of a Slurm allocation to save and leave; 0: only when told to."""
     init_from: str | None = None
     """Run directory whose newest weights a new run starts from."""
+    init_other_tokenizer: bool = False
+    """Start from these weights although they were trained with another tokenizer of equal size."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WatchdogConfig:
+    """Deadlines after which a job that hangs is ended, with the stacks of its ranks in the log."""
+
+    start_seconds: float = 1800.0
+    """For building the model and reading the checkpoint; 0 here and below: no deadline."""
+    step_seconds: float = 900.0
+    """For a training step, waiting for its data included."""
+    validation_seconds: float = 3600.0
+    """For a validation."""
+    checkpoint_seconds: float = 1800.0
+    """For a checkpoint that the run waits for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,6 +322,7 @@ class Config:
     optimizer: OptimizerConfig
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
 
     def __post_init__(self) -> None:
         """Derive what one section takes from another."""

@@ -37,6 +37,8 @@ POSITIVE = (
     "model.make_vocab_size_divisible_by",
     "data.sequence_length",
     "data.vocab_size",
+    "data.phase",
+    "data.cache_gib",
     "train.num_steps",
     "train.global_batch_size",
     "train.micro_batch_size",
@@ -51,6 +53,8 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "run.seed",
     "data.mask_token_id",
+    "data.prefetch_steps",
+    "data.batch_check_interval",
     "validation.interval",
     "validation.num_samples",
     "optimizer.min_learning_rate",
@@ -58,9 +62,21 @@ NOT_NEGATIVE = (
     "optimizer.lr_wsd_decay_steps",
     "optimizer.weight_decay",
     "optimizer.clip_grad",
+    "train.spike_deviations",
+    "train.skip_deviations",
+    "train.max_skipped_in_row",
+    "train.max_rollbacks",
+    "watchdog.start_seconds",
+    "watchdog.step_seconds",
+    "watchdog.validation_seconds",
+    "watchdog.checkpoint_seconds",
+    "checkpoint.end_margin_minutes",
     "checkpoint.interval",
+    "checkpoint.interval_minutes",
+    "checkpoint.keep_every",
 )
 FROM_0_BELOW_1 = (
+    "data.ssl_ratio",
     "objective.sampling_eps",
     "model.hidden_dropout",
     "optimizer.adam_beta1",
@@ -90,6 +106,7 @@ def check_config(config: Config, origins: Origins | None = None) -> list[str]:
     checker.check_ranges()
     checker.check_objective()
     checker.check_model()
+    checker.check_data()
     checker.check_optimizer()
     checker.check_parallel()
     checker.check_pipeline()
@@ -291,6 +308,38 @@ class _Checker:
             "model.zero_init_head",
             "a tied head is the embedding, which must not start at zero; "
             "set model.share_embeddings_and_output_weights = false",
+        )
+
+    def check_data(self) -> None:
+        data, key = self.config.data, "data.train"
+        corpora, weights = data.train_corpora, data.train_weights
+        self.require(len(corpora) > 0, key, "name at least one directory of shards")
+        for corpus in corpora:
+            self.require(
+                not corpus.startswith("["),
+                key,
+                'is no list in TOML; quote it for the shell, such as \'data.train=["a", "b"]\'',
+            )
+        self.require(len(set(corpora)) == len(corpora), key, "names a corpus twice; name it once")
+        if weights is not None:
+            key = "data.train_weights"
+            self.require(
+                not isinstance(data.train, str), key, "is for a list of corpora in data.train"
+            )
+            self.require(
+                len(weights) == len(corpora),
+                key,
+                f"needs a weight for each of the {len(corpora)} corpora of data.train",
+            )
+            self.require(
+                min(weights) >= 0 and max(weights) > 0,
+                key,
+                "weights must be 0 or greater, and one of them greater; 0 draws no sample",
+            )
+        self.require(
+            data.framing == "none" or data.sequence_length > 2,
+            "data.framing",
+            f"leaves no text in data.sequence_length = {data.sequence_length}; use at least 3",
         )
 
     def check_optimizer(self) -> None:

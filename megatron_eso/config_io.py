@@ -27,7 +27,14 @@ OVERRIDE = re.compile(r"(?P<key>[A-Za-z_]\w*(\.\w+)*)=(?P<text>.*)", re.DOTALL)
 
 SECTIONS: dict[str, type] = typing.get_type_hints(Config)
 HINTS = {name: typing.get_type_hints(section) for name, section in SECTIONS.items()}
-TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    tuple[str, ...]: "a list of strings",
+    tuple[float, ...]: "a list of numbers",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -173,14 +180,28 @@ def parse_override(key: str, text: str) -> Any:
     except tomllib.TOMLDecodeError:
         return text
     value = document["value"]
-    wants_text = str in accepted_types(find_hint(key, COMMAND_LINE))
-    return text if len(document) > 1 or (wants_text and not isinstance(value, str)) else value
+    accepted = accepted_types(find_hint(key, COMMAND_LINE))
+    is_list = isinstance(value, list) and find_item_type(accepted) is not None
+    wants_text = str in accepted and not isinstance(value, str) and not is_list
+    return text if len(document) > 1 or wants_text else value
 
 
 def check_value(key: str, value: Any, origin: str) -> Any:
-    """The value as its key's type."""
+    """The value as its key's type; lists become tuples."""
     hint = find_hint(key, origin)
     accepted = accepted_types(hint)
+    item_type = find_item_type(accepted)
+    if item_type is not None and isinstance(value, list | tuple):
+        return tuple(check_scalar(key, item, origin, (item_type,)) for item in value)
+    value = check_scalar(key, value, origin, accepted)
+    if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
+        choices = ", ".join(json.dumps(choice) for choice in typing.get_args(hint))
+        refuse(origin, key, value, f"must be one of {choices}")
+    return value
+
+
+def check_scalar(key: str, value: Any, origin: str, accepted: tuple[Any, ...]) -> Any:
+    """The value of a key, or of an item of its list, as an accepted type."""
     if type(value) is int and not -MAX_INTEGER <= value <= MAX_INTEGER:
         refuse(origin, key, value, "does not fit into 64 bits")
     if float in accepted and type(value) is int:
@@ -190,13 +211,16 @@ def check_value(key: str, value: Any, origin: str) -> Any:
         refuse(origin, key, value, f"expects {expected}{suggest_value(value, accepted)}")
     if isinstance(value, float) and not math.isfinite(value):
         refuse(origin, key, value, "must be finite")
-    if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
-        choices = ", ".join(json.dumps(choice) for choice in typing.get_args(hint))
-        refuse(origin, key, value, f"must be one of {choices}")
     return value
 
 
-def accepted_types(hint: Any) -> tuple[type, ...]:
+def find_item_type(accepted: tuple[Any, ...]) -> type | None:
+    """The type of the items where a list is accepted."""
+    items = [typing.get_args(member)[0] for member in accepted if typing.get_origin(member)]
+    return items[0] if items else None
+
+
+def accepted_types(hint: Any) -> tuple[Any, ...]:
     """The types that a field's annotation allows, None aside: a key is left out instead."""
     if typing.get_origin(hint) is Literal:
         return (str,)
@@ -262,7 +286,7 @@ def refuse(origin: str, key: str, value: Any, remedy: str) -> NoReturn:
     raise ConfigError(f"{origin}: {key} = {json.dumps(value, default=str)}: {remedy}")
 
 
-def suggest_value(value: Any, accepted: tuple[type, ...]) -> str:
+def suggest_value(value: Any, accepted: tuple[Any, ...]) -> str:
     """What to write instead, where that can be told."""
     if accepted == (str,):
         return f"; write {json.dumps(str(value))}"

@@ -247,7 +247,10 @@ def forward_flops(model: ModelConfig, vocab_size: int, counts: RowCounts) -> flo
 
 
 def training_flops_per_token(config: Config, vocab_size: int) -> float:
-    """Expected FLOPs of forward and backward pass, per token of the data."""
+    """Expected FLOPs of forward and backward pass, per token of a whole sample.
+
+    A token of a sample that `data.ssl_ratio` cuts short needs fewer, for its attention reads less.
+    """
     num_tokens, split = config.data.sequence_length, config.objective.batch_split
     counts = expect_diffusion_rows(num_tokens, config.objective) * split
     counts += expect_sequential_rows(num_tokens, config.objective) * (1 - split)

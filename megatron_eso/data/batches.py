@@ -1,27 +1,33 @@
-"""From sample indices to the row plans of a step: the same on every rank, with no broadcast."""
+"""From sample indices to the row plans of a step: the same on every rank, with no broadcast.
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+Shapes: B samples of a micro-batch, N samples of a step.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_eso.config import Config
-from megatron_eso.data.order import ORDER_VERSION, SampleOrder
+from megatron_eso.data.framing import Framing
 from megatron_eso.data.reader import TokenDataset
+from megatron_eso.data.training_data import TrainingData
 from megatron_eso.diffusion.dealing import Dealing
 from megatron_eso.diffusion.loss import PhaseTokens, count_phase_tokens
 from megatron_eso.diffusion.noise import (
     Noise,
     diffusion_times,
     draw_any_order,
+    draw_lengths,
     draw_noise,
     validation_times,
 )
 from megatron_eso.diffusion.random import NOISE_VERSION
 from megatron_eso.diffusion.rows import RowPlan, plan_rows
 from megatron_eso.diffusion.schedule import LogLinearSchedule
+from megatron_eso.errors import ConfigError
 
 # The noise of validation does not depend on a run's seed: runs are compared on the same noise.
 VALIDATION_SEED = 0
@@ -43,24 +49,44 @@ class MicroBatch:
     is_sequential: NDArray[np.bool_]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class StepPlan:
+    """What a rank takes a step with.
+
+    Attributes:
+        micro_batches: This rank's micro-batches; as many on every rank.
+        tokens: Real tokens of each phase in the global batch, the same on every rank: the
+            denominators of the loss.
+    """
+
+    micro_batches: list[MicroBatch]
+    tokens: PhaseTokens
+
+    def pin_memory(self) -> Self:
+        """Returns the plan with its tensors in pinned memory."""
+        pinned = [replace(batch, plan=batch.plan.pin_memory()) for batch in self.micro_batches]
+        return replace(self, micro_batches=pinned)
+
+
 class TrainingBatches:
     """The micro-batches of every step, as a function of the samples consumed before it.
 
     Args:
         config: The resolved configuration.
-        dataset: The training shards.
+        data: The training shards.
         data_parallel_size: Number of data-parallel ranks.
 
     Raises:
-        ConfigError: The global batch cannot be dealt evenly.
+        ConfigError: The global batch cannot be dealt evenly, or the tokenizer lacks the tokens of
+            the framing.
     """
 
-    def __init__(self, config: Config, dataset: TokenDataset, data_parallel_size: int) -> None:
+    def __init__(self, config: Config, data: TrainingData, data_parallel_size: int) -> None:
         train = config.train
         self.config = config
-        self.dataset = dataset
+        self.data = data
         self.length = config.data.sequence_length
-        self.order = SampleOrder(config.run.seed, dataset.num_rows(self.length))
+        self.framing = Framing.resolve(config.data, data.tokenizer)
         self.dealing = Dealing(
             train.global_batch_size,
             train.micro_batch_size,
@@ -69,31 +95,58 @@ class TrainingBatches:
         )
 
     @property
-    def phase_tokens(self) -> PhaseTokens:
-        """Real tokens of each phase in a step: the denominators of the loss."""
-        return count_phase_tokens(self.dealing, self.length)
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint records of the samples and their noise; equal on all ranks."""
+        return {"noise_version": NOISE_VERSION, "data": self.data.state}
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a resumed run must find unchanged for its samples and their noise to be the same."""
-        return {
-            "dataset_id": self.dataset.dataset_id,
-            "order_version": ORDER_VERSION,
-            "noise_version": NOISE_VERSION,
-        }
+    def resume(self, record: Mapping[str, Any], source: str) -> None:
+        """Continue from the record of a checkpoint; before the first step is planned.
 
-    def plan_step(self, consumed_samples: int, data_parallel_rank: int) -> list[MicroBatch]:
+        Args:
+            record: `state` and the counters of the run that wrote it.
+            source: The checkpoint, for errors.
+
+        Raises:
+            ConfigError: Its samples or their noise are not those of this run.
+        """
+        if record.get("noise_version") != NOISE_VERSION or "data" not in record:
+            raise ConfigError(
+                f"{source}/state.json: noise_version = {record.get('noise_version')}, but this "
+                f"version of megatron-eso draws {NOISE_VERSION}: a run keeps its noise; use the "
+                f"version that wrote it, or start another run.directory with "
+                f"checkpoint.init_from = {source}"
+            )
+        self.data.resume(
+            record["data"],
+            consumed_samples=record["consumed_samples"],
+            phase=self.config.data.phase,
+            source=source,
+        )
+
+    def plan_step(self, consumed_samples: int, data_parallel_rank: int) -> StepPlan:
         """Read and plan all micro-batches of one rank's step; no communication.
 
         Raises:
             DataError: A shard is damaged.
         """
-        return [
-            self._plan(consumed_samples, places)
-            for places in self.dealing.micro_batches(data_parallel_rank)
-        ]
+        config = self.config
+        length_N = draw_lengths(
+            config.run.seed,
+            consumed_samples + np.arange(config.train.global_batch_size),
+            config.data.ssl_ratio,
+            self.length,
+        )
+        return StepPlan(
+            micro_batches=[
+                self._plan(consumed_samples, places, length_N[places])
+                for places in self.dealing.micro_batches(data_parallel_rank)
+            ],
+            tokens=count_phase_tokens(self.dealing, length_N),
+        )
 
-    def _plan(self, first_index: int, places: NDArray[np.int64]) -> MicroBatch:
+    def _plan(
+        self, first_index: int, places: NDArray[np.int64], length_B: NDArray[np.int64]
+    ) -> MicroBatch:
         config, seed = self.config, self.config.run.seed
         indices = first_index + places
         is_sequential = self.dealing.is_sequential(places)
@@ -101,13 +154,13 @@ class TrainingBatches:
             seed, first_index, self.dealing, places, sampling_eps=config.objective.sampling_eps
         )
         alpha_0 = config.objective.alpha_0
-        noise = draw_noise(seed, indices, is_sequential, t, alpha_0, self.length)
+        noise = draw_noise(seed, indices, is_sequential, t, alpha_0, self.length, length_B=length_B)
         plan = plan_rows(
-            self.dataset.rows(self.order.rows(indices), self.length),
+            self.framing.frame(self.data.rows(indices)),
             noise,
             schedule=LogLinearSchedule(alpha_0),
             loss_type=config.objective.loss_type,
-            mask_token_id=self.dataset.mask_token_id,
+            mask_token_id=self.data.mask_token_id,
             row_multiple=row_multiple(config),
         )
         return MicroBatch(plan=plan, indices=indices, is_sequential=is_sequential)
@@ -183,8 +236,9 @@ def _plan_samples(
     config: Config, dataset: TokenDataset, indices: NDArray[np.int64], noise: Noise
 ) -> MicroBatch:
     """A micro-batch of samples of the set, with ELBO weights."""
+    framing = Framing.resolve(config.data, dataset.manifest.tokenizer)
     plan = plan_rows(
-        dataset.rows(indices, config.data.sequence_length),
+        framing.frame(dataset.rows(indices, config.data.row_tokens)),
         noise,
         schedule=LogLinearSchedule(config.objective.alpha_0),
         loss_type="elbo",
@@ -196,7 +250,7 @@ def _plan_samples(
 
 def count_validation_samples(config: Config, dataset: TokenDataset) -> int:
     """Rows that validation reads: `validation.num_samples`, or all where it is 0."""
-    num_rows = dataset.num_rows(config.data.sequence_length)
+    num_rows = dataset.num_rows(config.data.row_tokens)
     return min(config.validation.num_samples or num_rows, num_rows)
 
 

@@ -36,11 +36,11 @@ class TokenizerFingerprint:
     """What two tokenizers must share for their ids to mean the same."""
 
     kind: str
-    """Family of the tokenizer: `sentencepiece`."""
+    """Family of the tokenizer: `sentencepiece` or `hugging_face`."""
     model_sha256: str
     """sha256 of the model file."""
     pieces_sha256: str
-    """sha256 of the pieces, scores and types in id order."""
+    """sha256 of the pieces, scores and types in id order, and of all else that decides on ids."""
     vocab_size: int
     """Ids, the mask token among them."""
     mask_token_id: int
@@ -49,17 +49,28 @@ class TokenizerFingerprint:
     pad_token_id: int | None
     unk_token_id: int | None
 
+    @property
+    def identity(self) -> dict[str, str | int | None]:
+        """What makes ids mean the same: all but the file, in which training leaves its traces."""
+        fields = dataclasses.asdict(self)
+        del fields["model_sha256"]
+        return fields
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A file that the text came from."""
+    """A file that the text came from, or a piece of one."""
 
     path: str
     """Relative to the input that named it, so that no machine's folders get into the dataset id."""
+    offset: int = 0
+    """Where the piece of the file begins; above 0 for the later pieces of a large file."""
     bytes: int
+    """Of the file, or of the piece."""
     sha256: str
+    """Of these bytes."""
     num_documents: int
-    """Documents of this file that are in this dataset, in order."""
+    """Documents that begin in these bytes and are in this dataset."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,9 +98,13 @@ class Manifest:
     num_documents: int
     num_text_bytes: int
     """UTF-8 bytes of the documents, for bits per byte."""
+    num_duplicates: int | None
+    """Documents left out since an earlier one has the same text; None: nobody looked for them."""
     split: Split
     validation_share: float
     """Share of the documents that went to the validation split, by the hash of their text."""
+    shuffle_seed: int | None
+    """Key of the random order of the documents; None: they have the order of the sources."""
     tokenizer: TokenizerFingerprint
     tokenizer_files: tuple[HashedFile, ...]
     sources: tuple[Source, ...]
@@ -135,7 +150,7 @@ def read_manifest(directory: Path) -> tuple[Manifest, str]:
     return decode_manifest(encoded, path), dataset_id(encoded)
 
 
-def decode_manifest(encoded: bytes, path: Path) -> Manifest:
+def decode_manifest(encoded: bytes, path: Path | str) -> Manifest:
     """Parse and check the content of a manifest file; `path` is named in errors.
 
     Raises:
@@ -155,8 +170,9 @@ def decode_manifest(encoded: bytes, path: Path) -> Manifest:
             f"{path} has format_version {version}, this program reads {FORMAT_VERSION}; "
             "use the program's version that wrote it, or build the dataset again"
         )
+    is_canonical = encoded == _canonical_json(fields)
     checksum = fields.pop("checksum", None)
-    if checksum != _checksum(fields):
+    if checksum != _checksum(fields) or not is_canonical:
         raise DataError(f"{path} does not match its checksum; copy or build the dataset again")
     try:
         manifest: Manifest = _decode_dataclass(Manifest, fields)

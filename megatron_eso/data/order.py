@@ -69,15 +69,18 @@ class SampleOrder:
         for epoch in np.unique(epoch_N).tolist():
             of_epoch_N = epoch_N == epoch
             places = place_N[of_epoch_N].astype(np.uint64)
-            rows_N[of_epoch_N] = permute(places, self._num_rows, self._round_keys(epoch))
+            keys = round_keys(self._seed, _KEY_DOMAIN, epoch, self._corpus)
+            rows_N[of_epoch_N] = permute(places, self._num_rows, keys)
         return rows_N
 
-    def _round_keys(self, epoch: int) -> npt.NDArray[np.uint64]:
-        # Arrays with a type: numpy turns a list that holds an integer from 2^63 up into floats.
-        key = np.array([self._seed, _KEY_DOMAIN], dtype=np.uint64)
-        counter = np.array([0, 0, epoch, self._corpus], dtype=np.uint64)
-        bits = np.random.Philox(key=key, counter=counter)
-        return np.asarray(bits.random_raw(_NUM_ROUNDS), dtype=np.uint64)
+
+def round_keys(seed: int, domain: int, first: int, second: int) -> npt.NDArray[np.uint64]:
+    """The keys of `permute` for the permutation numbered (first, second) of a domain."""
+    # Arrays with a type: numpy turns a list that holds an integer from 2^63 up into floats.
+    key = np.array([seed, domain], dtype=np.uint64)
+    counter = np.array([0, 0, first, second], dtype=np.uint64)
+    bits = np.random.Philox(key=key, counter=counter)
+    return np.asarray(bits.random_raw(_NUM_ROUNDS), dtype=np.uint64)
 
 
 def permute(

@@ -4,7 +4,7 @@ A dataset is a directory:
 
     manifest.json        canonical JSON; its sha256 is the dataset id (manifest.py)
     shard-00000.tar ...  uncompressed ustar archives, valid WebDataset shards
-    blocks.xxh3          little-endian uint64: xxh3_64 of every 64 KiB block of every record
+    blocks.xxh3          little-endian uint64: xxh3_64 of every 32 KiB block of every record
     documents.u64        little-endian uint64 per record: the document of its first token
     tokenizer/           the tokenizer's files
 
@@ -32,7 +32,7 @@ RECORD_TOKENS = 2**20
 """Tokens of a record, unless told otherwise."""
 SHARD_RECORDS = 256
 """Records of a shard, unless told otherwise: 512 MiB of 16-bit tokens."""
-BLOCK_BYTES = 64 * 1024
+BLOCK_BYTES = 32 * 1024
 """Bytes that share one hash: the unit in which a read is checked."""
 
 MANIFEST_FILE = "manifest.json"
@@ -149,6 +149,46 @@ class ShardLayout:
         rows_per_record = max(1, self.record_tokens // sequence_length)
         record_R, place_R = np.divmod(indices_R, rows_per_record)
         return record_R, place_R * sequence_length
+
+    def locate_blocks(
+        self,
+        record_R: npt.NDArray[np.int64],
+        first_token_R: npt.NDArray[np.int64],
+        num_tokens_R: npt.NDArray[np.int64],
+    ) -> "BlockSpans":
+        """The blocks that stretches of tokens reach into; no stretch crosses a record."""
+        first_byte_R = first_token_R * self.itemsize
+        last_byte_R = first_byte_R + num_tokens_R * self.itemsize - 1
+        block_R = first_byte_R // BLOCK_BYTES
+        start_R = block_R * BLOCK_BYTES
+        record_tokens_R = np.minimum(
+            self.record_tokens, self.num_tokens - record_R * self.record_tokens
+        )
+        stop_R = (last_byte_R // BLOCK_BYTES + 1) * BLOCK_BYTES
+        shard_R, record_in_shard_R = np.divmod(record_R, self.shard_records)
+        first_offset = self.record_offset(0)
+        return BlockSpans(
+            shard=shard_R,
+            offset=first_offset + record_in_shard_R * self.record_stride + start_R,
+            first_block=record_R * self.blocks_per_record + block_R,
+            num_bytes=np.minimum(stop_R, record_tokens_R * self.itemsize) - start_R,
+            place=first_byte_R - start_R,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class BlockSpans:
+    """Stretches of whole blocks, each int64 [R]."""
+
+    shard: npt.NDArray[np.int64]
+    offset: npt.NDArray[np.int64]
+    """Of the first block in its shard's file."""
+    first_block: npt.NDArray[np.int64]
+    """Number of the first block among the blocks of all records."""
+    num_bytes: npt.NDArray[np.int64]
+    """Of the whole blocks; a record's last block may be shorter than the others."""
+    place: npt.NDArray[np.int64]
+    """Where the wanted bytes begin in the first block."""
 
 
 def record_name(record: int, dtype: TokenDtype) -> str:

@@ -1,81 +1,88 @@
 """Text to token ids and back, with the mask token that masked diffusion needs.
 
-A tokenizer is a SentencePiece model. Its mask token is the control symbol `<mask>` (or `[MASK]`,
-`<|mask|>`); a model without one gets it as the id after its last piece. A control symbol never
-comes out of text. The mask token is never the padding token, which some losses skip.
+A tokenizer is a SentencePiece model or a Hugging Face `tokenizer.json`. A special token never comes
+out of text. Where the model has no mask token, or one that is the padding too, it gets one as the
+id after its last.
 """
 
-import hashlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import sentencepiece
 
+from megatron_eso.data.hugging_face_model import JSON_FILE, NAME_FILES, HuggingFaceModel
 from megatron_eso.data.manifest import TokenizerFingerprint
+from megatron_eso.data.sentencepiece_model import MODEL_FILE, SentencePieceModel
 from megatron_eso.errors import DataError
 
-MODEL_FILE = "tokenizer.model"
-MASK_PIECE = "<mask>"
-
-_MASK_PIECES = (MASK_PIECE, "[MASK]", "<|mask|>")
-# Long texts are encoded in segments cut after a newline: the scores that SentencePiece sums up in
-# single precision stay exact enough to compare, and memory stays small.
+# Long texts are encoded in segments where that gives the same ids: memory stays small, and the
+# scores that SentencePiece sums up in single precision stay exact enough to compare.
 _SEGMENT_BYTES = 16 * 1024
+# Segments that are encoded in one call.
+_BATCH_BYTES = 2**20
+_EMPTY = np.empty(0, dtype=np.int32)
 
 
 class Tokenizer:
-    """A loaded tokenizer.
+    """A loaded tokenizer; it crosses to another process as its files.
+
+    Args:
+        files: content by name: `tokenizer.model`, or `tokenizer.json` and the files beside it that
+            name its special tokens.
 
     Attributes:
         vocab_size: ids, the mask token among them.
         mask_token_id: id of the mask token.
         unk_token_id, bos_token_id, eos_token_id, pad_token_id: ids, or None where there is none.
         splits_at_newlines: text may be cut after any newline and encoded in parts, ids unchanged.
+
+    Raises:
+        ValueError: the files are damaged, or contradict each other.
     """
 
-    def __init__(self, model: bytes) -> None:
-        """Load a serialized SentencePiece model; RuntimeError if it is none."""
-        if not model:
-            raise RuntimeError("the model is empty")
-        self._model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self._num_pieces: int = self._processor.get_piece_size()
-        self.unk_token_id = _optional(self._processor.unk_id())
-        self.bos_token_id = _optional(self._processor.bos_id())
-        self.eos_token_id = _optional(self._processor.eos_id())
-        self.pad_token_id = _optional(self._processor.pad_id())
-        self.mask_token_id = self._find_mask_token()
-        self.vocab_size = max(self._num_pieces, self.mask_token_id + 1)
-        self.splits_at_newlines = self._check_newline_splits()
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        self._model = SentencePieceModel(files) if MODEL_FILE in files else HuggingFaceModel(files)
+        special = self._model.special_tokens
+        self.unk_token_id = special.unk
+        self.bos_token_id = special.bos
+        self.eos_token_id = special.eos
+        self.pad_token_id = special.pad
+        self.mask_token_id = self._model.num_pieces if special.mask is None else special.mask
+        self.vocab_size = max(self._model.num_pieces, self.mask_token_id + 1)
+        self.splits_at_newlines = self._model.splits_at_newlines
 
-    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
-        """Cross to another process as the model."""
-        return Tokenizer, (self._model,)
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[dict[str, bytes]]]:
+        return Tokenizer, (self.files(),)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Load a directory that holds `tokenizer.model`, or a SentencePiece model file.
+        """Load a directory that holds a tokenizer, or a SentencePiece model or `tokenizer.json`.
+
+        Beside a `tokenizer.json`, also where its file is named, `tokenizer_config.json` and
+        `special_tokens_map.json` say which special token is which.
 
         Raises:
             DataError: there is none, or it is damaged.
         """
-        path = Path(path)
-        file = path / MODEL_FILE if path.is_dir() else path
+        file = _find_file(Path(path))
         try:
-            model = file.read_bytes()
+            content = file.read_bytes()
+            files = {MODEL_FILE: content}
+            if content.lstrip()[:1] == b"{":
+                beside = [file.with_name(name) for name in NAME_FILES]
+                files = {extra.name: extra.read_bytes() for extra in beside if extra.is_file()}
+                files[JSON_FILE] = content
         except OSError as error:
             raise DataError(
-                f"cannot read the tokenizer {file}: {error.strerror}; give a directory written by "
-                "data_tools train-tokenizer, or a SentencePiece model"
+                f"cannot read the tokenizer {error.filename}: {error.strerror}; give a directory "
+                f"with {MODEL_FILE} or {JSON_FILE}, or one of these files"
             ) from error
         try:
-            return cls(model)
-        except RuntimeError as error:
-            raise DataError(
-                f"{file} is no SentencePiece model, or damaged; copy it again or give another"
-            ) from error
+            return cls(files)
+        except ValueError as error:
+            raise DataError(f"tokenizer {file}: {error}; copy it again or give another") from error
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without end-of-text token.
@@ -87,13 +94,24 @@ class Tokenizer:
         return ids
 
     def encode_utf8(self, text: bytes) -> npt.NDArray[np.int32]:
-        """Ids of a text in UTF-8, int32 [N]; as `encode`, for bulk work."""
-        if not self.splits_at_newlines or len(text) <= _SEGMENT_BYTES:
-            return self._encode_segment(text)
-        return np.concatenate([self._encode_segment(part) for part in split_segments(text)])
+        """Ids of a text in UTF-8, int32 [N]."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[bytes]) -> list[npt.NDArray[np.int32]]:
+        """Ids of each text in UTF-8, int32 [N]; the fastest way for many, in the calling thread.
+
+        Raises:
+            DataError: characters that the tokenizer does not know become a special token.
+        """
+        parts: list[list[npt.NDArray[np.int32]]] = [[] for _ in texts]
+        for batch in self._group_segments(texts):
+            encoded = self._model.encode([segment for _, segment in batch])
+            for (number, _), ids in zip(batch, encoded, strict=True):
+                parts[number].append(ids)
+        return [part[0] if len(part) == 1 else np.concatenate([_EMPTY, *part]) for part in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; control symbols and the mask token are left out.
+        """Text of ids; special tokens are left out.
 
         Raises:
             ValueError: an id outside the vocabulary.
@@ -101,33 +119,18 @@ class Tokenizer:
         kept = [int(token) for token in ids]
         if kept and not 0 <= min(kept) <= max(kept) < self.vocab_size:
             raise ValueError(f"token ids must be in [0, {self.vocab_size})")
-        text: str = self._processor.decode([i for i in kept if i != self.mask_token_id])
-        return text
+        return self._model.decode([token for token in kept if token != self.mask_token_id])
 
     def piece(self, token: int) -> str:
         """The piece of an id, for display."""
-        if token == self._num_pieces:
-            return MASK_PIECE
-        piece: str = self._processor.id_to_piece(token)
-        return piece
+        return self._model.piece(token)
 
     def fingerprint(self) -> TokenizerFingerprint:
         """What must be equal for ids to mean the same."""
-        pieces = hashlib.sha256()
-        for token in range(self._num_pieces):
-            piece = self._processor.id_to_piece(token)
-            score = np.float32(self._processor.get_score(token))
-            kind = [
-                self._processor.is_unknown(token),
-                self._processor.is_control(token),
-                self._processor.is_unused(token),
-                self._processor.is_byte(token),
-            ]
-            pieces.update(piece.encode("utf-8") + b"\0" + score.tobytes() + bytes(kind))
         return TokenizerFingerprint(
-            kind="sentencepiece",
-            model_sha256=hashlib.sha256(self._model).hexdigest(),
-            pieces_sha256=pieces.hexdigest(),
+            kind=self._model.kind,
+            model_sha256=self._model.hash_model(),
+            pieces_sha256=self._model.hash_pieces(),
             vocab_size=self.vocab_size,
             mask_token_id=self.mask_token_id,
             eos_token_id=self.eos_token_id,
@@ -138,7 +141,7 @@ class Tokenizer:
 
     def files(self) -> dict[str, bytes]:
         """The files, by name, that a directory needs for `load` to give this tokenizer."""
-        return {MODEL_FILE: self._model}
+        return self._model.files()
 
     def save(self, directory: str | Path) -> None:
         """Write the tokenizer's files into a directory, which is made if need be."""
@@ -147,31 +150,32 @@ class Tokenizer:
         for name, content in self.files().items():
             (directory / name).write_bytes(content)
 
-    def _encode_segment(self, text: bytes) -> npt.NDArray[np.int32]:
-        ids: npt.NDArray[np.int32] = self._processor.encode_as_numpy(text)
-        return ids
+    def _group_segments(self, texts: Sequence[bytes]) -> Iterator[list[tuple[int, bytes]]]:
+        """Segments of the texts in order, each with the number of its text, in batches."""
+        batch: list[tuple[int, bytes]] = []
+        size = 0
+        for number, text in enumerate(texts):
+            for segment in self._split(text):
+                batch.append((number, segment))
+                size += len(segment)
+                if size >= _BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
+        if batch:
+            yield batch
 
-    def _find_mask_token(self) -> int:
-        taken = (self.unk_token_id, self.bos_token_id, self.eos_token_id, self.pad_token_id)
-        for piece in _MASK_PIECES:
-            token: int = self._processor.piece_to_id(piece)
-            if token not in taken and self._processor.is_control(token):
-                return token
-        return self._num_pieces
+    def _split(self, text: bytes) -> Iterator[bytes]:
+        if self._model.splits_at_newlines:
+            return split_segments(text)
+        if self._model.splits_before_spaces:
+            return _split_before_spaces(text)
+        return iter([text] if text else [])
 
-    def _check_newline_splits(self) -> bool:
-        """True where a newline is a token of its own and texts keep their ends as they are."""
-        if any("\n" in self.piece(token) != "\n" for token in range(self._num_pieces)):
-            return False
-        newline = self._processor.encode("\n")
-        letter = self._processor.encode("a")
-        return len(newline) == 1 and self._processor.encode("a\n a\n\n") == [
-            *letter,
-            *newline,
-            *self._processor.encode(" a"),
-            *newline,
-            *newline,
-        ]
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether `Tokenizer.load` has something to open there: a file, or a directory with one."""
+    path = Path(path)
+    return path.is_file() or any((path / name).is_file() for name in (MODEL_FILE, JSON_FILE))
 
 
 def split_segments(text: bytes) -> Iterator[bytes]:
@@ -184,5 +188,31 @@ def split_segments(text: bytes) -> Iterator[bytes]:
         start = stop
 
 
-def _optional(token: int) -> int | None:
-    return token if token >= 0 else None
+def _split_before_spaces(text: bytes) -> Iterator[bytes]:
+    """Cut before the first space after a visible ASCII character behind every 16 KiB."""
+    start = 0
+    while start < len(text):
+        space = _SPACE_AFTER_VISIBLE.search(text, start + _SEGMENT_BYTES)
+        stop = len(text) if space is None else space.start()
+        yield text[start:stop]
+        start = stop
+
+
+_SPACE_AFTER_VISIBLE = re.compile(rb"(?<=[!-~]) ")
+
+
+def _find_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    found = [path / name for name in (MODEL_FILE, JSON_FILE) if (path / name).is_file()]
+    if len(found) > 1:
+        raise DataError(
+            f"{path} holds both {MODEL_FILE} and {JSON_FILE}, which may differ; give one of the "
+            "files"
+        )
+    if not found:
+        raise DataError(
+            f"cannot read the tokenizer {path}: it holds neither {MODEL_FILE} nor {JSON_FILE}; "
+            "give a directory of data_tools train-tokenizer, or of a Hugging Face tokenizer"
+        )
+    return found[0]

@@ -58,11 +58,6 @@ class Dealing:
         return int(self._share * self.global_batch_size)
 
     @property
-    def num_sequential_samples(self) -> int:
-        """Samples of a step that go through the sequential phase."""
-        return self.global_batch_size - self.num_diffusion_samples
-
-    @property
     def num_micro_batches(self) -> int:
         """Micro-batches of a step, on each rank."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)

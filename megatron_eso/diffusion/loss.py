@@ -5,7 +5,7 @@ phase in the global batch: not by the masked ones, and not by a rank's or micro-
 reference's algo.py, `EsoLM.loss`). With the "elbo" weights the sum of both phases is then the NELBO
 in nats per token.
 
-Shapes: B samples of a micro-batch, E loss rows, N samples of a validation set.
+Shapes: B samples of a micro-batch, E loss rows, N samples of a step or of a validation set.
 """
 
 import math
@@ -27,6 +27,11 @@ class PhaseTokens:
     diffusion: int
     sequential: int
 
+    @property
+    def total(self) -> int:
+        """Real tokens of the global batch."""
+        return self.diffusion + self.sequential
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NelboEstimate:
@@ -47,11 +52,17 @@ class NelboEstimate:
         return to_perplexity(self.nelbo)
 
 
-def count_phase_tokens(dealing: Dealing, sequence_length: int) -> PhaseTokens:
-    """Returns the denominators of a step's loss."""
+def count_phase_tokens(dealing: Dealing, length_N: NDArray[np.int64]) -> PhaseTokens:
+    """Returns the denominators of a step's loss.
+
+    Args:
+        dealing: Tells the phase of each place.
+        length_N: Real tokens of the step's samples, by place.
+    """
+    is_sequential_N = dealing.is_sequential(np.arange(dealing.global_batch_size))
     return PhaseTokens(
-        diffusion=dealing.num_diffusion_samples * sequence_length,
-        sequential=dealing.num_sequential_samples * sequence_length,
+        diffusion=int(length_N[~is_sequential_N].sum()),
+        sequential=int(length_N[is_sequential_N].sum()),
     )
 
 

@@ -1,6 +1,7 @@
-"""Times, masks and slot orders, each a function of (seed, global index of the sample).
+"""Lengths, times, masks and slot orders, each a function of (seed, global index of the sample).
 
-Shapes: B samples, T positions or slots, N samples of a validation set.
+Shapes: B samples, T positions or slots, N samples of any number, or of a
+validation set.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from megatron_eso.diffusion.schedule import LogLinearSchedule
 SAMPLING_EPSILON = 1e-3
 
 _UPPER_BIT = np.uint64(1 << 63)
+_LARGEST = np.uint64(2**64 - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -22,13 +24,15 @@ class Noise:
     """What is drawn for the samples of a micro-batch.
 
     Attributes:
-        is_masked_BT: Masked tokens, natural order.
+        length_B: int64, real tokens of each sample: its positions and slots beyond do not exist.
+        is_masked_BT: Masked tokens, natural order; false beyond the length.
         permutation_BT: int64, `permutation[b, slot] = position`: clean tokens first, masked ones
-            after them.
+            after them, then whatever lies beyond the length.
         t_B: Times of the diffusion samples; nan for sequential ones.
         is_sequential_B: Samples of the sequential phase.
     """
 
+    length_B: NDArray[np.int64]
     is_masked_BT: NDArray[np.bool_]
     permutation_BT: NDArray[np.int64]
     t_B: NDArray[np.float64]
@@ -55,6 +59,33 @@ _VALIDATION = _Purposes(
     (Purpose.VALIDATION_DIFFUSION_MASK, Purpose.VALIDATION_SEQUENTIAL_MASK),
     (Purpose.VALIDATION_DIFFUSION_ORDER, Purpose.VALIDATION_SEQUENTIAL_ORDER),
 )
+
+
+def draw_lengths(
+    seed: int, indices_N: NDArray[np.int64], ssl_ratio: float, sequence_length: int
+) -> NDArray[np.int64]:
+    """Draws the real tokens of training samples: a share of them is cut short at random.
+
+    A sample is cut with probability `ssl_ratio`, to a length uniform in 1 .. T. (The reference of
+    arXiv 2602.15014 draws once for a whole micro-batch of a rank, so that its cut depends on the
+    layout.)
+
+    Args:
+        seed: The run's seed.
+        indices_N: Global indices of any samples.
+        ssl_ratio: Share of samples that are cut, in [0, 1].
+        sequence_length: T.
+
+    Returns:
+        int64 `[N]` in 1 .. T.
+    """
+    length_N = np.full(len(indices_N), sequence_length)
+    if ssl_ratio > 0:
+        for number, index in enumerate(indices_N):
+            choice, share = uniform(seed, Purpose.LENGTH, int(index), 2)
+            if choice < ssl_ratio:
+                length_N[number] = 1 + int(share * sequence_length)
+    return length_N
 
 
 def diffusion_times(
@@ -133,13 +164,15 @@ def draw_noise(
     alpha_0: float,
     sequence_length: int,
     *,
+    length_B: NDArray[np.int64] | None = None,
     is_validation: bool = False,
 ) -> Noise:
     """Draws masks and slot orders.
 
     A token of a diffusion sample is masked with probability 1 - alpha_t, of a sequential sample
     with 1 - alpha_0. Slots hold the clean tokens in random order, then the masked ones: in random
-    order in the diffusion phase, left to right in the sequential phase.
+    order in the diffusion phase, left to right in the sequential phase. A shorter sample has the
+    masks and the order of the whole one, without the positions beyond its length.
 
     Args:
         seed: The run's seed.
@@ -148,6 +181,7 @@ def draw_noise(
         t_B: Times; not read for sequential samples.
         alpha_0: Share of tokens that the diffusion phase generates.
         sequence_length: T.
+        length_B: Real tokens of the samples; None: T of each.
         is_validation: Draws from generators of their own, so that no validation sample shares its
             noise with a training sample.
     """
@@ -155,21 +189,27 @@ def draw_noise(
     is_sequential_B = np.asarray(is_sequential_B, dtype=np.bool_)
     t_B = np.where(is_sequential_B, np.nan, t_B)
     shape = (len(indices_B), sequence_length)
+    if length_B is None:
+        length_B = np.full(len(indices_B), sequence_length)
     uniform_BT, bits_BT = np.empty(shape), np.empty(shape, dtype=np.uint64)
     for b, index in enumerate(indices_B):
         phase = int(is_sequential_B[b])
         uniform_BT[b] = uniform(seed, purposes.masks[phase], int(index), sequence_length)
         bits_BT[b] = random_bits(seed, purposes.orders[phase], int(index), sequence_length)
     clean_share_B = np.where(is_sequential_B, alpha_0, LogLinearSchedule(alpha_0).alpha(t_B))
-    is_masked_BT = uniform_BT < 1.0 - clean_share_B[:, None]
-    # Sort keys: the upper bit tells masked from clean, the rest orders each of the two.
+    is_real_BT = np.arange(sequence_length) < length_B[:, None]
+    is_masked_BT = is_real_BT & (uniform_BT < 1.0 - clean_share_B[:, None])
+    # Sort keys: the upper bit tells masked from clean, the rest orders each of the two. What does
+    # not exist has the largest key, and the sort is stable.
     in_natural_order_BT = is_masked_BT & is_sequential_B[:, None]
     keys_BT = np.where(
         in_natural_order_BT, np.arange(sequence_length, dtype=np.uint64), bits_BT >> np.uint64(1)
     )
     keys_BT = np.where(is_masked_BT, keys_BT | _UPPER_BIT, keys_BT)
+    keys_BT = np.where(is_real_BT, keys_BT, _LARGEST)
     permutation_BT = np.argsort(keys_BT, axis=1, kind="stable")
     return Noise(
+        length_B=length_B,
         is_masked_BT=is_masked_BT,
         permutation_BT=permutation_BT.astype(np.int64),
         t_B=t_B,
@@ -205,6 +245,7 @@ def draw_any_order(
         rest_T = np.arange(sequence_length, dtype=np.uint64) | _UPPER_BIT
         permutation_BT[b] = np.argsort(np.where(is_first_T, keys_T, rest_T), kind="stable")
     return Noise(
+        length_B=np.full(len(indices_B), sequence_length),
         is_masked_BT=np.ones(shape, dtype=np.bool_),
         permutation_BT=permutation_BT,
         t_B=np.full(len(indices_B), np.nan),

@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     VALIDATION_SEQUENTIAL_ORDER = 12
     DROPOUT = 13
     ANY_ORDER = 14
+    LENGTH = 15
 
 
 def random_bits(seed: int, purpose: Purpose, index: int, count: int) -> NDArray[np.uint64]:

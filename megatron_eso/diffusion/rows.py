@@ -1,8 +1,8 @@
 """The row plan: a micro-batch as a list of (token, position) rows, in place of a dense mask.
 
-Rows are packed as
-- diffusion streams, T rows each, slot order;
-- clean streams of the sequential samples, T - 1 rows each, slot order: the clean token of the last
+A sample has n real tokens: T, or fewer where it was cut short. Rows are packed as
+- diffusion streams, n rows each, slot order;
+- clean streams of the sequential samples, n - 1 rows each, slot order: the clean token of the last
   slot is read by nobody;
 - mask queries of the sequential samples, one for each masked token, slot order;
 - padding.
@@ -10,7 +10,7 @@ Rows are packed as
 In the body of the network, streams attend causally, and each query reads the clean stream of its
 sample strictly before its slot, and itself: exactly the 2T x 2T mask of the reference
 (models/dit.py, BD3-LM mask of block size 1) without the rows that nobody reads. In the last layer
-every loss row of either phase is such a query, over the first T - 1 rows of its stream.
+every loss row of either phase is such a query, over the first n - 1 rows of its stream.
 
 Shapes: B samples, T positions or slots, R rows, E loss rows.
 """
@@ -38,7 +38,7 @@ class RowPlan:
     Attributes:
         tokens_R: int64, token of each row: the mask token for masked slots, queries and padding.
         positions_R: int64, the token's original position; 0 for padding.
-        stream_lengths: T for each diffusion stream, then T - 1 for each sequential one.
+        stream_lengths: n of each diffusion sample, then n - 1 of each sequential one.
         num_diffusion_streams: Streams of diffusion samples; they come first.
         query_lengths: Mask queries of each sequential stream.
         loss_rows_E: int64, row of each loss row: masked rows of diffusion streams, then queries,
@@ -77,6 +77,15 @@ class RowPlan:
         }
         return replace(self, **tensors)
 
+    def pin_memory(self) -> Self:
+        """Returns the plan with its tensors in pinned memory: `to` a GPU then waits for nothing."""
+        tensors = {
+            field.name: getattr(self, field.name).pin_memory()
+            for field in fields(self)
+            if field.type is Tensor
+        }
+        return replace(self, **tensors)
+
 
 def plan_rows(
     x_0_BT: Tensor | NDArray[np.int64],
@@ -90,8 +99,8 @@ def plan_rows(
     """Plans the rows of a micro-batch.
 
     Args:
-        x_0_BT: int64, clean tokens in natural order.
-        noise: Masks, slot orders, times and phases of the samples.
+        x_0_BT: int64, clean tokens in natural order; anything beyond a sample's length.
+        noise: Lengths, masks, slot orders, times and phases of the samples.
         schedule: Gives the weights of the diffusion phase.
         loss_type: Objective of the diffusion phase: "elbo" weighs a masked token by
             `schedule.elbo_weight(t)`, "low_var" by 1. The sequential phase weighs by 1 in both.
@@ -110,7 +119,7 @@ def plan_rows(
     x_0 = x_0_BT.cpu().numpy() if isinstance(x_0_BT, Tensor) else np.asarray(x_0_BT)
     if x_0.shape != noise.permutation_BT.shape:
         raise ValueError(f"x_0 has shape {x_0.shape}, its noise {noise.permutation_BT.shape}")
-    length = x_0.shape[1]
+    length_B = noise.length_B
     sorted_BT = np.take_along_axis(x_0, noise.permutation_BT, axis=1)
     num_masked_B = noise.is_masked_BT.sum(axis=1)
     diffusion = np.flatnonzero(~noise.is_sequential_B & (num_masked_B > 0))
@@ -118,21 +127,24 @@ def plan_rows(
     samples = np.concatenate([diffusion, sequential])
     counts = num_masked_B[samples]
 
-    is_masked_slot_BT = np.arange(length) >= (length - num_masked_B)[:, None]
-    is_diffusion_loss, is_query = is_masked_slot_BT[diffusion], is_masked_slot_BT[sequential]
+    slot_T = np.arange(x_0.shape[1])
+    is_real_BT = slot_T < length_B[:, None]
+    is_masked_BT = is_real_BT & (slot_T >= (length_B - num_masked_B)[:, None])
+    is_loss, is_query = is_masked_BT[diffusion], is_masked_BT[sequential]
+    in_stream, in_clean = is_real_BT[diffusion], slot_T < length_B[sequential, None] - 1
     queries = noise.permutation_BT[sequential][is_query]
     tokens = [
-        np.where(is_diffusion_loss, mask_token_id, sorted_BT[diffusion]).ravel(),
-        sorted_BT[sequential, : length - 1].ravel(),
+        np.where(is_loss, mask_token_id, sorted_BT[diffusion])[in_stream],
+        sorted_BT[sequential][in_clean],
         np.full(len(queries), mask_token_id),
     ]
     positions = [
-        noise.permutation_BT[diffusion].ravel(),
-        noise.permutation_BT[sequential, : length - 1].ravel(),
+        noise.permutation_BT[diffusion][in_stream],
+        noise.permutation_BT[sequential][in_clean],
         queries,
     ]
     num_rows = sum(len(part) for part in tokens)
-    loss_rows = [np.flatnonzero(is_diffusion_loss), np.arange(num_rows - len(queries), num_rows)]
+    loss_rows = [np.flatnonzero(is_loss[in_stream]), np.arange(num_rows - len(queries), num_rows)]
 
     elbo_weight_B = np.ones(len(x_0))
     elbo_weight_B[diffusion] = schedule.elbo_weight(noise.t_B[diffusion])
@@ -140,31 +152,30 @@ def plan_rows(
     elbo_weights = elbo_weight_B[sample]
     num_loss_rows = len(sample)
 
-    def pad(parts: Sequence[NDArray[Any]], fill: int, dtype: torch.dtype) -> Tensor:
+    def pad(parts: Sequence[NDArray[Any]], fill: int, dtype: type[np.generic]) -> Tensor:
         size = sum(len(part) for part in parts)
-        padded = torch.full((_round_up(size, row_multiple),), fill, dtype=dtype)
-        padded[:size] = torch.from_numpy(np.concatenate(parts)).to(dtype)
-        return padded
+        padding = np.full(_round_up(size, row_multiple) - size, fill)
+        return torch.from_numpy(np.concatenate([*parts, padding]).astype(dtype, copy=False))
 
     return RowPlan(
-        tokens_R=pad(tokens, mask_token_id, torch.int64),
-        positions_R=pad(positions, 0, torch.int64),
-        stream_lengths=(length,) * len(diffusion) + (length - 1,) * len(sequential),
+        tokens_R=pad(tokens, mask_token_id, np.int64),
+        positions_R=pad(positions, 0, np.int64),
+        stream_lengths=(*length_B[diffusion].tolist(), *(length_B[sequential] - 1).tolist()),
         num_diffusion_streams=len(diffusion),
         query_lengths=tuple(num_masked_B[sequential].tolist()),
-        loss_rows_E=pad(loss_rows, 0, torch.int64),
+        loss_rows_E=pad(loss_rows, 0, np.int64),
         loss_lengths=tuple(counts.tolist()),
         targets_E=pad(
-            [sorted_BT[diffusion][is_diffusion_loss], sorted_BT[sequential][is_query]],
+            [sorted_BT[diffusion][is_loss], sorted_BT[sequential][is_query]],
             0,
-            torch.int64,
+            np.int64,
         ),
         weights_E=pad(
-            [elbo_weights if loss_type == "elbo" else np.ones(num_loss_rows)], 0, torch.float32
+            [elbo_weights if loss_type == "elbo" else np.ones(num_loss_rows)], 0, np.float32
         ),
-        elbo_weights_E=pad([elbo_weights], 0, torch.float32),
-        is_sequential_E=pad([noise.is_sequential_B[sample]], 0, torch.bool),
-        sample_E=pad([sample], 0, torch.int64),
+        elbo_weights_E=pad([elbo_weights], 0, np.float32),
+        is_sequential_E=pad([noise.is_sequential_B[sample]], 0, np.bool_),
+        sample_E=pad([sample], 0, np.int64),
         num_rows=num_rows,
         num_loss_rows=num_loss_rows,
     )

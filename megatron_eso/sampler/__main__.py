@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eso.data.tokenizer import MODEL_FILE, Tokenizer
+from megatron_eso.data.tokenizer import Tokenizer, has_tokenizer
 from megatron_eso.errors import CheckpointError, ConfigError, DataError, run_command
 from megatron_eso.sampler.model import EsoLM
 
@@ -19,19 +19,34 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 GENERATION_FILE = "generation_config.json"
 
 
-def load_tokenizer(directory: str) -> Tokenizer | None:
-    """The tokenizer of a sampler directory; None where it has none of ours."""
-    return Tokenizer.load(directory) if (Path(directory) / MODEL_FILE).is_file() else None
+def load_tokenizer(directory: str, model: EsoLM) -> Tokenizer | None:
+    """The tokenizer of a sampler directory; None where it has none.
+
+    Raises:
+        DataError: it is damaged, or not the model's.
+    """
+    if not has_tokenizer(directory):
+        return None
+    tokenizer = Tokenizer.load(directory)
+    ours = tokenizer.vocab_size, tokenizer.mask_token_id
+    network = model.config.vocab_size, model.config.mask_token_id
+    if ours != network:
+        raise DataError(
+            f"{directory}: the tokenizer has {ours[0]} tokens and the mask token {ours[1]}, the "
+            f"network {network[0]} and {network[1]}; put the network's tokenizer there, or none"
+        )
+    return tokenizer
 
 
 def run_sample(args: argparse.Namespace) -> None:
     """Generate texts; without a tokenizer, token ids."""
-    model, tokenizer = load_model(args), load_tokenizer(args.sampler_dir)
+    model = load_model(args)
+    tokenizer = load_tokenizer(args.sampler_dir, model)
     defaults = read_defaults(args.sampler_dir)
     prompt = None
     if args.prompt is not None:
         if tokenizer is None:
-            raise ConfigError(f"--prompt: {args.sampler_dir} has no {MODEL_FILE}; leave it out")
+            raise ConfigError(f"--prompt: {args.sampler_dir} has no tokenizer; leave it out")
         prompt = build_prompt(model, tokenizer.encode(args.prompt), args.num_samples, args.length)
     options: dict[str, Any] = {
         name: defaults.get(name) if value is None else value
@@ -82,7 +97,8 @@ def build_prompt(model: EsoLM, ids: list[int], num_samples: int, length: int | N
 
 def run_score(args: argparse.Namespace) -> None:
     """Print exact log-likelihoods of texts, left to right, a JSON object a line, and the total."""
-    model, tokenizer = load_model(args), load_tokenizer(args.sampler_dir)
+    model = load_model(args)
+    tokenizer = load_tokenizer(args.sampler_dir, model)
     sums, counts = 0.0, 0
     for path in args.input or ["-"]:
         for name, ids in read_texts(path, args.text_key, tokenizer, args.sampler_dir):
@@ -127,7 +143,7 @@ def read_texts(
 def encode(text: str, tokenizer: Tokenizer | None, directory: str) -> list[int]:
     """Ids of a text."""
     if tokenizer is None:
-        raise DataError(f"{directory}: has no {MODEL_FILE}; give .jsonl with ids under 'tokens'")
+        raise DataError(f"{directory}: has no tokenizer; give .jsonl with ids under 'tokens'")
     return tokenizer.encode(text)
 
 

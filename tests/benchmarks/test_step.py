@@ -27,7 +27,7 @@ def time_steps(run: Path, data: Path, overrides: Overrides) -> float:
 
     install_cpu_backend()
     from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.data.reader import TokenDataset
+    from megatron_eso.data.training_data import TrainingData
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import train_step
     from megatron_eso.training.train_state import build_train_state
@@ -36,10 +36,11 @@ def time_steps(run: Path, data: Path, overrides: Overrides) -> float:
     seconds = []
     with model_parallel_groups(config.parallel) as groups:
         state = build_train_state(config, groups)
-        batches = TrainingBatches(config, TokenDataset.open(data / "train"), groups.dp.size())
+        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
         for _ in range(NUM_STEPS + 1):
             began = time.perf_counter()
-            train_step(config, state, batches, groups, flops_per_token=1.0)
+            plan = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
+            train_step(config, state, plan, groups, flops_per_token=1.0)
             seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])
 

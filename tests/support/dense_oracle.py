@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_eso.diffusion.dealing import Dealing
-from megatron_eso.diffusion.loss import count_phase_tokens, normalize_phases, sum_phases
+from megatron_eso.diffusion.loss import PhaseTokens, normalize_phases, sum_phases
 from megatron_eso.diffusion.noise import Noise
 from megatron_eso.diffusion.rows import RowPlan
 from megatron_eso.model.row_attention import attend_loss_rows, attend_rows
@@ -42,7 +43,7 @@ class OracleConfig:
 
 @dataclass(frozen=True)
 class DenseLosses:
-    """Per-token `-log p` of each sample in slot order, zero on clean slots, and its weights."""
+    """Per-token `-log p` of each sample in slot order, zero elsewhere than on masked slots."""
 
     nll_BT: Tensor
     weights_B: Tensor
@@ -148,12 +149,13 @@ def dense_losses(
     loss_type: str,
 ) -> DenseLosses:
     """Losses of the samples of a micro-batch, each in its phase."""
-    is_masked_BT = torch.from_numpy(noise.is_masked_BT)
-    permutation_BT = torch.from_numpy(noise.permutation_BT)
-    z_BT = x_0_BT.masked_fill(is_masked_BT, config.mask_token_id)
     nll, weights, elbo_weights = [], [], []
-    for b in range(len(x_0_BT)):
-        z, x_0, permutation = z_BT[b : b + 1], x_0_BT[b : b + 1], permutation_BT[b : b + 1]
+    for b, length in enumerate(noise.length_B.tolist()):
+        # A sample is what it would be alone and of its own length.
+        x_0 = x_0_BT[b : b + 1, :length]
+        is_masked = torch.from_numpy(noise.is_masked_BT[b : b + 1, :length])
+        permutation = torch.from_numpy(noise.permutation_BT[b : b + 1, :length])
+        z = x_0.masked_fill(is_masked, config.mask_token_id)
         if noise.is_sequential_B[b]:
             logits = sequential_logits(parameters, config, z, x_0, permutation)
             elbo_weight = 1.0
@@ -162,8 +164,9 @@ def dense_losses(
             t = (1 - 1e-3) * float(noise.t_B[b])
             elbo_weight = alpha_0 * (1 - 1e-3) / (1 - alpha_0 * (1 - t))
         targets = x_0.gather(1, permutation)
-        is_masked = is_masked_BT[b : b + 1].gather(1, permutation)
-        nll.append(token_losses(logits, targets, config.mask_token_id) * is_masked)
+        losses = token_losses(logits, targets, config.mask_token_id)
+        losses = losses * is_masked.gather(1, permutation)
+        nll.append(functional.pad(losses, (0, x_0_BT.shape[1] - length)))
         elbo_weights.append(elbo_weight)
         weights.append(elbo_weight if loss_type == "elbo" else 1.0)
     return DenseLosses(
@@ -183,14 +186,12 @@ def dense_objective(losses: DenseLosses, noise: Noise, dealing: Dealing) -> Tens
     """The loss of a global batch of the given losses: both phases over all their tokens."""
     is_sequential_B = torch.from_numpy(noise.is_sequential_B)
     sum_B = losses.nll_BT.sum(1) * losses.weights_B
-    length = losses.nll_BT.shape[1]
-    num_diffusion = dealing.batch_split * dealing.global_batch_size
-    num_sequential = dealing.global_batch_size - num_diffusion
+    length_B = torch.from_numpy(noise.length_B)
+    assert is_sequential_B.sum() == (1 - dealing.batch_split) * dealing.global_batch_size
     total = torch.zeros((), dtype=torch.float64)
-    if num_diffusion:
-        total = total + sum_B[~is_sequential_B].sum() / (num_diffusion * length)
-    if num_sequential:
-        total = total + sum_B[is_sequential_B].sum() / (num_sequential * length)
+    for in_phase_B in (~is_sequential_B, is_sequential_B):
+        if in_phase_B.any():
+            total = total + sum_B[in_phase_B].sum() / length_B[in_phase_B].sum()
     return total
 
 
@@ -240,17 +241,16 @@ def row_objective(
     parameters: Parameters,
     config: OracleConfig,
     plans: list[RowPlan],
-    dealing: Dealing,
-    length: int,
+    tokens: PhaseTokens,
 ) -> Tensor:
-    """The loss of a global batch of the given micro-batches."""
+    """The loss of a global batch of the given micro-batches and real tokens."""
     sums = torch.stack(
         [
             sum_phases(row_losses(parameters, config, plan), plan.weights_E.double(), plan)
             for plan in plans
         ]
     ).sum(0)
-    return normalize_phases(sums, count_phase_tokens(dealing, length)).sum()
+    return normalize_phases(sums, tokens).sum()
 
 
 # Parts of a layer that know nothing of masks and rows.

@@ -13,6 +13,7 @@ from megatron_eso.config import Config
 from megatron_eso.config_checks import with_vocabulary
 from megatron_eso.config_io import load_config
 from megatron_eso.data.reader import TokenDataset
+from megatron_eso.data.training_data import TrainingData
 
 PARALLEL = "parallel."
 TP2 = {"parallel.tensor_model_parallel_size": 2}
@@ -50,6 +51,7 @@ TINY: Overrides = {
     "train.global_batch_size": 8,
     "train.micro_batch_size": 2,
     "train.log_interval": 1,
+    "checkpoint.keep_last": 100,
     "objective.alpha_0": 0.25,
     "optimizer.learning_rate": 1e-2,
     "optimizer.adam_eps": 1e-6,
@@ -96,20 +98,24 @@ def train_tiny(run: Path, data: Path, overrides: Overrides, num_steps: int) -> T
     from megatron_eso.data.batches import TrainingBatches
     from megatron_eso.training.checkpoint import Checkpoints, restore
     from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.prefetch import StepPrefetcher
     from megatron_eso.training.step import train_step
     from megatron_eso.training.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
     losses, grad_norms = [], []
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TokenDataset.open(data / "train"), groups.dp.size())
+        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
         state = build_train_state(config, groups)
-        checkpoints = Checkpoints(run / "checkpoints", 100, batches.identity)
+        checkpoints = Checkpoints(run / "checkpoints", config.checkpoint, batches)
         restore(state, config, checkpoints)
-        while state.counters.step < num_steps:
-            result = train_step(config, state, batches, groups, flops_per_token=1.0)
-            losses.append(result.loss)
-            grad_norms.append(result.grad_norm)
+        prefetcher = StepPrefetcher(batches, groups.dp.rank(), config.data.prefetch_steps)
+        with prefetcher:
+            while state.counters.step < num_steps:
+                plan = prefetcher.take(state.counters.consumed_samples)
+                result = train_step(config, state, plan, groups, flops_per_token=1.0)
+                losses.append(result.loss)
+                grad_norms.append(result.grad_norm)
         checkpoint = checkpoints.save(state, config, groups)
     return Trained(losses=losses, grad_norms=grad_norms, checkpoint=checkpoint)
 

@@ -174,6 +174,20 @@ REFUSALS = [
     (["model.num_layers=0"], "must be greater than 0"),
     (["checkpoint.keep_last=0"], "must be greater than 0"),
     (["validation.interval=5"], "needs data.validation"),
+    (["data.train=[]"], "name at least one directory"),
+    (['data.train=["a", "b", "a"]'], "names a corpus twice"),
+    # What is left of a list that the shell took the quotes from.
+    (["data.train=[a, b]"], 'quote it for the shell, such as \'data.train=["a", "b"]\''),
+    (["data.train_weights=[1]"], "is for a list of corpora in data.train"),
+    (['data.train=["a", "b"]', "data.train_weights=[1]"], "needs a weight for each of the 2"),
+    (['data.train=["a", "b"]', "data.train_weights=[2, -1]"], "weights must be 0 or greater"),
+    (['data.train=["a", "b"]', "data.train_weights=[0, 0]"], "weights must be 0 or greater"),
+    (["data.phase=0"], "must be greater than 0"),
+    (["data.framing=bos_eos", "data.sequence_length=2"], "leaves no text"),
+    (["data.ssl_ratio=1"], "must be at least 0 and below 1"),
+    (["data.cache_gib=0"], "must be greater than 0"),
+    (["data.prefetch_steps=-1"], "must be 0 or greater"),
+    (["data.batch_check_interval=-1"], "must be 0 or greater"),
 ]
 
 
@@ -188,6 +202,21 @@ def test_impossible_combinations_are_refused_in_one_line(
     assert "\n" not in line
     assert " = " in line
     assert line.startswith((base, "command line: ", "default: "))
+
+
+def test_a_blend_is_a_list_with_or_without_weights(base: str) -> None:
+    data = load_config([base, 'data.train=["a", "s3://b/c"]']).config.data
+    assert data.train == data.train_corpora == ("a", "s3://b/c")
+    assert data.train_weights is None
+    weighted = ['data.train=["a", "b"]', "data.train_weights=[1, 0.5]", "data.phase=2"]
+    data = load_config([base, *weighted]).config.data
+    assert data.train_weights == (1.0, 0.5)
+    assert load_config([base]).config.data.train_corpora == ("shards",)
+
+
+def test_framing_takes_two_tokens_of_text(base: str) -> None:
+    assert load_config([base]).config.data.row_tokens == 16
+    assert load_config([base, "data.framing=bos_eos"]).config.data.row_tokens == 14
 
 
 def test_a_refusal_names_the_file_that_set_the_value(base: str, tmp_path: Path) -> None:

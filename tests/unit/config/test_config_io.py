@@ -60,6 +60,9 @@ def test_later_layers_win_key_by_key(tmp_path: Path) -> None:
         ("objective.loss_type=low_var", "low_var"),
         ("data.vocab_size=98", 98),
         ("train.num_steps=1_000", 1000),
+        ("data.train=shards/a", "shards/a"),
+        ('data.train=["a"]', ("a",)),
+        ("data.train=2024", "2024"),
     ],
 )
 def test_an_override_is_toml_or_text(override: str, value: object) -> None:
@@ -88,6 +91,11 @@ def test_an_override_is_toml_or_text(override: str, value: object) -> None:
         ("data.vocab_size=many", 'data.vocab_size = "many": expects a whole number'),
         ("train.num_steps=9223372036854775808", "does not fit into 64 bits"),
         ("train.num_steps=[1]", "train.num_steps = [1]: expects a whole number"),
+        ("data.train=[1]", 'data.train = 1: expects a string; write "1"'),
+        ("data.train_weights=3", "data.train_weights = 3: expects a list of numbers"),
+        ('data.train_weights=["a"]', 'data.train_weights = "a": expects a number'),
+        ("data.train_weights=[inf]", "data.train_weights = Infinity: must be finite"),
+        ("data.train_weights=[[1]]", "data.train_weights = [1]: expects a number"),
     ],
 )  # fmt: skip
 def test_a_wrong_argument_is_refused_in_one_line(override: str, message: str) -> None:
@@ -135,7 +143,8 @@ def test_files_are_found_here_or_in_the_folder(tmp_path: Path) -> None:
 
 def test_the_resolved_configuration_survives_toml_and_json(tmp_path: Path) -> None:
     name = 'run.directory="runs/\\"quoted\\" \\u00e9 \\U0001F600"'
-    config = load_config([*ARGUMENTS, name, "data.vocab_size=98"]).config
+    blend = ['data.train=["a", "\\u00e9"]', "data.train_weights=[1, 0.25]"]
+    config = load_config([*ARGUMENTS, name, *blend, "data.vocab_size=98"]).config
     path = write(tmp_path / "resolved.toml", config_to_toml(config))
     assert load_config([path]).config == config
     path = write(tmp_path / "config.json", json.dumps(config_to_dict(config)))

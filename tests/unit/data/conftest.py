@@ -1,9 +1,11 @@
 """Datasets and tokenizers small enough to be made anew."""
 
+import dataclasses
 import itertools
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,7 @@ def make_dataset() -> MakeDataset:
         record_tokens: int,
         shard_records: int = 3,
         vocab_size: int = 50_000,
+        **tokenizer: Any,
     ) -> Tokens:
         tokens = np.random.default_rng(num_tokens).integers(5, vocab_size, num_tokens)
         tokens[::101] = EOS
@@ -45,6 +48,7 @@ def make_dataset() -> MakeDataset:
             pad_token_id=3,
             unk_token_id=0,
         )
+        fingerprint = dataclasses.replace(fingerprint, **tokenizer)
         directory.mkdir()
         writer = DatasetWriter(
             directory,

@@ -1,4 +1,4 @@
-"""Shards on disk: plain archives that other readers take, the same bytes for the same tokens."""
+"""Shards on disk: plain archives, the same bytes for the same tokens."""
 
 import tarfile
 from collections.abc import Callable
@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pytest
-import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,20 +21,6 @@ def hash_tree(directory: Path) -> dict[str, bytes]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
-
-
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(50_000, "<u2"), (70_000, "<u4")])
-def test_webdataset_reads_the_same_tokens(
-    tmp_path: Path, make_dataset: MakeDataset, vocab_size: int, dtype: str
-) -> None:
-    tokens = make_dataset(tmp_path / "data", 200_000, 30_000, vocab_size=vocab_size)
-    shards = sorted(str(path) for path in (tmp_path / "data").glob("shard-*.tar"))
-    assert len(shards) == 3
-    extension = f"tokens.u{np.dtype(dtype).itemsize * 8}"
-    samples = list(webdataset.WebDataset(shards, shardshuffle=False))
-    assert [sample["__key__"] for sample in samples] == [f"{record:08d}" for record in range(7)]
-    found = np.concatenate([np.frombuffer(sample[extension], dtype) for sample in samples])
-    assert np.array_equal(found, tokens)
 
 
 def test_members_lie_where_the_arithmetic_says(tmp_path: Path, make_dataset: MakeDataset) -> None:

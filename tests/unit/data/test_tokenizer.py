@@ -115,13 +115,14 @@ def test_a_model_without_mask_token_gets_one(tmp_path: Path) -> None:
 
 def test_a_mask_piece_that_is_the_padding_is_not_taken() -> None:
     model = train_foreign(pad_id=3, pad_piece="<mask>")
-    tokenizer = Tokenizer(model)
+    tokenizer = Tokenizer({"tokenizer.model": model})
     assert tokenizer.pad_token_id == 3
     assert tokenizer.mask_token_id == tokenizer.vocab_size - 1 != 3
 
 
 def test_a_mask_piece_that_text_can_produce_is_not_taken() -> None:
-    tokenizer = Tokenizer(train_foreign(user_defined_symbols=["<mask>"]))
+    model = train_foreign(user_defined_symbols=["<mask>"])
+    tokenizer = Tokenizer({"tokenizer.model": model})
     assert tokenizer.mask_token_id == tokenizer.vocab_size - 1
     assert tokenizer.mask_token_id not in tokenizer.encode("<mask>")
 
@@ -132,7 +133,28 @@ def test_saved_tokenizer_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert copy.fingerprint() == tokenizer.fingerprint()
     assert copy.files() == tokenizer.files()
     assert pickle.loads(pickle.dumps(tokenizer)).fingerprint() == tokenizer.fingerprint()
-    assert Tokenizer(train_foreign()).fingerprint() != tokenizer.fingerprint()
+    foreign = Tokenizer({"tokenizer.model": train_foreign()})
+    assert foreign.fingerprint().pieces_sha256 != tokenizer.fingerprint().pieces_sha256
+
+
+def test_settings_that_change_ids_change_the_pieces_hash_and_the_rest_does_not() -> None:
+    def load(**settings: object) -> Tokenizer:
+        return Tokenizer({"tokenizer.model": train_foreign(**settings)})
+
+    plain = load()
+    same = load(max_sentence_length=5000)
+    assert same.fingerprint().model_sha256 != plain.fingerprint().model_sha256
+    assert same.fingerprint().identity == plain.fingerprint().identity
+    for changed in (
+        {"add_dummy_prefix": False},
+        {"remove_extra_whitespaces": False},
+        {"normalization_rule_name": "nfkc_cf"},
+        {"treat_whitespace_as_suffix": True},
+    ):
+        other = load(**changed)
+        text = " The  \uff34wo a"
+        assert other.encode(text) != plain.encode(text)
+        assert other.fingerprint().identity != plain.fingerprint().identity
 
 
 def test_missing_and_damaged_models_are_refused(tokenizer_directory: Path, tmp_path: Path) -> None:
@@ -141,5 +163,7 @@ def test_missing_and_damaged_models_are_refused(tokenizer_directory: Path, tmp_p
     content = (tokenizer_directory / "tokenizer.model").read_bytes()
     for damaged in (b"", b"no model", content[: len(content) // 2]):
         (tmp_path / "tokenizer.model").write_bytes(damaged)
-        with pytest.raises(DataError, match="no SentencePiece model"):
+        with pytest.raises(
+            DataError, match=r"tokenizer\.model: it is (empty|no SentencePiece model)"
+        ):
             Tokenizer.load(tmp_path)

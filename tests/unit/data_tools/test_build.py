@@ -1,23 +1,21 @@
 """Building shards: exactly the tokens of the text, the same bytes for any number of workers."""
 
 import fcntl
+import hashlib
 import json
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_tools.build_shards import BuildOptions, build_dataset
+from data_tools.build_shards import BuildOptions, Part, build_dataset, merge_parts
+from data_tools.inputs import TextOptions
 from data_tools.verify_shards import verify_datasets
 from megatron_eso.data.reader import TokenDataset
 from megatron_eso.data.tokenizer import Tokenizer
 from megatron_eso.errors import ConfigError, DataError
 
+SPLITS = ("train", "validation")
 TEXTS = ["First text.\n\n  Indented\tand tabbed.", "Zweiter \u00dc-Text \U0001f600", "third", " "]
 
 
@@ -61,7 +59,13 @@ def test_tokens_are_the_documents_in_order(tmp_path: Path, tokenizer_directory: 
     (folder / "deep" / "a.txt").write_text("first\r\nfile", encoding="utf-8", newline="")
     (folder / "ignored.md").write_text("not read")
     out = tmp_path / "out"
-    build([jsonl, folder], tokenizer_directory, out, text_key="body", record_tokens=30)
+    build(
+        [jsonl, folder],
+        tokenizer_directory,
+        out,
+        text=TextOptions(text_key="body"),
+        record_tokens=30,
+    )
     expected = [*TEXTS, "first\r\nfile", "last file\n"]
     assert read_tokens(out) == encode_documents(tokenizer_directory, expected)
     manifest = TokenDataset.open(out).manifest
@@ -74,33 +78,56 @@ def test_tokens_are_the_documents_in_order(tmp_path: Path, tokenizer_directory: 
     verify_datasets(out)
 
 
-def test_workers_do_not_change_a_byte(
+def test_workers_and_parts_do_not_change_a_byte(
     tmp_path: Path, corpus: Path, tokenizer_directory: Path
 ) -> None:
-    """Several megabytes, so that there are more units than workers."""
+    """Several megabytes, so that there are more units than workers, and more spans than parts."""
     long_text = tmp_path / "long.txt"
     with long_text.open("w", encoding="utf-8") as file:
         for line in corpus.read_text(encoding="ascii").splitlines()[:400]:
             file.write(json.loads(line)["text"])
-    for workers in (1, 2):
-        build(
-            [corpus, long_text],
-            tokenizer_directory,
-            tmp_path / f"workers_{workers}",
-            num_workers=workers,
-            validation_share=0.1,
-            record_tokens=2**16,
-            shard_records=4,
-        )
-    assert read_tree(tmp_path / "workers_1") == read_tree(tmp_path / "workers_2")
+    inputs, tokenizer = [corpus, long_text], tokenizer_directory
+    settings = {
+        "validation_share": 0.1,
+        "record_tokens": 2**16,
+        "shard_records": 4,
+        "span_bytes": 2**19,
+    }
+    for workers in (1, 2, 3):
+        out = tmp_path / f"workers_{workers}"
+        build(inputs, tokenizer, out, num_workers=workers, **settings)
+    expected = read_tree(tmp_path / "workers_1")
+    assert read_tree(tmp_path / "workers_2") == expected
+    assert read_tree(tmp_path / "workers_3") == expected
+
+    parts = tmp_path / "parts"
+    build(inputs, tokenizer, parts, part=Part(number=1, count=2), **settings)
+    with pytest.raises(DataError, match=r"lacks 3 of 6 spans; run again --part 0/2"):
+        merge_parts(parts)
+    build(inputs, tokenizer, parts, part=Part(number=0, count=2), **settings)
+    assert not parts.exists()
+    merge_parts(parts, num_workers=2)
+    assert read_tree(parts) == expected
+    assert not (tmp_path / "parts.building").exists()
+    with pytest.raises(ConfigError, match="exists already"):
+        merge_parts(parts)
+    with pytest.raises(ConfigError, match=r"no .*absent\.building to merge"):
+        merge_parts(tmp_path / "absent")
+
     train = TokenDataset.open(tmp_path / "workers_1" / "train")
     assert len(train.manifest.shards) > 1
+    # The large file was cut into ranges, each named by its bytes.
+    pieces = [source for source in train.manifest.sources if source.path == corpus.name]
+    assert [piece.offset for piece in pieces] == list(range(0, corpus.stat().st_size, 2**19))
+    content = corpus.read_bytes()
+    for piece in pieces:
+        data = content[piece.offset : piece.offset + piece.bytes]
+        assert hashlib.sha256(data).hexdigest() == piece.sha256
     # The long text was cut into units; its tokens are those of the whole.
-    tokens = train.rows(np.arange(train.num_rows(1)), 1)[:, 0]
-    (document,) = (source for source in train.manifest.sources if source.path == "long.txt")
-    if document.num_documents:
-        whole = encode_documents(tokenizer_directory, [long_text.read_text(encoding="utf-8")])
-        assert tokens[-len(whole) :].tolist() == whole
+    datasets = [TokenDataset.open(tmp_path / "workers_1" / name) for name in SPLITS]
+    (dataset,) = (each for each in datasets if each.manifest.sources[-1].num_documents)
+    whole = encode_documents(tokenizer_directory, [long_text.read_text(encoding="utf-8")])
+    assert read_tokens(dataset.directory)[-len(whole) :] == whole
 
 
 def test_splits_hold_every_document_once_by_its_text(
@@ -130,40 +157,6 @@ def test_splits_hold_every_document_once_by_its_text(
     assert sorted(read_documents(tmp_path / "b" / "validation")) == sorted(validation)
 
 
-def test_a_killed_build_leaves_nothing_that_looks_complete(
-    tmp_path: Path, corpus: Path, tokenizer_directory: Path
-) -> None:
-    reference = tmp_path / "reference"
-    inputs = [corpus] * 6
-    build(inputs, tokenizer_directory, reference, record_tokens=2**14, shard_records=8)
-    out = tmp_path / "out"
-    command = [
-        *(sys.executable, "-m", "data_tools", "build", "--input", *map(str, inputs)),
-        *("--tokenizer", str(tokenizer_directory), "--out", str(out), "--workers", "1"),
-        *("--record-tokens", str(2**14), "--shard-records", "8"),
-    ]
-    was_unfinished = 0
-    for delay_seconds in (0, 0.1, 0.3):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        shards = tmp_path / "out.building" / "shard-00000.tar"
-        while process.poll() is None and not shards.exists():
-            time.sleep(0.002)
-        time.sleep(delay_seconds)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if out.exists():
-            assert read_tree(out) == read_tree(reference)
-            shutil.rmtree(out)
-        else:
-            was_unfinished += 1
-            with pytest.raises(DataError):
-                TokenDataset.open(tmp_path / "out.building")
-    assert was_unfinished
-    subprocess.run(command, check=True, capture_output=True)
-    assert read_tree(out) == read_tree(reference)
-    assert not (tmp_path / "out.building").exists()
-
-
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
@@ -175,7 +168,7 @@ def test_a_killed_build_leaves_nothing_that_looks_complete(
         (b'{"text": "\\ud800"}\n', "bad.jsonl:1: the text holds half a surrogate pair"),
         (b"[" * 10**6, "bad.jsonl:1: invalid JSON"),
         (b'{"text": ""}\n', "no document with text"),
-        (b"", "bad.jsonl is empty"),
+        (b"", "bad.jsonl: empty"),
     ],
 )
 def test_bad_lines_are_named(
@@ -184,7 +177,7 @@ def test_bad_lines_are_named(
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=problem):
-        build([path], tokenizer_directory, tmp_path / "out")
+        build([path], tokenizer_directory, tmp_path / "out", deduplicate=True)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bad.jsonl"]
 
 
@@ -206,7 +199,7 @@ def test_wrong_paths_are_refused(tmp_path: Path, tokenizer_directory: Path) -> N
     for path, problem in (
         (tmp_path / "absent.jsonl", "no such file or folder"),
         (unknown, "unknown kind of file"),
-        (tmp_path / "empty", "holds no"),
+        (tmp_path / "empty", "no text there"),
     ):
         with pytest.raises(ConfigError, match=problem):
             build([path], tokenizer_directory, tmp_path / "out")

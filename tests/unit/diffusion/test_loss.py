@@ -38,16 +38,26 @@ def draw_plan(row_multiple: int = 8) -> RowPlan:
 
 
 def test_each_phase_is_divided_by_all_tokens_of_its_samples() -> None:
-    tokens = count_phase_tokens(Dealing(8, 1, 1, 0.75), LENGTH)
+    tokens = count_phase_tokens(Dealing(8, 1, 1, 0.75), np.full(8, LENGTH))
     assert tokens == PhaseTokens(diffusion=6 * LENGTH, sequential=2 * LENGTH)
     sums = torch.tensor([3.0, 5.0])
     expected = [3 / (6 * LENGTH), 5 / (2 * LENGTH)]
     torch.testing.assert_close(normalize_phases(sums, tokens), torch.tensor(expected))
 
 
+def test_samples_that_are_cut_count_by_their_length() -> None:
+    dealing = Dealing(4, 1, 1, 0.5)
+    is_sequential = dealing.is_sequential(np.arange(4))
+    length = np.where(is_sequential, [1, 2, 3, 4], [10, 20, 30, 40])
+    tokens = count_phase_tokens(dealing, length)
+    assert tokens.sequential == sum(n for n in length if n < 10)
+    assert tokens.diffusion == sum(n for n in length if n >= 10)
+    assert tokens.total == length.sum()
+
+
 @pytest.mark.parametrize("alpha_0", [0, 1])
 def test_a_phase_without_tokens_adds_nothing(alpha_0: int) -> None:
-    tokens = count_phase_tokens(Dealing(2, 1, 1, alpha_0), LENGTH)
+    tokens = count_phase_tokens(Dealing(2, 1, 1, alpha_0), np.full(2, LENGTH))
     sums = torch.tensor([4.0 * alpha_0, 4.0 * (1 - alpha_0)])
     assert normalize_phases(sums, tokens).sum().item() == 4 / (2 * LENGTH)
 

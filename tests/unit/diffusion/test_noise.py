@@ -16,6 +16,7 @@ from megatron_eso.diffusion.noise import (
     SAMPLING_EPSILON,
     Noise,
     diffusion_times,
+    draw_lengths,
     draw_noise,
     validation_times,
 )
@@ -37,6 +38,7 @@ PINNED_TIMES = [
 ]
 PINNED_SEQUENTIAL_ORDER = [10, 3, 14, 5, 2, 4, 0, 1, 6, 7, 8, 9, 11, 12, 13, 15]
 PINNED_DIFFUSION_ORDER = [15, 10, 3, 13, 2, 9, 14, 4, 12, 11, 6, 1, 5, 0, 8, 7]
+PINNED_LENGTHS = [1000, 498, 463, 211, 483, 1000, 717, 481]
 PINNED_NOISE = "e6bb7e6022967acd"
 PINNED_VALIDATION = "6b332fddca6173f2"
 
@@ -56,7 +58,8 @@ def draw(
 
 def equal(first: Noise, second: Noise) -> bool:
     return (
-        np.array_equal(first.is_masked_BT, second.is_masked_BT)
+        np.array_equal(first.length_B, second.length_B)
+        and np.array_equal(first.is_masked_BT, second.is_masked_BT)
         and np.array_equal(first.permutation_BT, second.permutation_BT)
         and np.array_equal(first.t_B, second.t_B, equal_nan=True)
         and np.array_equal(first.is_sequential_B, second.is_sequential_B)
@@ -135,6 +138,42 @@ def test_the_sequential_order_of_all_masked_tokens_is_left_to_right() -> None:
     assert np.array_equal(noise.permutation_BT, np.tile(np.arange(9), (5, 1)))
 
 
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 0.5, 1.0])
+def test_the_share_of_samples_that_is_cut_has_uniform_lengths(ratio: float) -> None:
+    """Counts of cut samples and of lengths are binomial; of lengths 1 .. 24, T itself is one."""
+    num_samples, length = 20000, 24
+    lengths = draw_lengths(SEED, np.arange(num_samples), ratio, length)
+    assert 1 <= lengths.min() <= lengths.max() <= length
+    share = ratio * (1 - 1 / length)
+    deviation = np.sqrt(share * (1 - share) / num_samples)
+    assert abs((lengths < length).mean() - share) <= 5 * deviation
+    if ratio == 1.0:
+        counts = np.bincount(lengths, minlength=length + 1)[1:]
+        expected = num_samples / length
+        assert ((counts - expected) ** 2 / expected).sum() < CHI_SQUARE_23
+
+
+def test_a_samples_length_depends_on_seed_and_index_alone() -> None:
+    lengths = draw_lengths(SEED, np.arange(40), 0.5, 1000)
+    assert np.array_equal(lengths[[31, 4]], draw_lengths(SEED, np.array([31, 4]), 0.5, 1000))
+    assert not np.array_equal(lengths, draw_lengths(SEED + 1, np.arange(40), 0.5, 1000))
+    # What a smaller share cuts, a larger one cuts to the same length.
+    few = draw_lengths(SEED, np.arange(40), 0.2, 1000)
+    assert np.array_equal(few[few < 1000], lengths[few < 1000])
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_cut_sample_has_the_whole_ones_noise_without_what_lies_beyond(sequential: bool) -> None:
+    arguments = (SEED, np.arange(64), np.full(64, sequential), np.full(64, 0.5), 0.5, 20)
+    whole, lengths = draw_noise(*arguments), 1 + np.arange(64) % 20
+    cut = draw_noise(*arguments, length_B=lengths)
+    for b, n in enumerate(lengths):
+        assert np.array_equal(cut.is_masked_BT[b, :n], whole.is_masked_BT[b, :n])
+        assert not cut.is_masked_BT[b, n:].any()
+        kept = whole.permutation_BT[b][whole.permutation_BT[b] < n]
+        assert cut.permutation_BT[b].tolist() == [*kept.tolist(), *range(n, 20)]
+
+
 @pytest.mark.parametrize("batch_split", [0.5, 1.0])
 def test_each_diffusion_sample_of_a_step_has_a_stratum_of_its_own(batch_split: float) -> None:
     dealing = Dealing(64, 1, 1, batch_split)
@@ -197,6 +236,7 @@ def test_noise_depends_on_neither_micro_batch_nor_rank(layout: tuple[int, int]) 
             assert equal(
                 noise,
                 Noise(
+                    length_B=expected.length_B[some],
                     is_masked_BT=expected.is_masked_BT[some],
                     permutation_BT=expected.permutation_BT[some],
                     t_B=expected.t_B[some],
@@ -264,11 +304,12 @@ def test_random_bits_are_blocks_of_philox() -> None:
 
 def test_noise_version_1_stays_as_it_is() -> None:
     assert NOISE_VERSION == 1
-    assert [int(purpose) for purpose in Purpose] == list(range(1, 15))
+    assert [int(purpose) for purpose in Purpose] == list(range(1, 16))
     assert random_bits(1234, Purpose.TIME, 5, 2).tolist() == PINNED_BITS
     dealing, places = Dealing(8, 2, 2, 0.5), np.arange(8)
     t = diffusion_times(1234, 80, dealing, places)
     assert [float(x).hex() for x in t[~np.isnan(t)]] == PINNED_TIMES
+    assert draw_lengths(1234, 80 + places, 0.5, 1000).tolist() == PINNED_LENGTHS
     noise = draw_noise(1234, 80 + places, dealing.is_sequential(places), t, 0.25, 16)
     assert noise.permutation_BT[0].tolist() == PINNED_SEQUENTIAL_ORDER
     assert noise.permutation_BT[1].tolist() == PINNED_DIFFUSION_ORDER

@@ -15,6 +15,7 @@ T = 4
 
 # A sequential sample, a diffusion sample without masks, a diffusion sample with two.
 NOISE = Noise(
+    length_B=np.full(3, T),
     is_masked_BT=np.array([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 1]], dtype=np.bool_),
     permutation_BT=np.array([[2, 0, 1, 3], [3, 1, 2, 0], [1, 2, 3, 0]]),
     t_B=np.array([np.nan, 0.5, 0.5]),
@@ -46,6 +47,33 @@ def test_rows_are_packed_diffusion_first_then_clean_streams_then_queries() -> No
     assert rows.is_sequential_E.tolist() == [False, False, True, True]
     assert rows.sample_E.tolist() == [2, 2, 0, 0]
     assert (rows.num_rows, rows.num_loss_rows) == (9, 4)
+
+
+def test_what_lies_beyond_a_samples_length_has_no_row() -> None:
+    """Lengths 3, 1 and 2: a sequential sample, one of a single masked token, a diffusion one."""
+    noise = Noise(
+        length_B=np.array([3, 1, 2]),
+        is_masked_BT=np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]], dtype=np.bool_),
+        permutation_BT=np.array([[2, 0, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]),
+        t_B=np.array([np.nan, np.nan, 0.5]),
+        is_sequential_B=np.array([True, True, False]),
+    )
+    rows = plan(noise=noise)
+    assert rows.stream_lengths == (2, 2, 0)
+    assert rows.query_lengths == (1, 1)
+    assert rows.loss_lengths == (1, 1, 1)
+    assert rows.tokens_R.tolist() == [30, MASK, 12, 10, MASK, MASK]
+    assert rows.positions_R.tolist() == [0, 1, 2, 0, 1, 0]
+    assert rows.loss_rows_E.tolist() == [1, 4, 5]
+    assert rows.targets_E.tolist() == [31, 11, 20]
+    assert rows.sample_E.tolist() == [2, 0, 1]
+    # Neither the tokens nor the order of what lies beyond matters.
+    x_0 = np.where(np.arange(T) < noise.length_B[:, None], X_0, -1)
+    beyond = noise.permutation_BT.copy()
+    beyond[2, 2:] = [3, 2]
+    other = plan(x_0, dataclasses.replace(noise, permutation_BT=beyond))
+    assert torch.equal(other.tokens_R, rows.tokens_R)
+    assert torch.equal(other.targets_E, rows.targets_E)
 
 
 def test_weights_are_those_of_the_loss_type() -> None:

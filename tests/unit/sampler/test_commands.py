@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 
 from checkpoints_conversion.sampler_directory import write_sampler_directory
@@ -71,6 +72,35 @@ def test_sample_prints_texts_that_begin_with_the_prompt(
     assert lines[1].startswith("the cat")
     main([*arguments, "--prompt", "the cat", "--steps", "4", "--alpha-0", "0.5", "--top-p", "0.9"])
     assert capsys.readouterr().out == first
+
+
+def test_a_hugging_face_tokenizer_serves_as_well(
+    make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=trained.pre_tokenizer.alphabet(),
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+    )
+    trained.train_from_iterator([TEXT], trainer)
+    trained.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    sizes = {"vocab_size": tokenizer.vocab_size, "mask_token_id": tokenizer.mask_token_id}
+    directory = write_model(make, tmp_path / "sampler", tmp_path / "tokenizer.json", **sizes)
+    main(["sample", str(directory), "--seed", "1", "--prompt", "the cat"])
+    assert capsys.readouterr().out.splitlines()[1].startswith("the cat")
+    text = tmp_path / "text.txt"
+    text.write_text("the <|endoftext|>")
+    main(["score", str(directory), str(text)])
+    score = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert score["tokens"] == len(tokenizer.encode("the <|endoftext|>")) > 3
+    other = write_model(make, tmp_path / "other", tmp_path / "tokenizer.json")
+    with pytest.raises(DataError, match="put the network's tokenizer there"):
+        main(["sample", str(other)])
 
 
 def test_sample_prints_ids_without_a_tokenizer(

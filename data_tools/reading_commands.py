@@ -1,0 +1,93 @@
+"""The subcommands that read datasets: verify, inspect, blend, order, bench."""
+
+import argparse
+from typing import Any
+
+from data_tools.bench_reader import bench_reader
+from data_tools.blend_report import report_blend
+from data_tools.inspect_shards import inspect_datasets
+from data_tools.locations import add_location, open_cache
+from data_tools.order_report import report_order
+from data_tools.verify_shards import verify_datasets
+
+
+def add_reading_commands(commands: Any) -> None:
+    """Add the subcommands to argparse's; each sets `run`, which takes the parsed arguments."""
+    verify = commands.add_parser("verify", help="check every byte of a dataset")
+    add_location(verify)
+    verify.set_defaults(
+        run=lambda found: verify_datasets(found.location, found.json, open_cache(found))
+    )
+
+    inspect = commands.add_parser(
+        "inspect", help="say what a dataset holds and how long its documents are, or show a row"
+    )
+    add_location(inspect)
+    inspect.add_argument("--row", type=int, help="print this row as text, and where it lies")
+    inspect.add_argument("--sequence-length", type=_length, default=1024, metavar="T")
+    inspect.set_defaults(
+        run=lambda found: inspect_datasets(
+            found.location, found.row, found.sequence_length, found.json, open_cache(found)
+        )
+    )
+
+    blend = commands.add_parser(
+        "blend", help="say what a run draws from each corpus: shares, epochs, warnings"
+    )
+    _add_run(blend)
+    blend.add_argument(
+        "--tokens",
+        type=_count,
+        metavar="N",
+        help="budget in tokens; 300e9 is understood (default: the run's)",
+    )
+    blend.set_defaults(
+        run=lambda found: report_blend(found.run_or_config, found.tokens, found.json)
+    )
+
+    order = commands.add_parser(
+        "order", help="say what a sample of a run is: corpus, epoch, row, documents, text"
+    )
+    _add_run(order)
+    order.add_argument(
+        "--sample", type=_count, nargs="+", required=True, metavar="N", help="samples, from 0"
+    )
+    order.set_defaults(
+        run=lambda found: report_order(found.run_or_config, found.sample, found.json)
+    )
+
+    bench = commands.add_parser("bench", help="measure how fast random rows are read")
+    add_location(bench)
+    bench.add_argument("--sequence-length", type=_length, default=1024, metavar="T")
+    bench.set_defaults(
+        run=lambda found: bench_reader(
+            found.location, found.sequence_length, found.json, open_cache(found)
+        )
+    )
+
+    for command in (verify, inspect, blend, order, bench):
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _count(text: str) -> int:
+    """A whole number that is not negative; `1e9` is one."""
+    value = float(text)
+    if value < 0 or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} is no count")
+    return int(text) if text.isdecimal() else int(value)
+
+
+def _length(text: str) -> int:
+    value = _count(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("a sequence holds at least one token")
+    return value
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "run_or_config",
+        nargs="+",
+        metavar="RUN_DIR | CONFIG.toml|section.key=value ...",
+        help="a run directory, or configuration layers as for pretrain.train",
+    )

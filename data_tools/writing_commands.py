@@ -1,0 +1,252 @@
+"""The subcommands that write tokenizers and datasets.
+
+train-tokenizer, build, merge, import-tokens, corpus.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from data_tools.build_shards import BuildOptions, Part, build_dataset, merge_parts
+from data_tools.embedded_corpus import write_corpus
+from data_tools.import_tokens import ImportOptions, import_tokens
+from data_tools.inputs import TextOptions, parse_separator
+from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
+from megatron_eso.data.shard_format import RECORD_TOKENS, SHARD_RECORDS
+from megatron_eso.errors import ConfigError
+
+
+def add_writing_commands(commands: Any) -> None:
+    """Add the subcommands to argparse's; each sets `run`, which takes the parsed arguments."""
+    _add_train_tokenizer(commands)
+    _add_build(commands)
+
+    merge = commands.add_parser("merge", help="make the dataset of a build in parts")
+    merge.add_argument("out", type=Path, metavar="OUT", help="--out of the parts")
+    _add_workers(merge)
+    merge.set_defaults(run=lambda found: merge_parts(found.out, found.workers))
+
+    _add_import_tokens(commands)
+
+    corpus = commands.add_parser("corpus", help="write the English text that Python carries")
+    corpus.add_argument("--out", type=Path, required=True, help="JSONL file to make")
+    corpus.set_defaults(run=lambda found: write_corpus(found.out))
+
+
+def _add_train_tokenizer(commands: Any) -> None:
+    train = commands.add_parser("train-tokenizer", help="train a SentencePiece tokenizer")
+    _add_input(train)
+    train.add_argument(
+        "--vocab-size", type=positive, required=True, help="ids, the mask token among them"
+    )
+    train.add_argument("--out", type=Path, required=True, help="directory to make")
+    train.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
+    train.set_defaults(
+        run=lambda found: train_tokenizer(
+            TokenizerOptions(
+                inputs=found.input,
+                vocab_size=found.vocab_size,
+                out=found.out,
+                text=_text_options(found),
+                model_type=found.model_type,
+            )
+        )
+    )
+
+
+def _add_build(commands: Any) -> None:
+    build = commands.add_parser(
+        "build",
+        help="build token shards from text",
+        description="Build token shards from text. An interrupted build goes on when it is run "
+        "again. The result depends neither on --workers and --part nor on interruptions.",
+    )
+    _add_input(build)
+    build.add_argument(
+        "--tokenizer",
+        required=True,
+        help="directory of train-tokenizer, SentencePiece model, or Hugging Face tokenizer.json",
+    )
+    build.add_argument(
+        "--out", type=Path, required=True, help="directory to make; the work is in OUT.building"
+    )
+    _add_workers(build)
+    build.add_argument(
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="do part I of N (from 0) only, as one job of an array, each with the same other "
+        "options; `merge OUT` makes the dataset when all parts are done",
+    )
+    build.add_argument(
+        "--validation",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the documents, chosen by the hash of their text, for OUT/validation",
+    )
+    build.add_argument(
+        "--deduplicate",
+        action="store_true",
+        help="leave out every document whose text, byte for byte, an earlier one has",
+    )
+    build.add_argument(
+        "--shuffle",
+        type=_seed,
+        metavar="SEED",
+        help="put the documents of the whole input into a random order (16 bytes of disk cache "
+        "and a short read per document when merging)",
+    )
+    build.add_argument(
+        "--record-tokens", type=positive, default=RECORD_TOKENS, help="default: %(default)s"
+    )
+    build.add_argument(
+        "--shard-records", type=positive, default=SHARD_RECORDS, help="default: %(default)s"
+    )
+    build.set_defaults(run=lambda found: build_dataset(_build_options(found)))
+
+
+def _build_options(found: argparse.Namespace) -> BuildOptions:
+    return BuildOptions(
+        inputs=found.input,
+        tokenizer=found.tokenizer,
+        out=found.out,
+        text=_text_options(found),
+        num_workers=found.workers,
+        validation_share=found.validation,
+        deduplicate=found.deduplicate,
+        shuffle_seed=found.shuffle,
+        part=found.part,
+        record_tokens=found.record_tokens,
+        shard_records=found.shard_records,
+    )
+
+
+def _add_import_tokens(commands: Any) -> None:
+    command = commands.add_parser(
+        "import-tokens", help="make token shards from token files of other programs"
+    )
+    command.add_argument(
+        "--from",
+        dest="kind",
+        choices=("megatron", "packed"),
+        required=True,
+        help="megatron: .bin and .idx; packed: .bin of TinyLlama, or folders of litdata's chunks",
+    )
+    command.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="files, or folders of them"
+    )
+    command.add_argument(
+        "--tokenizer", required=True, metavar="PATH", help="with which the tokens were made"
+    )
+    command.add_argument("--out", type=Path, required=True, help="directory to make")
+    command.add_argument(
+        "--validation",
+        type=_share,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the documents, chosen by the hash of their tokens, for OUT/validation",
+    )
+    command.add_argument(
+        "--record-tokens", type=positive, default=RECORD_TOKENS, help="default: %(default)s"
+    )
+    command.add_argument(
+        "--shard-records", type=positive, default=SHARD_RECORDS, help="default: %(default)s"
+    )
+    command.set_defaults(
+        run=lambda found: import_tokens(
+            ImportOptions(
+                kind=found.kind,
+                inputs=found.input,
+                tokenizer=found.tokenizer,
+                out=found.out,
+                validation_share=found.validation,
+                record_tokens=found.record_tokens,
+                shard_records=found.shard_records,
+            )
+        )
+    )
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help=".jsonl or .parquet files (a document a line or row), .txt files, all but Parquet "
+        "also .gz or .zst; folders of them, quoted globs, or - for JSONL on standard input",
+    )
+    parser.add_argument(
+        "--text-key", default="text", metavar="KEY", help="of the text in JSONL and Parquet"
+    )
+    parser.add_argument(
+        "--document-separator",
+        type=_separator,
+        metavar="TEXT",
+        help=r"what stands between the documents of .txt files, \n and \x1e understood "
+        "(default: each file is a document)",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="at a broken line, row or file: stop, or leave it out and count it (default: stop)",
+    )
+
+
+def _text_options(found: argparse.Namespace) -> TextOptions:
+    return TextOptions(
+        text_key=found.text_key,
+        document_separator=found.document_separator,
+        on_error=found.on_error,
+    )
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes; the result does not depend on it (default: one per core)",
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 2^64)")
+    return value
+
+
+def _separator(text: str) -> str:
+    try:
+        return parse_separator(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _part(text: str) -> Part:
+    number, slash, count = text.partition("/")
+    if not slash or not number.isdecimal() or not count.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not of the form I/N")
+    if int(number) >= int(count):
+        raise argparse.ArgumentTypeError(f"{text}: parts are numbered from 0 to N-1")
+    return Part(number=int(number), count=int(count))

@@ -1,0 +1,88 @@
+"""Where a text may be cut for a `tokenizer.json` without a change of its ids.
+
+The place is before a space that follows a visible ASCII character. It is safe where
+
+- no added token, which is found before anything else, can lie across it or eat the space;
+- the normalizer works character by character, or on sequences that never reach across it: neither
+  character takes part in Unicode composition with the other, nor in one grapheme;
+- the pre-tokenizer splits there: in all patterns listed here a space begins a new piece unless
+  white space comes before it, the text is scanned from left to right without looking back, and
+  nothing but white space looks ahead. What comes after the split works on each piece by itself.
+
+Models work on each piece by itself. Everything else is encoded whole.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+_NORMALIZERS = {
+    "BertNormalizer",
+    "Lowercase",
+    "NFC",
+    "NFD",
+    "NFKC",
+    "NFKD",
+    "Precompiled",
+    "StripAccents",
+}
+_DROPS_SPACES = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
+_INNER = {"ByteLevel", "Digits", "Punctuation"}
+"""Leave a space where it is: harmless before the split, on its pieces after it."""
+
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_WORD = r"[^\r\n\p{L}\p{N}]?"
+_PATTERNS = {
+    # GPT-2, GPT-4 (also Llama 3), Qwen 2, GPT-4o
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    rf"{_CONTRACTION}|{_WORD}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",
+    rf"{_CONTRACTION}|{_WORD}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",
+    rf"{_WORD}{_UPPER}*{_LOWER}+{_CONTRACTION}?|{_WORD}{_UPPER}+{_LOWER}*{_CONTRACTION}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",
+}
+
+
+def may_cut_before_spaces(fields: dict[str, Any]) -> bool:
+    """Whether texts may be cut before any space that follows a visible ASCII character.
+
+    Args:
+        fields: content of `tokenizer.json`.
+    """
+    for token in fields["added_tokens"]:
+        if token.get("rstrip") or re.search("[!-~] ", token["content"]):
+            return False
+    normalizers = {part["type"] for part in _flatten(fields["normalizer"], "normalizers")}
+    if not normalizers <= _NORMALIZERS:
+        return False
+    parts = list(_flatten(fields["pre_tokenizer"], "pretokenizers"))
+    while parts and parts[0]["type"] in ("Digits", "Punctuation"):
+        del parts[0]
+    if not parts or not _splits(parts[0]):
+        return False
+    inner = _INNER | ({"Metaspace"} if parts[0]["type"] in _DROPS_SPACES else set())
+    return all(part["type"] in inner for part in parts[1:])
+
+
+def _flatten(part: dict[str, Any] | None, key: str) -> Iterator[dict[str, Any]]:
+    if part is None:
+        return
+    if part["type"] != "Sequence":
+        yield part
+        return
+    for inner in part[key]:
+        yield from _flatten(inner, key)
+
+
+def _splits(part: dict[str, Any]) -> bool:
+    """Whether a pre-tokenizer begins a new piece at a space after a visible ASCII character."""
+    match part["type"]:
+        case "Split":
+            is_isolated = part["behavior"] == "Isolated" and not part["invert"]
+            return is_isolated and part["pattern"].get("Regex") in _PATTERNS
+        case "ByteLevel":
+            return bool(part.get("use_regex", True))
+        case "Metaspace":
+            return bool(part.get("split", True))
+    return part["type"] in _DROPS_SPACES

@@ -1,0 +1,124 @@
+"""BOS and EOS around the text: in training, validation and any-order evaluation alike."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from megatron_eso.config import Config
+from megatron_eso.data.batches import (
+    MicroBatch,
+    TrainingBatches,
+    count_validation_samples,
+    plan_any_order,
+    plan_validation,
+)
+from megatron_eso.data.framing import Framing
+from megatron_eso.data.reader import TokenDataset
+from megatron_eso.data.training_data import TrainingData
+from megatron_eso.errors import ConfigError
+from tests.support.training import Overrides, tiny_config
+
+T = 24
+FRAMED: Overrides = {"data.framing": '"bos_eos"', "data.sequence_length": T}
+ONE_RANK = {"data_parallel_rank": 0, "data_parallel_size": 1}
+
+
+def samples_of(micro_batches: Iterable[MicroBatch], mask_token_id: int) -> NDArray[np.int64]:
+    """Tokens by position of every sample that a plan shows, from its rows and targets; [N, T]."""
+    samples = []
+    for batch in micro_batches:
+        plan = batch.plan
+        tokens = plan.tokens_R.numpy().copy()
+        tokens[plan.loss_rows_E] = plan.targets_E
+        positions = plan.positions_R.numpy()
+        row, query = 0, sum(plan.stream_lengths)
+        queries = (0,) * plan.num_diffusion_streams + plan.query_lengths
+        for length, num_queries in zip(plan.stream_lengths, queries, strict=True):
+            sample = np.full(T, mask_token_id)
+            sample[positions[row : row + length]] = tokens[row : row + length]
+            sample[positions[query : query + num_queries]] = tokens[query : query + num_queries]
+            samples.append(sample)
+            row, query = row + length, query + num_queries
+    return np.stack(samples)
+
+
+def assert_framed(
+    samples: NDArray[np.int64], text: NDArray[np.int64], dataset: TokenDataset
+) -> None:
+    tokenizer = dataset.manifest.tokenizer
+    assert (samples[:, 0] == tokenizer.bos_token_id).all()
+    assert (samples[:, -1] == tokenizer.eos_token_id).all()
+    assert {row.tobytes() for row in samples[:, 1:-1]} == {row.tobytes() for row in text}
+
+
+@pytest.fixture
+def config(tiny_data: Path, tmp_path: Path) -> Config:
+    # Every sample has masked tokens.
+    return tiny_config(tmp_path, tiny_data, FRAMED | {"objective.alpha_0": 0.25})
+
+
+def test_every_sample_has_bos_text_and_eos(config: Config, tiny_data: Path) -> None:
+    train = TrainingData.open(config)
+    validation = TokenDataset.open(tiny_data / "validation")
+    mask = train.mask_token_id
+    batches = TrainingBatches(config, train, 1)
+    samples = samples_of(batches.plan_step(80, 0).micro_batches, mask)
+    assert_framed(samples, train.rows(80 + np.arange(8)), validation)
+
+    num_samples = count_validation_samples(config, validation)
+    assert num_samples == validation.num_rows(T - 2) > validation.num_rows(T)
+    text = validation.rows(np.arange(num_samples), T - 2)
+    samples = samples_of(plan_validation(config, validation, **ONE_RANK), mask)
+    assert len(samples) == 2 * num_samples
+    assert_framed(samples, text, validation)
+    samples = samples_of(plan_any_order(config, validation, 0, **ONE_RANK), mask)
+    assert len(samples) == num_samples
+    assert_framed(samples, text, validation)
+
+
+def test_both_tokens_are_masked_like_any_other(config: Config, tiny_data: Path) -> None:
+    """At a rate of at least 1 - alpha_0 in either phase, here 3/4, of 2 phases x 190 samples."""
+    validation = TokenDataset.open(tiny_data / "validation")
+    targets = [
+        (plan.positions_R[plan.loss_rows_E], plan.num_loss_rows)
+        for plan in (batch.plan for batch in plan_validation(config, validation, **ONE_RANK))
+    ]
+    masked = np.concatenate([positions[:number] for positions, number in targets])
+    counts = np.bincount(masked, minlength=T)
+    assert counts[[0, T - 1]].min() > 0.6 * 2 * count_validation_samples(config, validation)
+
+
+def test_validation_samples_are_never_cut(config: Config, tiny_data: Path) -> None:
+    data = dataclasses.replace(config.data, ssl_ratio=1.0)
+    validation = TokenDataset.open(tiny_data / "validation")
+    for plan in (plan_validation, lambda *a, **k: plan_any_order(*a, 0, **k)):
+        whole, cut = (
+            [batch.plan.stream_lengths for batch in plan(some, validation, **ONE_RANK)]
+            for some in (config, dataclasses.replace(config, data=data))
+        )
+        assert whole == cut
+
+
+def test_tokens_stand_around_rows_of_text() -> None:
+    text = np.arange(6).reshape(2, 3)
+    assert Framing().frame(text) is text
+    assert Framing(before=(7,), after=(8,)).frame(text).tolist() == [
+        [7, 0, 1, 2, 8],
+        [7, 3, 4, 5, 8],
+    ]
+
+
+@pytest.mark.parametrize("name", ["bos", "eos"])
+def test_a_tokenizer_without_the_tokens_is_refused(
+    name: str, config: Config, tiny_data: Path
+) -> None:
+    tokenizer = TokenDataset.open(tiny_data / "train").manifest.tokenizer
+    tokenizer = dataclasses.replace(tokenizer, **{f"{name}_token_id": None})
+    with pytest.raises(ConfigError, match=f"no {name.upper()} token"):
+        Framing.resolve(config.data, tokenizer)
+    unframed = dataclasses.replace(config.data, framing="none")
+    assert Framing.resolve(unframed, tokenizer) == Framing()
