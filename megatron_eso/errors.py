@@ -32,6 +32,10 @@ class CheckpointError(UserError):
     """Checkpoints that are missing, damaged or do not fit."""
 
 
+class TrainingError(UserError):
+    """Training that cannot go on."""
+
+
 def report_error(error: UserError) -> None:
     """Print `error: <line>` to stderr."""
     sys.stderr.write(f"error: {error}\n")

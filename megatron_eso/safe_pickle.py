@@ -12,6 +12,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_eso.errors import CheckpointError
 
+# What Megatron-Core 0.16.1 asks of `metadata.json`.
+TORCH_DIST_BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
 ALLOWED = {
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),

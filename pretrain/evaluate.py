@@ -18,6 +18,8 @@ from megatron_eso.config import Config
 from megatron_eso.config_checks import check_layout, with_vocabulary
 from megatron_eso.config_io import config_to_toml, load_config, read_config
 from megatron_eso.data.reader import TokenDataset
+from megatron_eso.data.staging import stage_shards
+from megatron_eso.data.training_data import check_tokenizer, open_dataset
 from megatron_eso.diffusion.loss import to_perplexity
 from megatron_eso.errors import CheckpointError, ConfigError, UserError, run_command
 from megatron_eso.training.run_directory import RunDirectory, list_checkpoints
@@ -95,7 +97,8 @@ def configure(
     check_layout(config, int(os.environ.get("WORLD_SIZE", "1")), loaded.origins)
     if config.data.validation is None:
         raise ConfigError("data.validation is not set in the run: name shards with --data DIR")
-    dataset = TokenDataset.open(config.data.validation)
+    dataset = open_dataset(config.data.validation, config.data)
+    stage_shards([dataset.shards])
     config = with_vocabulary(
         dataclasses.replace(config, model=written.model),
         vocab_size=dataset.vocab_size,
@@ -113,12 +116,16 @@ def evaluate_checkpoint(
 
     install_cpu_backend()
     from megatron_eso.data.batches import count_validation_samples
-    from megatron_eso.training.checkpoint import PREFIXES, load_weights, read_state_json
+    from megatron_eso.training.checkpoint import refuse_damage
+    from megatron_eso.training.checkpoint_state import PREFIXES, load_weights, read_state_json
     from megatron_eso.training.evaluation import evaluate, evaluate_any_order
     from megatron_eso.training.parallel import model_parallel_groups, process_group
     from megatron_eso.training.train_state import build_train_state
 
     record = read_state_json(checkpoint)
+    if "data" in record:  # not in a conversion's
+        location = str(config.data.validation)
+        check_tokenizer("data.validation", location, dataset, record["data"]["tokenizer"])
     has_ema = record.get("ema_updates") is not None
     weights = weights or ("ema" if has_ema else "raw")
     if weights == "ema" and not has_ema:
@@ -129,6 +136,7 @@ def evaluate_checkpoint(
     )
     with process_group(), model_parallel_groups(config.parallel) as groups:
         state = build_train_state(config, groups)
+        refuse_damage(checkpoint)
         load_weights(checkpoint, state, prefix=PREFIXES["ema" if weights == "ema" else "param"])
         estimate = evaluate(config, state, dataset, groups, use_ema=False)
         answer = {

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     overrides = parser.parse_args(argv).overrides
     config = load_config([str(CONFIG), *overrides]).config
-    run, data = Path(config.run.directory), Path(config.data.train).parent.parent
+    run, data = Path(config.run.directory), Path(config.data.train_corpora[0]).parent.parent
     sampler = run / "sampler"
     began = time.monotonic()
     for number, stage in enumerate(stages := plan_stages(config, overrides, data, sampler), 1):

@@ -1,55 +1,40 @@
-"""Distributed checkpoints: one format for every layout, and published atomically.
+"""The checkpoints of a run: written beside the training, published atomically, checked before use.
 
-A checkpoint holds float32 tensors under the model's global names: the main parameters by their own
-names, Adam's moments under `optimizer.state.{exp_avg,exp_avg_sq}.`, the EMA under `ema.`, a tied
-embedding once. The weights that a bf16 model computes with are its main parameters rounded, so they
-are not stored. Megatron-Core's own optimizer format differs between its optimizers, and its
-distributed one cannot be loaded into torch's Adam; this one is read by any of them on any layout.
+A save holds the step for a copy to host memory only; a thread on each rank writes it. A checkpoint
+gets its name once all ranks' files, with an index of their hashes, are on disk.
 """
 
-import dataclasses
-import json
 import logging
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
-from megatron_eso.config import Config
+from megatron_eso.config import CheckpointConfig, Config
 from megatron_eso.config_io import config_to_dict, read_config
+from megatron_eso.data.batches import TrainingBatches
+from megatron_eso.data.manifest import TokenizerFingerprint
 from megatron_eso.errors import CheckpointError, ConfigError
-from megatron_eso.files import sync_path, sync_tree, write_atomically, write_json
-from megatron_eso.safe_pickle import read_checkpoint_metadata
-from megatron_eso.training.main_parameters import (
-    MainParameter,
-    gather_owned,
-    publish_main_parameters,
+from megatron_eso.files import sync_path, write_atomically
+from megatron_eso.training.checkpoint_files import find_damaged_files, run_on_first, write_files
+from megatron_eso.training.checkpoint_pieces import Piece
+from megatron_eso.training.checkpoint_state import (
+    describe,
+    list_pieces,
+    load_training_state,
+    load_weights,
+    read_state_json,
 )
 from megatron_eso.training.run_directory import list_checkpoints
-from megatron_eso.training.train_state import Counters, TrainState
+from megatron_eso.training.train_state import TrainState
 
-FORMAT_VERSION = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHTS_KEYS = ("model.", "data.vocab_size", "data.mask_token_id")
-RUN_KEYS = (*WEIGHTS_KEYS, "run.seed", "data.sequence_length")
+RUN_KEYS = ("model.", "run.seed", "data.sequence_length", "data.framing")
 # These shape neither tensors nor what they mean.
 FREE_MODEL_KEYS = (
     "model.hidden_dropout",
@@ -57,82 +42,211 @@ FREE_MODEL_KEYS = (
     "model.zero_init_head",
     "model.fp32_residual_connection",
 )
-PREFIXES = {"param": "", "ema": "ema."} | {name: f"optimizer.state.{name}." for name in MOMENTS}
-
 
 logger = logging.getLogger(__name__)
 
 
-class DirectSaveStrategy(TorchDistSaveShardedStrategy):
-    """Megatron-Core's torch_dist format, written by each rank itself.
-
-    Megatron-Core 0.16.1 hands even a synchronous save to forked and spawned processes.
-    """
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
-        """Write this rank's tensors to disk, and on rank 0 the index; collective over the world."""
-        renamed, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        save_state_dict(
-            mcore_to_pyt_state_dict(renamed, False),
-            storage_writer=FileSystemWriter(checkpoint_dir, sync_files=True),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Checkpoints:
-    """The checkpoints of a run directory.
+    """The checkpoints of a run directory; made by all ranks together.
 
-    Attributes:
+    Args:
         directory: `RUN_DIR/checkpoints`.
-        keep_last: Number of the newest checkpoints that are kept.
-        identity: What a run must not change: ids and versions of data, order and noise.
+        config: Says which checkpoints are kept.
+        batches: The run's samples, whose state a checkpoint holds.
     """
 
-    directory: Path
-    keep_last: int
-    identity: dict[str, Any]
+    def __init__(self, directory: Path, config: CheckpointConfig, batches: TrainingBatches) -> None:
+        self.directory = directory
+        self.config = config
+        self.batches = batches
+        # The writing threads must not meet the collectives of the steps.
+        self._group = dist.new_group(backend="gloo")
+        self._host = HostCopies()
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
         steps = list_checkpoints(self.directory)
         return steps[-1] if steps else None
 
-    def save(self, state: TrainState, config: Config, groups: ProcessGroupCollection) -> Path:
+    def prepare(self, state: TrainState, groups: ProcessGroupCollection) -> None:
+        """Take the host memory that saving beside the training needs, before the first step."""
+        self._host.copy(list_pieces(state, groups))
+
+    def save(
+        self,
+        state: TrainState,
+        config: Config,
+        groups: ProcessGroupCollection,
+        *,
+        val_nelbo: float | None = None,
+        in_background: bool = False,
+    ) -> Path:
         """Write and publish a checkpoint of `state`; collective over the world.
 
-        A kill at any instant leaves the previous one whole and findable.
+        A kill at any instant leaves the previous one whole and findable. A save waits for the one
+        before it.
+
+        Args:
+            state: To be written.
+            config: The run's.
+            groups: Of the layout.
+            val_nelbo: Of the validation at this step, if there was one.
+            in_background: Return once the state is copied; `wait` tells how it went.
+
+        Returns:
+            The folder that the checkpoint is, or will be.
+
+        Raises:
+            CheckpointError: It could not be written, on whichever rank.
         """
+        self.wait()
         final = self.directory / f"step_{state.counters.step:08d}"
         if final.exists():
             return final
+        pieces = list_pieces(state, groups)
+        documents = {
+            "config.json": config_to_dict(config),
+            "state.json": describe(state) | {"val_nelbo": val_nelbo} | self.batches.state,
+        }
+        if not in_background:
+            self._write(final, pieces, documents)
+            return final
+        pieces = self._host.copy(pieces)
+
+        def write() -> None:
+            try:
+                self._write(final, pieces, documents)
+            except CheckpointError as error:
+                self._failure = str(error)
+
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
+        return final
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save goes on in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait for the save in the background, if there is one."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def take_failure(self) -> str | None:
+        """Why the last save in the background failed, told once; the same on every rank."""
+        failure, self._failure = self._failure, None
+        return failure
+
+    def _write(
+        self, final: Path, pieces: list[Piece], documents: dict[str, dict[str, Any]]
+    ) -> None:
         partial = final.with_suffix(".tmp")
-        if dist.get_rank() == 0:
+
+        def make_folder() -> None:
+            self.directory.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        dist_checkpointing.save(
-            shards_to_save(state, groups), str(partial), DirectSaveStrategy("torch_dist", 1)
-        )
-        if dist.get_rank() == 0:
-            write_json(partial / "config.json", config_to_dict(config))
-            write_json(partial / "state.json", describe(state) | self.identity)
-            sync_tree(partial)
+            partial.mkdir()
+
+        def publish() -> None:
             partial.replace(final)
             sync_path(self.directory)
             write_atomically(self.directory / "latest", final.name + "\n")
             self._remove_old()
-        dist.barrier()
-        return final
+
+        try:
+            run_on_first(self._group, make_folder)
+            write_files(partial, pieces, documents, self._group)
+            run_on_first(self._group, publish)
+        except CheckpointError as error:
+            if self._group.rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)  # perhaps it has filled the disk
+            raise CheckpointError(f"{final.name} could not be saved: {error}") from error
 
     def _remove_old(self) -> None:
-        for old in list_checkpoints(self.directory)[: -self.keep_last]:
+        for doomed in set(list_checkpoints(self.directory)) - self._list_kept():
             # Renamed first: a half-deleted folder must not look like a checkpoint.
-            doomed = old.with_suffix(".deleting")
-            old.replace(doomed)
+            doomed.replace(doomed.with_suffix(".deleting"))
         for pattern in ("step_*.deleting", "step_*.tmp"):
             for doomed in self.directory.glob(pattern):
                 shutil.rmtree(doomed)
+
+    def _list_kept(self) -> set[Path]:
+        """The last ones, every n-th, and the best."""
+        steps = list_checkpoints(self.directory)
+        kept = set(steps[-self.config.keep_last :])
+        every = self.config.keep_every
+        kept |= {step for step in steps if every and int(step.name[5:]) % every == 0}
+        if self.config.keep_best:
+            scored = [(read_state_json(step).get("val_nelbo"), step) for step in steps]
+            best = min(((nelbo, step) for nelbo, step in scored if nelbo is not None), default=None)
+            kept |= {best[1]} if best else set()
+        return kept
+
+    def find_valid(self) -> Path | None:
+        """The newest checkpoint without damage; damaged ones are put aside. Collective.
+
+        Raises:
+            CheckpointError: All are damaged.
+        """
+        steps = list_checkpoints(self.directory)
+        damaged: list[Path] = []
+        for step in reversed(steps):
+            problems = find_damaged_files(step)
+            if not problems:
+                self._put_aside(damaged)
+                return step
+            logger.warning(
+                "%s is damaged: %s%s; falling back to an older one",
+                step,
+                problems[0],
+                f" and {len(problems) - 1} more" if problems[1:] else "",
+            )
+            damaged.append(step)
+        if damaged:
+            raise CheckpointError(
+                f"{self.directory}: all checkpoints are damaged: restore one, or move the folder "
+                f"away to start again"
+            )
+        return None
+
+    def _put_aside(self, damaged: list[Path]) -> None:
+        """Keep them for whoever wants to look, under a name that is no checkpoint's."""
+
+        def rename() -> None:
+            for step in damaged:
+                shutil.rmtree(step.with_suffix(".damaged"), ignore_errors=True)
+                step.replace(step.with_suffix(".damaged"))
+
+        run_on_first(self._group, rename)
+
+
+class HostCopies:
+    """Copies of tensors in host memory, which is kept from one save to the next.
+
+    Fresh memory costs many times what a copy into memory in use does. It is pinned with a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    @torch.no_grad()
+    def copy(self, pieces: list[Piece]) -> list[Piece]:
+        """The pieces with values of their own, in place of the last ones that were given."""
+        copies = []
+        for piece in pieces:
+            values = piece.values
+            buffer = self._buffers.get((piece.key, piece.offsets))
+            if buffer is None or buffer.shape != values.shape:
+                buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+                self._buffers[piece.key, piece.offsets] = buffer
+            buffer.copy_(values, non_blocking=True)
+            copies.append(Piece(piece.key, piece.global_shape, piece.offsets, buffer))
+        torch.cuda.synchronize()
+        return copies
 
 
 def restore(state: TrainState, config: Config, checkpoints: Checkpoints) -> None:
@@ -142,13 +256,14 @@ def restore(state: TrainState, config: Config, checkpoints: Checkpoints) -> None
         CheckpointError: The checkpoint is damaged or of another format.
         ConfigError: It is of another model, seed or data than the configuration.
     """
-    newest = checkpoints.newest()
+    newest = checkpoints.find_valid()
     if newest is None and config.checkpoint.init_from is None:
         logger.info("starting from fresh weights, seed %d", config.run.seed)
         return
     if newest is None:
         source = find_checkpoint(Path(str(config.checkpoint.init_from)))
-        check_same(source, config, WEIGHTS_KEYS)
+        refuse_damage(source)
+        check_initial_weights(source, config, checkpoints.batches.data.tokenizer)
         load_weights(source, state)
         if state.ema is not None:
             state.ema.restart()
@@ -159,13 +274,7 @@ def restore(state: TrainState, config: Config, checkpoints: Checkpoints) -> None
         check_same(newest, config, WEIGHTS_KEYS)
     else:
         check_same(newest, config, RUN_KEYS)
-        for key, value in checkpoints.identity.items():
-            if record.get(key) != value:
-                raise ConfigError(
-                    f"{newest}/state.json: {key} = {record.get(key)!r}, but this run has "
-                    f"{value!r}: a run keeps its data; start another run.directory with "
-                    f"checkpoint.init_from = {newest}"
-                )
+        checkpoints.batches.resume(record, str(newest))
     load_training_state(newest, state)
     state.scheduler.step(state.counters.step)
     logger.info("resuming from %s, step %d", newest, state.counters.step)
@@ -186,6 +295,40 @@ def find_checkpoint(path: Path) -> Path:
             f"its checkpoints/step_* folders"
         )
     return found[-1]
+
+
+def refuse_damage(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose files are not those of its index; collective over the world.
+
+    Raises:
+        CheckpointError: Names the first damaged file.
+    """
+    problems = find_damaged_files(checkpoint)
+    if problems:
+        raise CheckpointError(f"{problems[0]}; take another checkpoint than {checkpoint}")
+
+
+def check_initial_weights(
+    checkpoint: Path, config: Config, tokenizer: TokenizerFingerprint
+) -> None:
+    """Refuse weights of another model, or of another tokenizer unless that is deliberate.
+
+    Raises:
+        CheckpointError: The checkpoint's state cannot be read.
+        ConfigError: One line with key, both values and the remedy.
+    """
+    if config.checkpoint.init_other_tokenizer:
+        check_same(checkpoint, config, ("model.", "data.vocab_size"))
+        return
+    data = read_state_json(checkpoint).get("data")
+    if data is not None and data["tokenizer"] != tokenizer.identity:
+        raise ConfigError(
+            f"checkpoint.init_from = {checkpoint}: these weights were trained with another "
+            f"tokenizer (pieces {data['tokenizer']['pieces_sha256'][:12]}, not "
+            f"{tokenizer.pieces_sha256[:12]}): name shards of theirs, or set "
+            f"checkpoint.init_other_tokenizer = true if their embeddings may mean other tokens"
+        )
+    check_same(checkpoint, config, WEIGHTS_KEYS)
 
 
 def check_same(checkpoint: Path, config: Config, keys: tuple[str, ...]) -> None:
@@ -214,144 +357,3 @@ def _flatten(sections: dict[str, Any]) -> dict[str, Any]:
         if isinstance(section, dict)
         for key, value in section.items()
     }
-
-
-def describe(state: TrainState) -> dict[str, Any]:
-    """What `state.json` says of a checkpoint."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "kind": "training",
-        **dataclasses.asdict(state.counters),
-        "ema_updates": None if state.ema is None else state.ema.num_updates,
-        "torch_version": str(torch.__version__),
-    }
-
-
-def read_state_json(checkpoint: Path) -> dict[str, Any]:
-    """Read `state.json` of a checkpoint.
-
-    Raises:
-        CheckpointError: It is missing, unreadable or of another format version.
-    """
-    path = checkpoint / "state.json"
-    try:
-        state = json.loads(path.read_text())
-        version = state["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not readable as a checkpoint's state ({error})") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format_version {version}, this version reads {FORMAT_VERSION}: "
-            f"use the megatron-eso that wrote it"
-        )
-    return dict(state)
-
-
-def shards_to_save(state: TrainState, groups: ProcessGroupCollection) -> dict[str, Any]:
-    """The tensors that this rank writes, by global name; collective over data parallelism."""
-    shards = {}
-    for kind, values in _state_values(state).items():
-        for parameter, whole in gather_owned(state.parameters, values, groups.dp_cp):
-            sharded = _place(parameter, PREFIXES[kind], whole)
-            # Replicas over data-parallel ranks are left to the owner, which is this rank; those
-            # over tensor-parallel ranks, and a tied embedding's copy, to the first.
-            replica = (*sharded.replica_id[:-1], 0)
-            if not any(replica):
-                shards[sharded.key] = dataclasses.replace(sharded, replica_id=replica)
-    return shards
-
-
-@torch.no_grad()
-def load_weights(checkpoint: Path, state: TrainState, *, prefix: str = "") -> None:
-    """Read weights, and nothing else, into the main parameters, and publish them; collective."""
-    read_checkpoint_metadata(checkpoint)  # refuses an index whose pickle is more than an index
-    for parameter, whole in _load(checkpoint, state.parameters, prefix):
-        if parameter.main is not None:
-            parameter.main.copy_(parameter.take_range(whole))
-    publish_main_parameters(state.chunks, state.optimizer)
-
-
-@torch.no_grad()
-def load_training_state(checkpoint: Path, state: TrainState) -> None:
-    """Continue `state` from a checkpoint of any layout; collective over the world.
-
-    Raises:
-        CheckpointError: It is damaged, of another format, or holds weights only.
-    """
-    record = read_state_json(checkpoint)
-    if record["kind"] != "training":
-        load_weights(checkpoint, state)
-        if state.ema is not None:
-            state.ema.restart()
-        return
-    counters = Counters(**{f.name: record[f.name] for f in dataclasses.fields(Counters)})
-    load_weights(checkpoint, state)
-    state.counters = counters
-    moments = {name: _load(checkpoint, state.parameters, PREFIXES[name]) for name in MOMENTS}
-    for name, loaded in moments.items():
-        for parameter, whole in loaded:
-            if parameter.main is not None:
-                value = parameter.take_range(whole).clone()
-                parameter.inner.state[parameter.main][name] = value
-    _set_optimizer_step(state, counters.step - counters.skipped_steps)
-    if state.ema is None:
-        return
-    if record["ema_updates"] is None:
-        state.ema.restart()
-        return
-    state.ema.num_updates = record["ema_updates"]
-    loaded = _load(checkpoint, state.parameters, PREFIXES["ema"])
-    for average, (parameter, whole) in zip(state.ema.averages, loaded, strict=True):
-        if average is not None:
-            average.copy_(parameter.take_range(whole))
-
-
-def _state_values(state: TrainState) -> dict[str, list[Tensor | None]]:
-    """This rank's range of every kind of state, aligned with `state.parameters`."""
-    values: dict[str, list[Tensor | None]] = {"param": [p.main for p in state.parameters]}
-    for name in MOMENTS:
-        values[name] = [
-            None if p.main is None else p.inner.state[p.main].get(name, torch.zeros_like(p.main))
-            for p in state.parameters
-        ]
-    if state.ema is not None:
-        values["ema"] = state.ema.averages
-    return values
-
-
-def _place(parameter: MainParameter, prefix: str, whole: Tensor) -> Any:
-    """`whole` as the part of the global tensor `prefix + name` that `parameter` is."""
-    changes = {"key": prefix + parameter.sharded.key, "data": whole.detach()}
-    if isinstance(parameter.sharded, ShardedTensor):
-        changes["dtype"] = whole.dtype
-    return dataclasses.replace(parameter.sharded, **changes)
-
-
-def _load(
-    checkpoint: Path, parameters: list[MainParameter], prefix: str
-) -> Iterable[tuple[MainParameter, Tensor]]:
-    """Read one kind of state whole for every parameter; collective over the world."""
-    wanted = {}
-    for number, parameter in enumerate(parameters):
-        whole = torch.empty(parameter.model.shape, device=parameter.model.device)
-        # A shorter vocabulary's padding is zero-filled by Megatron-Core where it allows it.
-        wanted[str(number)] = _place(parameter, prefix, whole)
-    try:
-        loaded = dist_checkpointing.load(wanted, str(checkpoint), validate_access_integrity=False)
-    except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
-        written_by = read_state_json(checkpoint).get("torch_version", "an unknown version")
-        raise CheckpointError(
-            f"{checkpoint}: cannot be read by torch {torch.__version__} ({error}); it was written "
-            f"by torch {written_by}: use that, or remove the checkpoint to go on from an older one"
-        ) from error
-    return [(parameter, loaded[str(number)]) for number, parameter in enumerate(parameters)]
-
-
-def _set_optimizer_step(state: TrainState, step: int) -> None:
-    """Tell Adam how many updates its moments have seen: torch's per tensor, fused per group."""
-    for parameter in state.parameters:
-        if parameter.main is not None and isinstance(parameter.inner, torch.optim.AdamW):
-            parameter.inner.state[parameter.main]["step"] = torch.tensor(float(step))
-    if not isinstance(state.parameters[0].inner, torch.optim.AdamW):
-        for group in state.parameters[0].inner.param_groups:
-            group["step"] = step

@@ -6,11 +6,10 @@ optimizer). Here each is a range of a flattened model parameter, so that EMA and
 one code for all three, and a checkpoint does not depend on which of them wrote it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import (
@@ -43,11 +42,6 @@ class MainParameter:
     """The optimizer that steps `main`."""
     is_sharded: bool
     """Whether the data-parallel ranks hold different ranges; else each holds the whole."""
-
-    def take_range(self, whole: Tensor) -> Tensor:
-        """This rank's range of a tensor of the model parameter's shape, in the shape of `main`."""
-        assert self.main is not None
-        return whole.flatten()[self.start : self.end].view_as(self.main)
 
 
 def list_main_parameters(
@@ -96,37 +90,6 @@ def _finder(part: MegatronOptimizer) -> Callable[[Parameter], Range]:
     if isinstance(part, DistributedOptimizer):
         return find_shard
     return find_model if isinstance(part, FP32Optimizer) else find_copy
-
-
-@torch.no_grad()
-def gather_owned(
-    parameters: list[MainParameter], values: list[Tensor | None], dp_group: dist.ProcessGroup
-) -> Iterator[tuple[MainParameter, Tensor]]:
-    """Make each parameter's values whole on one data-parallel rank; collective over `dp_group`.
-
-    The ranks own the parameters in turn, so that each holds and writes its share only.
-
-    Args:
-        parameters: As listed, in the same order on every rank of the group.
-        values: For each parameter this rank's range of some float32 state of it.
-        dp_group: The data-parallel group.
-
-    Yields:
-        Each parameter that this rank owns with the whole values, in the model parameter's shape.
-    """
-    for number, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
-        owner = number % dp_group.size()
-        if not parameter.is_sharded:
-            if owner == dp_group.rank():
-                assert value is not None
-                yield parameter, value
-            continue
-        whole = torch.zeros(parameter.model.numel(), device=parameter.model.device)
-        if value is not None:
-            whole[parameter.start : parameter.end] = value.flatten()
-        dist.reduce(whole, dist.get_global_rank(dp_group, owner), group=dp_group)
-        if owner == dp_group.rank():
-            yield parameter, whole.view(parameter.model.shape).cpu()
 
 
 @torch.no_grad()

@@ -30,11 +30,8 @@ class MetricsLog:
     """
 
     def __init__(self, run: RunDirectory, counters: Counters) -> None:
-        keep_lines(run.metrics, counters.step)
-        self._lines = run.metrics.open("a", buffering=1)
-        self._steps = open_writer(run.tensorboard, counters.step)
-        self._flops = open_writer(run.tensorboard / "scaling_by_flops", _gigaflops(counters))
-        self._tokens = open_writer(run.tensorboard / "scaling_by_tokens", counters.tokens)
+        self._run = run
+        self._open(counters)
 
     def __enter__(self) -> Self:
         return self
@@ -45,6 +42,22 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._close()
+
+    def rewind(self, counters: Counters) -> None:
+        """Drop what lies past `counters.step`: the run has gone back to it."""
+        self._close()
+        self._open(counters)
+
+    def _open(self, counters: Counters) -> None:
+        run = self._run
+        keep_lines(run.metrics, counters.step)
+        self._lines = run.metrics.open("a", buffering=1)
+        self._steps = open_writer(run.tensorboard, counters.step)
+        self._flops = open_writer(run.tensorboard / "scaling_by_flops", _gigaflops(counters))
+        self._tokens = open_writer(run.tensorboard / "scaling_by_tokens", counters.tokens)
+
+    def _close(self) -> None:
         self._lines.close()
         for writer in (self._steps, self._flops, self._tokens):
             writer.close()

@@ -1,6 +1,7 @@
 """Optimizer, learning-rate schedule and the update itself, on Megatron-Core's."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -68,10 +69,16 @@ def build_scheduler(config: Config, optimizer: ChainedOptimizer) -> OptimizerPar
 
 
 @torch.no_grad()
-def update_parameters(optimizer: ChainedOptimizer, *, loss_is_finite: bool) -> tuple[float, bool]:
-    """Clip and apply the gradients, unless they or the loss are not finite; collective.
+def update_parameters(
+    optimizer: ChainedOptimizer, accept: Callable[[float], bool]
+) -> tuple[float, bool]:
+    """Clip and apply the gradients, unless they are not finite or not accepted; collective.
 
     Megatron-Core would apply gradients that are not finite where no loss scaler is in use.
+
+    Args:
+        optimizer: To step.
+        accept: Says of the gradient norm whether to apply the update, the same on every rank.
 
     Returns:
         The norm of the whole gradient before clipping, and whether the update was applied. All
@@ -79,7 +86,7 @@ def update_parameters(optimizer: ChainedOptimizer, *, loss_is_finite: bool) -> t
     """
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    if not (loss_is_finite and math.isfinite(grad_norm)):
+    if not (math.isfinite(grad_norm) and accept(grad_norm)):
         return grad_norm, False
     max_norm = optimizer.config.clip_grad
     if max_norm > 0:

@@ -64,3 +64,10 @@ def model_parallel_groups(parallel: ParallelConfig) -> Iterator[ProcessGroupColl
 def seed_dropout(seed: int) -> None:
     """Restart Megatron-Core's random streams; the tensor-parallel one differs between TP ranks."""
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def max_over_world(*values: int) -> list[int]:
+    """The largest of each value over all ranks; collective over the world."""
+    largest = torch.tensor(values, device=torch.cuda.current_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return [int(value) for value in largest.tolist()]

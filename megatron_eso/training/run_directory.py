@@ -6,9 +6,9 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,15 @@ from megatron_eso.files import write_json
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """Paths of a run."""
+    """Paths of a run.
+
+    Attributes:
+        path: The directory.
+        facts: Of this job, said in every status: restarts, hosts, num_ranks.
+    """
 
     path: Path
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def checkpoints(self) -> Path:
@@ -71,7 +77,7 @@ class RunDirectory:
             partial.replace(self.path / "tokenizer")
 
     def write_status(self, state: str, step: int, reason: str = "", **more: Any) -> None:
-        """Replace `status.json`; `state` is running, finished or failed."""
+        """Replace `status.json`; `state` is running, interrupted, finished or failed."""
         write_json(
             self.path / "status.json",
             {
@@ -83,13 +89,17 @@ class RunDirectory:
                 "pid": os.getpid(),
                 "job": os.environ.get("SLURM_JOB_ID"),
                 "time": time.time(),
+                **self.facts,
                 **more,
             },
         )
 
     def read_status(self) -> dict[str, Any]:
-        """Read `status.json`."""
-        return dict(json.loads((self.path / "status.json").read_text()))
+        """Read `status.json`; empty where there is none."""
+        try:
+            return dict(json.loads((self.path / "status.json").read_text()))
+        except FileNotFoundError:
+            return {}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-import time
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_eso.config import Config
-from megatron_eso.data.batches import MicroBatch, TrainingBatches
+from megatron_eso.data.batches import MicroBatch, StepPlan
 from megatron_eso.diffusion.loss import PhaseTokens, normalize_phases, sum_phases
 from megatron_eso.diffusion.random import Purpose, random_bits
 from megatron_eso.training.optimizer import update_parameters
@@ -33,7 +33,8 @@ class StepResult:
     """What a step says of itself, the same on every rank; losses in nats per token of their phase.
 
     `loss` is the objective, `loss_diffusion + loss_sequential`; `nelbo` the same with ELBO weights.
-    `data_seconds` is this rank's time for reading and planning.
+    `num_tokens` are the real tokens of the global batch. `deviations` says how far the loss or the
+    gradient norm, whichever is farther, lies above those of the steps before.
     """
 
     loss: float
@@ -43,51 +44,67 @@ class StepResult:
     grad_norm: float
     learning_rate: float
     skipped: bool
-    data_seconds: float
+    deviations: float
+    num_tokens: int
 
 
 def train_step(
     config: Config,
     state: TrainState,
-    batches: TrainingBatches,
+    plan: StepPlan,
     groups: ProcessGroupCollection,
     flops_per_token: float,
 ) -> StepResult:
-    """Take one step with the samples that come next; collective over the world."""
+    """Take one step with the samples of `plan`; collective over the world.
+
+    Args:
+        config: The resolved configuration.
+        state: Changed in place.
+        plan: This rank's micro-batches of the samples that come next.
+        groups: Groups of this rank.
+        flops_per_token: Counted for every real token, whatever the length of its sample.
+    """
     for chunk in state.chunks:
         chunk.zero_grad_buffer()
     state.optimizer.zero_grad()
-    began = time.monotonic()
-    micro_batches = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
-    data_seconds = time.monotonic() - began
     # Megatron-Core averages over micro-batches and data-parallel ranks; the loss is a sum.
-    scale = len(micro_batches) * groups.dp.size()
+    scale = len(plan.micro_batches) * groups.dp.size()
     step = partial(
         forward_step,
-        tokens=batches.phase_tokens,
+        tokens=plan.tokens,
         scale=scale,
         dropout_seed=config.run.seed if config.model.hidden_dropout > 0 else None,
         pp_rank=groups.pp.rank(),
     )
-    reports = run_schedule(step, state, micro_batches, groups, forward_only=False)
+    reports = run_schedule(step, state, plan.micro_batches, groups, forward_only=False)
     losses = reduce_over_world(sum_reports(reports), groups)
     loss, nelbo = float(losses[:2].sum()), float(losses[2:].sum())
 
     learning_rate = float(state.optimizer.param_groups[0]["lr"])
-    grad_norm, applied = update_parameters(state.optimizer, loss_is_finite=math.isfinite(loss))
+    limit = config.train.skip_deviations or math.inf
+
+    def accept(grad_norm: float) -> bool:
+        return math.isfinite(loss) and measure_deviations(state, loss, grad_norm) <= limit
+
+    grad_norm, applied = update_parameters(state.optimizer, accept)
+    deviations = measure_deviations(state, loss, grad_norm)
     state.scheduler.step(1)
-    if applied and state.ema is not None:
-        state.ema.update()
-    num_samples = config.train.global_batch_size
-    num_tokens = num_samples * config.data.sequence_length
+    if applied:
+        if state.ema is not None:
+            state.ema.update()
+        state.losses = state.losses.add(loss)
+        state.grad_norms = state.grad_norms.add(log_norm(grad_norm))
+    num_tokens = plan.tokens.total
     done = state.counters
     state.counters = dataclasses.replace(
         done,
         step=done.step + 1,
-        consumed_samples=done.consumed_samples + num_samples,
+        consumed_samples=done.consumed_samples + config.train.global_batch_size,
         tokens=done.tokens + num_tokens,
         flops=done.flops + num_tokens * flops_per_token,
         skipped_steps=done.skipped_steps + (not applied),
+        skipped_in_row=0 if applied else done.skipped_in_row + 1,
+        spikes=done.spikes + (0 < config.train.spike_deviations <= deviations),
     )
     return StepResult(
         loss=loss,
@@ -97,8 +114,19 @@ def train_step(
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         skipped=not applied,
-        data_seconds=data_seconds,
+        deviations=deviations,
+        num_tokens=num_tokens,
     )
+
+
+def measure_deviations(state: TrainState, loss: float, grad_norm: float) -> float:
+    """How far loss or gradient norm, whichever is farther, lies above those of the steps before."""
+    return max(state.losses.deviations(loss), state.grad_norms.deviations(log_norm(grad_norm)))
+
+
+def log_norm(grad_norm: float) -> float:
+    """Logarithm of a gradient norm, whose spread is in proportion to its size."""
+    return math.log(max(grad_norm, sys.float_info.min)) if math.isfinite(grad_norm) else math.inf
 
 
 def forward_step(

@@ -24,6 +24,7 @@ from megatron_eso.model.eso_model import EsoModel
 from megatron_eso.model.initialization import initialize_parameters
 from megatron_eso.model.transformer_config import build_transformer_config
 from megatron_eso.training.ema import ExponentialMovingAverage
+from megatron_eso.training.loss_statistics import MovingStatistics
 from megatron_eso.training.main_parameters import MainParameter, list_main_parameters
 from megatron_eso.training.optimizer import build_optimizer, build_scheduler
 
@@ -37,11 +38,17 @@ class Counters:
     consumed_samples: int = 0
     """Samples taken from the training order: the whole state of the data."""
     tokens: int = 0
-    """Tokens of these samples."""
+    """Real tokens of these samples."""
     flops: float = 0.0
     """Floating-point operations that the objective needed for them."""
     skipped_steps: int = 0
-    """Steps whose update was not applied, since loss or gradient was not finite."""
+    """Steps whose update was not applied, since loss or gradient was not finite, or exploded."""
+    skipped_in_row: int = 0
+    """Of these, the last ones without a step between them that was applied."""
+    spikes: int = 0
+    """Steps whose loss or gradient norm was flagged."""
+    rollbacks: int = 0
+    """Times that the run went back to a checkpoint and left the samples since out."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -55,6 +62,10 @@ class TrainState:
     parameters: list[MainParameter]
     ema: ExponentialMovingAverage | None
     counters: Counters
+    losses: MovingStatistics
+    """Of the losses of the steps that were applied."""
+    grad_norms: MovingStatistics
+    """Of the logarithms of their gradient norms."""
 
 
 def build_train_state(config: Config, groups: ProcessGroupCollection) -> TrainState:
@@ -71,6 +82,8 @@ def build_train_state(config: Config, groups: ProcessGroupCollection) -> TrainSt
         parameters=parameters,
         ema=ExponentialMovingAverage(parameters, decay) if decay > 0 else None,
         counters=Counters(),
+        losses=MovingStatistics(),
+        grad_norms=MovingStatistics(),
     )
 
 

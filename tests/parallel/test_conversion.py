@@ -68,6 +68,7 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
 
     from megatron_eso.data.batches import MicroBatch, TrainingBatches, row_multiple
     from megatron_eso.data.reader import TokenDataset
+    from megatron_eso.data.training_data import TrainingData
     from megatron_eso.diffusion.noise import draw_noise
     from megatron_eso.diffusion.rows import plan_rows
     from megatron_eso.diffusion.schedule import LogLinearSchedule
@@ -102,9 +103,9 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
         answers += map(torch.from_numpy, (x_0, noise.is_masked_BT, noise.permutation_BT))
 
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, dataset, groups.dp.size())
+        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
         state = build_train_state(config, groups)
-        restore(state, config, Checkpoints(run / "checkpoints", 1, batches.identity))
+        restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
         captured: list[Tensor] = []
         head = unwrap_model(state.chunks[-1])
         if head.post_process:

@@ -10,6 +10,7 @@ import torch
 
 from megatron_eso.data.batches import VALIDATION_SEED
 from megatron_eso.data.reader import TokenDataset
+from megatron_eso.data.training_data import TrainingData
 from megatron_eso.diffusion.noise import draw_noise, validation_times
 from megatron_eso.sampler import EsoLM
 from tests.support.dense_oracle import OracleConfig, dense_losses
@@ -47,13 +48,15 @@ def evaluate_tiny(run: Path, data: Path, overrides: Overrides) -> tuple[Any, Any
     config = tiny_config(run, data, overrides)
     validation = TokenDataset.open(data / "validation")
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TokenDataset.open(data / "train"), groups.dp.size())
+        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
         state = build_train_state(config, groups)
-        restore(state, config, Checkpoints(run / "checkpoints", 1, batches.identity))
+        restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
         ema = evaluate(config, state, validation, groups, use_ema=True)
         raw = evaluate(config, state, validation, groups, use_ema=False)
-        train_step(config, state, batches, groups, flops_per_token=1.0)
-        after = Checkpoints(run / "evaluated", 1, batches.identity).save(state, config, groups)
+        plan = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
+        train_step(config, state, plan, groups, flops_per_token=1.0)
+        evaluated = Checkpoints(run / "evaluated", config.checkpoint, batches)
+        after = evaluated.save(state, config, groups)
     return ema, raw, after
 
 

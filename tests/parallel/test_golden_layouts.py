@@ -53,6 +53,7 @@ def compute_losses(run: Path, overrides: Overrides, golden: dict[str, Tensor]) -
         is_sequential = np.full(len(is_masked), phase == "sequential")
         times = golden["b.diffusion.t"].double().numpy()
         noise = Noise(
+            length_B=np.full(len(is_masked), is_masked.shape[1]),
             is_masked_BT=is_masked,
             permutation_BT=golden[f"b.{phase}.permutation"].numpy(),
             t_B=np.where(is_sequential, np.nan, times),
@@ -76,7 +77,7 @@ def compute_losses(run: Path, overrides: Overrides, golden: dict[str, Tensor]) -
 
     with model_parallel_groups(config.parallel) as groups:
         state = build_train_state(config, groups)
-        restore(state, config, Checkpoints(run / "checkpoints", 1, {}))
+        restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, {}))
         for chunk in state.chunks:
             chunk.eval()
         with torch.no_grad():

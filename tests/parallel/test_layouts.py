@@ -23,12 +23,19 @@ LOSS_TOLERANCE = 1e-5  # relative
 UPDATE_TOLERANCE = 1e-3  # of a tensor's update over all steps, relative, in the Euclidean norm
 NUM_PARAMETERS_MOVED = 0.5  # least share of a tensor's elements that the steps must have moved
 
+SMALL: Overrides = OVERLAPPED | {"train.micro_batch_size": 1}
 CASES: dict[str, tuple[int, Overrides]] = {
     **{name: layout for name, layout in LAYOUTS.items() if name != "1 rank"},
     "DP=2 overlapped": (2, OVERLAPPED),
-    "DP=2 overlapped, micro-batch 1": (2, OVERLAPPED | {"train.micro_batch_size": 1}),
+    "DP=2 overlapped, micro-batch 1": (2, SMALL),
     "micro-batch 1": (1, {"train.micro_batch_size": 1}),
     "micro-batch 4": (1, {"train.micro_batch_size": 4}),
+}
+
+EDGES: dict[str, Overrides] = {
+    "sequential phase alone": {"objective.alpha_0": 0.0},
+    "diffusion phase alone": {"objective.alpha_0": 1.0},
+    "half of the samples cut short": {"data.ssl_ratio": 0.5},
 }
 
 
@@ -87,14 +94,14 @@ def test_steps_move_every_tensor(reference: tuple[Trained, dict[str, Tensor]]) -
             assert moved > NUM_PARAMETERS_MOVED, name
 
 
-@pytest.mark.parametrize("alpha_0", [0.0, 1.0])
-def test_one_phase_trains_on_every_layout(
-    alpha_0: float, world: World, tiny_data: Path, tmp_path: Path
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges_train_on_every_layout(
+    edge: str, world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """At the edges of alpha_0 every parameter still takes part in every micro-batch."""
-    edge: Overrides = {"objective.alpha_0": alpha_0}
-    expected = world.run(train_tiny, 1, tmp_path / "one", tiny_data, edge, 2)[0]
-    for number, overrides in enumerate((OVERLAPPED, LAYOUTS["TP=2 SP"][1], LAYOUTS["PP=2"][1])):
+    """Of one phase alone, every parameter still takes part in every micro-batch."""
+    expected = world.run(train_tiny, 1, tmp_path / "one", tiny_data, EDGES[edge], 2)[0]
+    for number, overrides in enumerate((SMALL, LAYOUTS["TP=2 SP"][1], LAYOUTS["PP=2"][1])):
         run = tmp_path / str(number)
-        found = world.run(train_tiny, 2, run, tiny_data, overrides | edge, 2)[0]
+        found = world.run(train_tiny, 2, run, tiny_data, overrides | EDGES[edge], 2)[0]
         assert found.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
+        assert found.grad_norms == pytest.approx(expected.grad_norms, rel=LOSS_TOLERANCE)

@@ -23,6 +23,9 @@ LOSS_TOLERANCE = 1e-5  # relative
 GRADIENT_TOLERANCE = 1e-4  # of a tensor's gradient, relative, in the Euclidean norm
 
 BASE: Overrides = {"model.head_bias": "true", "model.num_layers": 3, "optimizer.ema_decay": 0}
+FRAMED: Overrides = {"data.framing": '"bos_eos"'}
+CUT: Overrides = {"data.ssl_ratio": 0.5}
+SEQUENCE_PARALLEL: Overrides = TP2 | {"parallel.sequence_parallel": "true"}
 CASES: dict[str, tuple[int, Overrides]] = {
     "both phases": (1, {}),
     "both phases, low_var": (1, {"objective.loss_type": '"low_var"'}),
@@ -32,8 +35,11 @@ CASES: dict[str, tuple[int, Overrides]] = {
     "grouped queries": (1, {"model.num_query_groups": 2}),
     "two tokens": (1, {"data.sequence_length": 2}),
     "one token": (1, {"data.sequence_length": 1}),
+    "framed": (1, FRAMED),
+    "cut short": (1, CUT),
+    "cut short, framed, TP=2 SP": (2, CUT | FRAMED | SEQUENCE_PARALLEL),
     "recomputed": (1, {"train.recompute_granularity": '"full"'}),
-    "TP=2 SP": (2, TP2 | {"parallel.sequence_parallel": "true", "model.num_query_groups": 2}),
+    "TP=2 SP": (2, SEQUENCE_PARALLEL | {"model.num_query_groups": 2}),
 }
 
 
@@ -49,7 +55,7 @@ def compute_gradients(
     from megatron.core.utils import unwrap_model
 
     from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.data.reader import TokenDataset
+    from megatron_eso.data.training_data import TrainingData
     from megatron_eso.model.sharding import shard_parameters
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import (
@@ -68,16 +74,16 @@ def compute_gradients(
         for parameter, sharded in shard_parameters(model):
             index = _index(sharded)
             parameter.data.copy_(megatron_tensors[sharded.key][index])
-        batches = TrainingBatches(config, TokenDataset.open(data / "train"), groups.dp.size())
-        micro_batches = batches.plan_step(0, groups.dp.rank())
+        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        plan = batches.plan_step(0, groups.dp.rank())
         step = partial(
             forward_step,
-            tokens=batches.phase_tokens,
-            scale=len(micro_batches),
+            tokens=plan.tokens,
+            scale=len(plan.micro_batches),
             dropout_seed=None,
             pp_rank=0,
         )
-        reports = run_schedule(step, state, micro_batches, groups, forward_only=False)
+        reports = run_schedule(step, state, plan.micro_batches, groups, forward_only=False)
         losses = reduce_over_world(sum_reports(reports), groups)
         for parameter, sharded in shard_parameters(model):
             whole = torch.zeros_like(megatron_tensors[sharded.key])
@@ -138,26 +144,39 @@ def test_loss_and_gradients_equal_the_oracles(
 
 
 def oracle_loss(config, oracle, parameters):  # type: ignore[no-untyped-def]
-    """The oracle's loss of the first step's samples."""
+    """The oracle's loss of the first step's samples, each at its own length."""
     import numpy as np
 
-    from megatron_eso.data.batches import TrainingBatches
+    from megatron_eso.data.order import SampleOrder
     from megatron_eso.data.reader import TokenDataset
-    from megatron_eso.diffusion.noise import diffusion_times, draw_noise
+    from megatron_eso.diffusion.dealing import Dealing
+    from megatron_eso.diffusion.noise import diffusion_times, draw_lengths, draw_noise
 
-    batches = TrainingBatches(config, TokenDataset.open(config.data.train), 1)
-    places = np.concatenate(batches.dealing.micro_batches(0))
-    is_sequential = batches.dealing.is_sequential(places)
-    times = diffusion_times(config.run.seed, 0, batches.dealing, places)
+    dataset, train, seed = TokenDataset.open(config.data.train), config.train, config.run.seed
+    sizes = (train.global_batch_size, train.micro_batch_size, 1)
+    dealing = Dealing(*sizes, config.objective.batch_split)
+    places = np.concatenate(dealing.micro_batches(0))
+    is_sequential = dealing.is_sequential(places)
+    times = diffusion_times(seed, 0, dealing, places)
     alpha_0, length = config.objective.alpha_0, config.data.sequence_length
-    noise = draw_noise(config.run.seed, places, is_sequential, times, alpha_0, length)
-    rows = batches.dataset.rows(batches.order.rows(places), length)
+    lengths = draw_lengths(seed, places, config.data.ssl_ratio, length)
+    noise = draw_noise(seed, places, is_sequential, times, alpha_0, length, length_B=lengths)
+    if config.data.framing == "bos_eos":
+        rows = SampleOrder(seed, dataset.num_rows(length - 2)).rows(places)
+        tokenizer = dataset.manifest.tokenizer
+        x_0 = [
+            [tokenizer.bos_token_id, *text, tokenizer.eos_token_id]
+            for text in dataset.rows(rows, length - 2).tolist()
+        ]
+    else:
+        rows = SampleOrder(seed, dataset.num_rows(length)).rows(places)
+        x_0 = dataset.rows(rows, length).tolist()
     losses = dense_losses(
         parameters,
         oracle,
-        torch.from_numpy(rows),
+        torch.tensor(x_0),
         noise,
         alpha_0=alpha_0,
         loss_type=config.objective.loss_type,
     )
-    return dense_objective(losses, noise, batches.dealing)
+    return dense_objective(losses, noise, dealing)

@@ -50,9 +50,9 @@ def train_through_damage(run: Path, data: Path, overrides: Overrides, rank: int)
 
     install_cpu_backend()
     from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.data.reader import TokenDataset
+    from megatron_eso.data.training_data import TrainingData
     from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import train_step
+    from megatron_eso.training.step import StepResult, train_step
     from megatron_eso.training.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
@@ -62,20 +62,25 @@ def train_through_damage(run: Path, data: Path, overrides: Overrides, rank: int)
         return torch.full_like(gradient, math.nan)
 
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TokenDataset.open(data / "train"), groups.dp.size())
+        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
         state = build_train_state(config, groups)
         weight = next(p for p in state.parameters if "linear_fc2.weight" in p.sharded.key).model
-        results = [train_step(config, state, batches, groups, 1.0)]
+
+        def take_step() -> StepResult:
+            plan = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
+            return train_step(config, state, plan, groups, 1.0)
+
+        results = [take_step()]
         before = [p.main.detach().clone() for p in state.parameters if p.main is not None]
         hook = weight.register_hook(spoil) if damage else None
-        results.append(train_step(config, state, batches, groups, 1.0))
+        results.append(take_step())
         if hook is not None:
             hook.remove()
         mains = [p.main for p in state.parameters if p.main is not None]
         unchanged = all(torch.equal(a, b) for a, b in zip(before, mains, strict=True))
         assert state.ema is not None
         updates_while_damaged = state.ema.num_updates
-        results.append(train_step(config, state, batches, groups, 1.0))
+        results.append(take_step())
         changed = any(not torch.equal(a, b) for a, b in zip(before, mains, strict=True))
     skipped = [result.skipped for result in results]
     return skipped, unchanged, changed, updates_while_damaged, state.counters, results[2].loss

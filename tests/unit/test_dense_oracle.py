@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from checkpoints_conversion.official import fold_official, read_official
 from megatron_eso.diffusion.dealing import Dealing
+from megatron_eso.diffusion.loss import count_phase_tokens
 from megatron_eso.diffusion.noise import Noise, diffusion_times, draw_noise
 from megatron_eso.diffusion.rows import RowPlan, plan_rows
 from megatron_eso.diffusion.schedule import LogLinearSchedule
@@ -45,16 +46,20 @@ def build_model(**options: int | bool) -> tuple[OracleConfig, Parameters]:
     return config, draw_parameters(config, hidden_size=HIDDEN, vocab_size=VOCAB, **options)
 
 
-def draw_batch(dealing: Dealing, alpha_0: float, length: int) -> tuple[NDArray[np.int64], Noise]:
+def draw_batch(
+    dealing: Dealing, alpha_0: float, length: int, length_B: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.int64], Noise]:
     indices = np.arange(dealing.global_batch_size)
     x_0 = np.random.default_rng(SEED).integers(0, MASK, (len(indices), length))
     times = diffusion_times(SEED, 0, dealing, indices)
-    noise = draw_noise(SEED, indices, dealing.is_sequential(indices), times, alpha_0, length)
+    is_sequential = dealing.is_sequential(indices)
+    noise = draw_noise(SEED, indices, is_sequential, times, alpha_0, length, length_B=length_B)
     return x_0, noise
 
 
 def pick(noise: Noise, places: NDArray[np.int64]) -> Noise:
     return Noise(
+        length_B=noise.length_B[places],
         is_masked_BT=noise.is_masked_BT[places],
         permutation_BT=noise.permutation_BT[places],
         t_B=noise.t_B[places],
@@ -69,6 +74,7 @@ def set_masks(noise: Noise, is_masked_BT: NDArray[np.bool_]) -> Noise:
         for masked in is_masked_BT
     ]
     return Noise(
+        length_B=noise.length_B,
         is_masked_BT=is_masked_BT,
         permutation_BT=np.stack(permutation),
         t_B=noise.t_B,
@@ -95,7 +101,6 @@ def assert_agree(
 ) -> tuple[float, float]:
     """Compares per-token losses, objective and every gradient; returns the largest differences."""
     config, parameters = build_model(**options)
-    length = x_0.shape[1]
 
     def plan(places: NDArray[np.int64]) -> RowPlan:
         return plan_rows(
@@ -123,7 +128,7 @@ def assert_agree(
         samples = places[rows.sample_E[real].numpy()]
         expected = torch.cat(
             [
-                losses.nll_BT[b][length - noise.is_masked_BT[b].sum() :]
+                losses.nll_BT[b, : noise.length_B[b]][-noise.is_masked_BT[b].sum() :]
                 for b in dict.fromkeys(samples.tolist())
             ]
             or [nll]
@@ -136,7 +141,8 @@ def assert_agree(
     assert loss_difference < LOSS_TOLERANCE
 
     expected_loss = dense_objective(losses, noise, dealing)
-    loss = row_objective(parameters, config, [plan(p) for p in batches], dealing, length)
+    tokens = count_phase_tokens(dealing, noise.length_B)
+    loss = row_objective(parameters, config, [plan(p) for p in batches], tokens)
     assert abs((loss - expected_loss).item()) < LOSS_TOLERANCE
     expected_gradients, found_gradients = (gradients(x, parameters) for x in (expected_loss, loss))
     gradient_difference = max(
@@ -198,6 +204,17 @@ def test_edge_cases_agree(length: int, masked: str, row_multiple: int) -> None:
     )
 
 
+@pytest.mark.parametrize("sizes", [(8, 8, 1), (8, 1, 2), (8, 2, 2)])
+@pytest.mark.parametrize(("alpha_0", "batch_split"), [(0.3, 0.5), (1.0, 1.0), (0.0, 0.0)])
+def test_samples_that_are_cut_short_are_what_they_are_alone(
+    alpha_0: float, batch_split: float, sizes: tuple[int, int, int]
+) -> None:
+    """Each at its own length in the oracle; lengths 1 and 2 among them, and whole samples."""
+    dealing, length_B = Dealing(*sizes, batch_split), np.array([1, 1, 9, 2, 7, 2, 12, 12])
+    x_0, noise = draw_batch(dealing, alpha_0, 12, length_B)
+    assert_agree(x_0, noise, dealing, alpha_0=alpha_0, row_multiple=4, num_layers=2, num_groups=2)
+
+
 def test_alpha_0_of_1_masks_nothing_in_the_sequential_phase() -> None:
     dealing = Dealing(4, 2, 1, 0.5)
     x_0, noise = draw_batch(dealing, 1.0, 8)
@@ -218,6 +235,7 @@ def test_oracle_and_rows_give_the_numbers_of_the_reference() -> None:
     num_samples = len(x_0)
     is_masked = torch.cat([diffusion["z_t"], sequential["z_0"]]) == mask_token_id
     noise = Noise(
+        length_B=np.full(2 * num_samples, x_0.shape[1]),
         is_masked_BT=is_masked.numpy(),
         permutation_BT=torch.cat([diffusion["permutation"], sequential["permutation"]]).numpy(),
         t_B=np.append(diffusion["t"].double().numpy(), np.full(num_samples, np.nan)),

@@ -28,6 +28,7 @@ def plan_of(diffusion: list[int], sequential: list[int], length: int, multiple: 
     """A plan of samples with the given numbers of masked tokens."""
     counts = np.array(diffusion + sequential, dtype=np.int64)
     noise = Noise(
+        length_B=np.full(len(counts), length),
         is_masked_BT=np.arange(length) >= length - counts[:, None],
         permutation_BT=np.tile(np.arange(length), (len(counts), 1)),
         t_B=np.full(len(counts), 0.5),

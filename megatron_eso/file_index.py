@@ -1,0 +1,95 @@
+"""The index of a checkpoint's files: sizes and hashes, by which damage is found before it is used.
+
+`index.json` lies beside the files that it lists. It is written last, and its own checksum is part
+of it.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import xxhash
+
+from megatron_eso.errors import CheckpointError
+from megatron_eso.files import write_atomically
+
+INDEX_FILE = "index.json"
+FORMAT_VERSION = 1
+
+_PIECE_BYTES = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """What a file must be."""
+
+    bytes: int
+    xxh3_128: str
+
+
+Index = Mapping[str, FileEntry]
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Size and hash of a file as it is."""
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_PIECE_BYTES):
+            digest.update(piece)
+            size += len(piece)
+    return FileEntry(size, digest.hexdigest())
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Write the index of a folder's files; on disk when this returns."""
+    files = {name: asdict(index[name]) for name in sorted(index)}
+    content = {"format_version": FORMAT_VERSION, "files": files, "checksum": _checksum(files)}
+    write_atomically(folder / INDEX_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def read_index(folder: Path) -> Index:
+    """Read the index of a folder.
+
+    Raises:
+        CheckpointError: It is missing, damaged or of another version.
+    """
+    path = folder / INDEX_FILE
+    try:
+        content = json.loads(path.read_text(encoding="ascii"))
+        files, version = content["files"], content["format_version"]
+        if content["checksum"] != _checksum(files):
+            raise ValueError("its checksum differs")
+        index = {name: FileEntry(**entry) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version {version}, this version reads {FORMAT_VERSION}: use the "
+            f"megatron-eso that wrote it"
+        )
+    return index
+
+
+def find_damage(folder: Path, index: Index, names: Iterable[str] | None = None) -> Iterator[str]:
+    """What is wrong with the files of a folder, a line each.
+
+    Args:
+        folder: holds the files.
+        index: of the folder.
+        names: which files to check; all of the index.
+    """
+    for name in index if names is None else names:
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size != index[name].bytes:
+                yield f"{path}: has {size} bytes, not {index[name].bytes}"
+            elif describe_file(path) != index[name]:
+                yield f"{path}: its hash differs"
+        except OSError as error:
+            yield f"{path}: cannot be read ({error.strerror})"
+
+
+def _checksum(files: object) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode("ascii"))

@@ -1,0 +1,257 @@
+"""What of the global tensors of a checkpoint a rank writes, and what it reads.
+
+A rank holds ranges of flattened parameters (main_parameters.py). A range of a flattened matrix is
+at most three rectangles of it: the rest of a row, whole rows, the beginning of a row. torch's
+distributed checkpoints store rectangles, so every rank writes just what it holds and reads just
+what it needs, on any layout, without gathering anything (Megatron-Core's own format gathers the
+distributed optimizer's state on every data-parallel rank first).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_eso.errors import CheckpointError
+from megatron_eso.training.main_parameters import MainParameter
+
+Place = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """A rectangle of a global float32 tensor, and this rank's values of it."""
+
+    key: str
+    global_shape: Place
+    offsets: Place
+    values: Tensor
+    """In the rectangle's shape; a view of the rank's state, so that reading fills it."""
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        """Its place, as torch says it."""
+        return ChunkStorageMetadata(torch.Size(self.offsets), self.values.shape)
+
+
+def pieces_to_write(
+    parameters: list[MainParameter],
+    values: list[Tensor | None],
+    prefix: str,
+    dp_group: dist.ProcessGroup,
+) -> Iterator[Piece]:
+    """This rank's share of one kind of state; over all ranks every element comes once.
+
+    Where data-parallel ranks hold the same values, they take the parameters in turn. Of
+    tensor-parallel ranks that hold the same, and of a tied embedding's copies, the first writes.
+
+    Args:
+        parameters: As listed, in the same order on every rank of the group.
+        values: For each parameter this rank's range of the state, in the shape of its main.
+        prefix: Of the keys, by the kind of state.
+        dp_group: The data-parallel group.
+    """
+    for number, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
+        is_mine = parameter.is_sharded or number % dp_group.size() == dp_group.rank()
+        if value is not None and is_mine:
+            yield from _cut(parameter, value, prefix, only_first_replica=True)
+
+
+def pieces_to_read(
+    parameters: list[MainParameter], values: list[Tensor | None], prefix: str
+) -> Iterator[Piece]:
+    """What this rank needs of one kind of state; arguments as for `pieces_to_write`."""
+    for parameter, value in zip(parameters, values, strict=True):
+        if value is not None:
+            yield from _cut(parameter, value, prefix, only_first_replica=False)
+
+
+def _cut(
+    parameter: MainParameter, value: Tensor, prefix: str, *, only_first_replica: bool
+) -> Iterator[Piece]:
+    flat = value.view(-1)
+    for block in _list_blocks(parameter):
+        # The last number is that of the data-parallel rank, which is settled already.
+        if only_first_replica and any(_as_tuple(block.replica_id)[:-1]):
+            continue
+        assert block.data is not None
+        first = block.data.storage_offset()
+        low = max(parameter.start, first)
+        high = min(parameter.end, first + block.data.numel())
+        for offsets, sizes, start in cut_range(block.data.shape, low - first, high - first):
+            begin = first + start - parameter.start
+            yield Piece(
+                prefix + block.key,
+                tuple(block.global_shape),
+                tuple(map(sum, zip(block.global_offset, offsets, strict=True))),
+                flat[begin : begin + math.prod(sizes)].view(sizes),
+            )
+
+
+def _list_blocks(parameter: MainParameter) -> list[ShardedTensor]:
+    """The blocks of global tensors that a parameter consists of, their data on the meta device.
+
+    A block's storage offset is its place in the flattened parameter. There are several where
+    Megatron-Core lays tensors together: a SwiGLU's gate and its linear part.
+    """
+    sharded = parameter.sharded
+    whole = torch.empty(parameter.model.shape, device="meta")
+    if isinstance(sharded, ShardedTensor):
+        blocks = [dataclasses.replace(sharded, data=whole, dtype=whole.dtype)]
+    else:
+        built = sharded.build_fn(sharded.key, whole, sharded.replica_id, None)
+        blocks = list(nested_values(built if isinstance(built, dict) else dict(enumerate(built))))
+    for block in blocks:
+        assert block.data.is_contiguous()
+        assert block.prepend_axis_num == 0
+    return blocks
+
+
+def cut_range(shape: Iterable[int], low: int, high: int) -> Iterator[tuple[Place, Place, int]]:
+    """Cut elements [low, high) of a flattened tensor into rectangles of the tensor, in order.
+
+    Yields:
+        Offsets and sizes of a rectangle, and the flattened number of its first element.
+    """
+    _, *inner = shape
+    if low >= high:
+        return
+    if not inner:
+        yield (low,), (high - low,), low
+        return
+    row = math.prod(inner)
+    rows_begin = min(high, -(-low // row) * row)
+    num_rows = (high - rows_begin) // row
+    rows_end = rows_begin + num_rows * row
+    yield from _cut_row(inner, low // row, low, rows_begin)
+    if num_rows:
+        yield (rows_begin // row, *(0 for _ in inner)), (num_rows, *inner), rows_begin
+    yield from _cut_row(inner, rows_end // row, rows_end, high)
+
+
+def _cut_row(
+    inner: list[int], number: int, low: int, high: int
+) -> Iterator[tuple[Place, Place, int]]:
+    """Cut a range that lies within one row."""
+    first = number * math.prod(inner)
+    for offsets, sizes, start in cut_range(inner, low - first, high - first):
+        yield (number, *offsets), (1, *sizes), first + start
+
+
+def _as_tuple(replica_id: Any) -> tuple[int, ...]:
+    return replica_id if isinstance(replica_id, tuple) else (replica_id,)
+
+
+class PieceWriter(DefaultSavePlanner):
+    """Has torch's distributed checkpoint write the pieces of every rank."""
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._pieces = {(piece.key, piece.offsets): piece for piece in pieces}
+
+    def create_local_plan(self) -> SavePlan:
+        """List this rank's pieces."""
+        items = [
+            WriteItem(
+                index=MetadataIndex(piece.key, torch.Size(piece.offsets)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=piece.chunk,
+                    properties=TensorProperties(dtype=piece.values.dtype),
+                    size=torch.Size(piece.global_shape),
+                ),
+            )
+            for piece in self._pieces.values()
+        ]
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """The values of a listed piece."""
+        assert write_item.index.offset is not None
+        return self._pieces[write_item.index.fqn, tuple(write_item.index.offset)].values
+
+
+class PieceReader(DefaultLoadPlanner):
+    """Has torch's distributed checkpoint fill the pieces of every rank.
+
+    Raises:
+        CheckpointError: From `create_local_plan`, a tensor is missing or of another shape.
+    """
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._pieces = {(piece.key, piece.offsets): piece for piece in pieces}
+
+    def create_local_plan(self) -> LoadPlan:
+        """List what of the checkpoint's chunks fills this rank's pieces."""
+        assert self.metadata is not None
+        chunks: dict[str, list[ChunkStorageMetadata]] = {}
+        for piece in self._pieces.values():
+            chunks.setdefault(piece.key, []).append(piece.chunk)
+            _check_shape(self.metadata, piece)
+        return LoadPlan(
+            [
+                item
+                for key, wanted in chunks.items()
+                for item in create_read_items_for_chunk_list(
+                    key, _entry(self.metadata, key), wanted
+                )
+            ]
+        )
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """The part of a piece that an item fills."""
+        assert read_item.dest_index.offset is not None
+        values = self._pieces[read_item.dest_index.fqn, tuple(read_item.dest_index.offset)].values
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            values = values.narrow(dim, start, length)
+        return values
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing: the tensor is a view of the piece."""
+
+
+def _entry(metadata: Metadata, key: str) -> TensorStorageMetadata:
+    entry = metadata.state_dict_metadata.get(key)
+    if not isinstance(entry, TensorStorageMetadata):
+        raise CheckpointError(f"the checkpoint has no tensor {key}: it is of another model")
+    return entry
+
+
+def _check_shape(metadata: Metadata, piece: Piece) -> None:
+    found = tuple(_entry(metadata, piece.key).size)
+    if found != piece.global_shape:
+        raise CheckpointError(
+            f"the checkpoint's tensor {piece.key} has shape {found}, the model's "
+            f"{piece.global_shape}: it is of another model"
+        )

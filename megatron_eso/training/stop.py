@@ -1,0 +1,88 @@
+"""Requests to stop a run early: a signal, a file, the end of the allocation.
+
+Whoever asks, and whichever rank hears it: the loop compares notes over all ranks after every step,
+and all save and leave after the same one. The handlers only take a note, so a second signal finds a
+save that goes on undisturbed.
+"""
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_FILE = "stop"
+END_TIME_VARIABLE = "SLURM_JOB_END_TIME"
+
+# By number; of several the highest is told.
+REASONS = {
+    1: f"the file {STOP_FILE} is in the run directory",
+    2: "the allocation ends",
+    3: "SIGTERM",
+    4: "SIGUSR1",
+}
+_FILE, _END, *_OF_SIGNALS = REASONS
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class StopRequests:
+    """Listens from `__enter__` to `__exit__`; make it on the main thread of every rank.
+
+    Args:
+        run: The run directory. A `stop` file that is there from before is removed on rank 0: it
+            was meant for the job that has ended.
+        end_margin_seconds: How long before the end of a Slurm allocation to stop; 0: never.
+    """
+
+    def __init__(self, run: Path, end_margin_seconds: float) -> None:
+        self._file = run / STOP_FILE
+        self._end = _allocation_end(end_margin_seconds)
+        self._heard = 0
+        self._next_look = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if os.environ.get("RANK", "0") == "0":
+            self._file.unlink(missing_ok=True)
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._take_note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def heard(self) -> int:
+        """What this rank has heard: 0, or the number of a reason, to be compared over all ranks."""
+        return max(self._heard, self._look())
+
+    def _take_note(self, number: int, _frame: FrameType | None) -> None:
+        self._heard = _OF_SIGNALS[SIGNALS.index(signal.Signals(number))]
+
+    def _look(self) -> int:
+        """File and clock, on rank 0: a file system is not asked by every rank at every step."""
+        now = time.time()
+        if dist.get_rank() != 0 or now < self._next_look:
+            return 0
+        self._next_look = now + _SECONDS_BETWEEN_LOOKS
+        if now >= self._end:
+            return _END
+        return _FILE if self._file.exists() else 0
+
+
+def _allocation_end(margin_seconds: float) -> float:
+    """When to stop, in seconds since the epoch: the margin before the end that Slurm tells."""
+    told = os.environ.get(END_TIME_VARIABLE, "")
+    return float(told) - margin_seconds if margin_seconds > 0 and told.isdigit() else float("inf")

@@ -1,0 +1,153 @@
+"""Ranks of one copy of the model whose batches differ: every rank stops, and says the same."""
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from megatron_eso.data.manifest import read_manifest
+from megatron_eso.data.order import SampleOrder
+from megatron_eso.data.reader import hash_file
+from megatron_eso.data.shard_format import BLOCK_BYTES, MANIFEST_FILE, numpy_dtype
+from megatron_eso.training.run_directory import RunDirectory
+from tests.support.training import PP2, TINY, TP2, Overrides, tiny_arguments, tiny_config
+from tests.support.world import World
+
+pytestmark = pytest.mark.parallel
+
+BATCH = TINY["train.global_batch_size"]
+STEP, SAMPLE = 2, 2 * BATCH  # the step's first sample, which data-parallel rank 0 trains on
+WRONG_TOKEN = 7
+SECONDS = 180.0  # as for any start of the command, on a busy machine
+MESSAGE = re.compile(
+    rf"step {STEP}: ranks of one copy of the model have different batches: "
+    r"ranks 0 hold ([0-9a-f]{16}); ranks 1 hold ([0-9a-f]{16}); "
+)
+
+# The command, with RANK in its arguments replaced.
+COMMAND = """
+import os, sys
+from megatron_eso.errors import run_command
+from pretrain.train import main
+if __name__ == "__main__":
+    run_command(main, [word.replace("RANK", os.environ["RANK"]) for word in sys.argv[1:]])
+"""
+
+
+@pytest.fixture(scope="module")
+def data_by_rank(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of data folders by rank. One token differs on rank 1, and the hashes are its own.
+
+    Such a file is whole by all that reading checks.
+    """
+    folder = tmp_path_factory.mktemp("data_by_rank")
+    for rank in range(4):
+        shutil.copytree(tiny_data, folder / str(rank))
+    directory = folder / "1" / "train"
+    manifest, _ = read_manifest(directory)
+    layout, config = manifest.layout, tiny_config(folder, folder / "1", {})
+    length = config.data.row_tokens
+    order = SampleOrder(config.run.seed, layout.num_rows(length))
+    records, places = layout.locate_rows(order.rows(np.array([SAMPLE])), length)
+    record, place = int(records[0]), int(places[0])
+
+    shard = directory / manifest.shards[record // layout.shard_records].name
+    content = bytearray(shard.read_bytes())
+    tokens = np.frombuffer(
+        content,
+        numpy_dtype(manifest.dtype),
+        layout.record_num_tokens(record),
+        layout.record_offset(record),
+    )
+    assert tokens[place] != WRONG_TOKEN
+    tokens[place] = WRONG_TOKEN
+    shard.write_bytes(content)
+    block = place * layout.itemsize // BLOCK_BYTES
+    blocks = directory / manifest.blocks.name
+    hashes = np.frombuffer(bytearray(blocks.read_bytes()), "<u8")
+    block_bytes = tokens.tobytes()[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
+    hashes[record * layout.blocks_per_record + block] = xxhash.xxh3_64_intdigest(block_bytes)
+    blocks.write_bytes(hashes.tobytes())
+    changed = dataclasses.replace(manifest.blocks, sha256=hash_file(blocks))
+    (directory / MANIFEST_FILE).write_bytes(dataclasses.replace(manifest, blocks=changed).encode())
+    return folder
+
+
+def compare_steps(run: Path, data_by_rank: Path, overrides: Overrides) -> list[str]:
+    """What each of the first steps' checks says on this rank."""
+    from megatron_eso.training.cpu_backend import install_cpu_backend
+
+    install_cpu_backend()
+    import torch.distributed as dist
+
+    from megatron_eso.data.batches import TrainingBatches
+    from megatron_eso.data.training_data import TrainingData
+    from megatron_eso.errors import DataError
+    from megatron_eso.training.batch_check import check_batches
+    from megatron_eso.training.parallel import model_parallel_groups
+
+    config = tiny_config(run, data_by_rank / str(dist.get_rank()), overrides)
+    messages = []
+    with model_parallel_groups(config.parallel) as groups:
+        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        for step in range(STEP + 2):
+            plan = batches.plan_step(step * BATCH, groups.dp.rank())
+            try:
+                check_batches(step, plan.micro_batches, groups)
+                messages.append("")
+            except DataError as error:
+                messages.append(str(error))
+    return messages
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "overrides"), [(4, TP2), (2, PP2)], ids=["TP=2 DP=2", "PP=2"]
+)
+def test_all_ranks_say_which_ranks_differ_where(
+    num_ranks: int, overrides: Overrides, data_by_rank: Path, world: World, tmp_path: Path
+) -> None:
+    """Those of the other copies too, which hold other batches by right."""
+    answers = world.run(compare_steps, num_ranks, tmp_path, data_by_rank, overrides)
+    for messages in answers:
+        assert messages == answers[0]
+        assert [bool(message) for message in messages] == [step == STEP for step in range(STEP + 2)]
+    found = MESSAGE.match(answers[0][STEP])
+    assert found is not None
+    assert found[1] != found[2]
+
+
+def test_data_parallel_ranks_are_not_compared(
+    data_by_rank: Path, world: World, tmp_path: Path
+) -> None:
+    for messages in world.run(compare_steps, 2, tmp_path, data_by_rank, {}):
+        assert not any(messages)
+
+
+@pytest.mark.slow
+def test_a_run_whose_ranks_differ_stops_with_one_line(data_by_rank: Path, tmp_path: Path) -> None:
+    """The check is made every other step here: the one of the differing batch is the second."""
+    script, run = tmp_path / "command.py", tmp_path / "run"
+    script.write_text(COMMAND)
+    few: Overrides = {"data.batch_check_interval": STEP, "validation.num_samples": 1}
+    arguments = tiny_arguments(run, data_by_rank / "RANK", TP2 | few)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    finished = subprocess.run(
+        [sys.executable, *launcher, str(script), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert finished.returncode != 0
+    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    assert MESSAGE.match(line.removeprefix("error: "))
+    status = RunDirectory(run).read_status()
+    assert (status["state"], status["step"]) == ("failed", STEP)

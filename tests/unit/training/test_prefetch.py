@@ -1,0 +1,137 @@
+"""Steps planned ahead: the same plans, at any place, and errors where they are waited for."""
+
+import dataclasses
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_eso.data.batches import StepPlan, TrainingBatches
+from megatron_eso.data.reader import TokenDataset
+from megatron_eso.data.training_data import TrainingData
+from megatron_eso.errors import DataError
+from megatron_eso.training.prefetch import StepPrefetcher
+from tests.support.training import tiny_config
+
+BATCH = 8
+STEPS_AHEAD = 2
+DEADLINE_SECONDS = 30.0
+
+
+class RecordedBatches(TrainingBatches):
+    """Real batches that note which steps were planned, and by which thread."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.places: list[int] = []
+        self.threads: set[threading.Thread] = set()
+
+    def plan_step(self, consumed_samples: int, data_parallel_rank: int) -> StepPlan:
+        plan = super().plan_step(consumed_samples, data_parallel_rank)
+        self.places.append(consumed_samples)
+        self.threads.add(threading.current_thread())
+        return plan
+
+
+def make_batches(data: Path, folder: Path) -> RecordedBatches:
+    overrides = {"data.ssl_ratio": 0.5, "train.global_batch_size": BATCH}
+    config = tiny_config(folder / "run", data, overrides)
+    dataset = TokenDataset.open(data / "train", retry_seconds=())
+    return RecordedBatches(config, TrainingData(config, (dataset,)), 2)
+
+
+def assert_equal(first: StepPlan, second: StepPlan) -> None:
+    assert first.tokens == second.tokens
+    for one, other in zip(first.micro_batches, second.micro_batches, strict=True):
+        assert np.array_equal(one.indices, other.indices)
+        assert np.array_equal(one.is_sequential, other.is_sequential)
+        for field in dataclasses.fields(one.plan):
+            value, expected = getattr(one.plan, field.name), getattr(other.plan, field.name)
+            same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+            assert same(value, expected), field.name
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def threads_of(batches: RecordedBatches) -> list[threading.Thread]:
+    return [thread for thread in batches.threads if thread is not threading.main_thread()]
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1, STEPS_AHEAD])
+def test_plans_are_those_of_the_batches_wherever_they_are_asked_for(
+    steps_ahead: int, tiny_data: Path, tmp_path: Path
+) -> None:
+    """One after the other; back and on again; far ahead; the same place twice."""
+    batches, plain = make_batches(tiny_data, tmp_path), make_batches(tiny_data, tmp_path)
+    with StepPrefetcher(batches, 1, steps_ahead) as prefetcher:
+        for step in (3, 4, 5, 6, 4, 5, 1000, 1001, 1001):
+            assert_equal(prefetcher.take(step * BATCH), plain.plan_step(step * BATCH, 1))
+    assert bool(threads_of(batches)) == (steps_ahead > 0)
+    assert not any(thread.is_alive() for thread in threads_of(batches))
+
+
+def test_the_next_steps_are_ready_before_they_are_asked_for(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    batches = make_batches(tiny_data, tmp_path)
+    with StepPrefetcher(batches, 0, STEPS_AHEAD) as prefetcher:
+        prefetcher.take(0)
+        wait_until(lambda: len(batches.places) == 1 + STEPS_AHEAD)
+        (thread,) = threads_of(batches)
+        assert thread.daemon
+        thread.join(0.1)  # no more than these
+        assert batches.places == [0, BATCH, 2 * BATCH]
+        prefetcher.take(BATCH)
+        wait_until(lambda: batches.places[3:] == [3 * BATCH])
+    assert not thread.is_alive()
+
+
+def test_an_error_in_the_thread_is_raised_where_its_step_is_taken(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    """What was planned before it is handed out; a mended file is read again."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    batches, plain = make_batches(data, tmp_path), make_batches(tiny_data, tmp_path)
+    whole = {shard: shard.read_bytes() for shard in (data / "train").glob("*.tar")}
+    with StepPrefetcher(batches, 0, STEPS_AHEAD) as prefetcher:
+        prefetcher.take(0)
+        wait_until(lambda: len(batches.places) == 1 + STEPS_AHEAD)
+        for shard in whole:
+            shard.write_bytes(b"")
+        for step in (1, 2):
+            assert_equal(prefetcher.take(step * BATCH), plain.plan_step(step * BATCH, 0))
+        with pytest.raises(DataError, match=r"shard-\d+\.tar, .*sample 2\d") as raised:
+            prefetcher.take(3 * BATCH)
+        with pytest.raises(DataError) as direct:
+            batches.plan_step(3 * BATCH, 0)
+        assert str(raised.value) == str(direct.value)
+        assert not any(thread.is_alive() for thread in threads_of(batches))
+        for shard, content in whole.items():
+            shard.write_bytes(content)
+        assert_equal(prefetcher.take(3 * BATCH), plain.plan_step(3 * BATCH, 0))
+
+
+def test_leaving_on_an_error_ends_the_thread(tiny_data: Path, tmp_path: Path) -> None:
+    batches = make_batches(tiny_data, tmp_path)
+
+    def fail() -> None:
+        with StepPrefetcher(batches, 0, STEPS_AHEAD) as prefetcher:
+            prefetcher.take(0)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert threads_of(batches)
+    assert not any(thread.is_alive() for thread in threads_of(batches))
