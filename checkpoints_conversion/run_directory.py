@@ -37,6 +37,7 @@ from megatron_eso.config import (
 )
 from megatron_eso.config_io import config_to_dict, read_config
 from megatron_eso.errors import CheckpointError
+from megatron_eso.file_index import INDEX_FILE as FILE_INDEX
 from megatron_eso.file_index import describe_file, find_damage, write_index
 from megatron_eso.file_index import read_index as read_file_index
 from megatron_eso.sampler.network_eso_lm import NetworkConfig
@@ -87,8 +88,9 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
         ConfigError: its configuration is damaged or of another version.
     """
     directory = _find_checkpoint(Path(path), step)
-    for problem in find_damage(directory, read_file_index(directory)):
-        raise CheckpointError(f"{problem}; take another checkpoint than {directory}")
+    if (directory / FILE_INDEX).exists():  # checkpoints of other programs have none
+        for problem in find_damage(directory, read_file_index(directory)):
+            raise CheckpointError(f"{problem}; take another checkpoint than {directory}")
     state = _read_state(directory / "state.json")
     return Checkpoint(
         directory=directory,

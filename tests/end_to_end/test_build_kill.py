@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_tools.build_shards import merge_parts
 from data_tools.embedded_corpus import write_corpus
 from data_tools.encoded_spans import SpanFiles, read_state
 from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
@@ -34,9 +35,12 @@ SETTINGS = {
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from data_tools.build_shards import BuildOptions, build_dataset
+from data_tools.build_shards import BuildOptions, Part, build_dataset
 settings = json.loads(sys.argv[1])
-build_dataset(BuildOptions(**settings | {"out": Path(settings["out"])}))
+settings["out"] = Path(settings["out"])
+if "part" in settings:
+    settings["part"] = Part(**settings["part"])
+build_dataset(BuildOptions(**settings))
 """
 
 
@@ -84,8 +88,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return Corpus(inputs, str(tokenizer), hash_tree(straight), *counts)
 
 
-def start(corpus: Corpus, out: Path, num_workers: int) -> subprocess.Popen[bytes]:
-    settings = SETTINGS | {
+def start(
+    corpus: Corpus, out: Path, num_workers: int, **settings: object
+) -> subprocess.Popen[bytes]:
+    settings |= SETTINGS | {
         "inputs": corpus.inputs,
         "tokenizer": corpus.tokenizer,
         "out": str(out),
@@ -227,4 +233,19 @@ def test_a_live_build_is_not_disturbed(corpus: Corpus, tmp_path: Path) -> None:
     assert process.poll() is None or second.returncode != 0
     assert b"another process is writing" in errors or b"exists already" in errors
     assert process.wait(WAIT_SECONDS) == 0
+    assert hash_tree(out) == corpus.hashes
+
+
+def test_parts_that_start_at_once_share_a_build(corpus: Corpus, tmp_path: Path) -> None:
+    """An array of jobs: all of them find nothing there, one writes the plan; one is killed."""
+    out = tmp_path / "out"
+    processes = [start(corpus, out, 1, part={"number": number, "count": 3}) for number in range(3)]
+    while count_progress(out)[0] < 3:
+        time.sleep(0.005)
+    kill_tree(processes[1])
+    processes[1] = start(corpus, out, 1, part={"number": 1, "count": 3})
+    for process in processes:
+        _, errors = process.communicate(timeout=WAIT_SECONDS)
+        assert process.returncode == 0, errors.decode()
+    merge_parts(out)
     assert hash_tree(out) == corpus.hashes

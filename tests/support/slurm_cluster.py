@@ -132,6 +132,10 @@ class SlurmCluster:
         line = self.command("scontrol", "show", "job", str(job), "--oneliner")
         return dict(re.findall(r"(\S+?)=(\S*)", line))
 
+    def has_ended(self, job: int) -> bool:
+        """Whether the job has ended for good; one that was requeued has not."""
+        return self.describe(job)["JobState"] in LASTING
+
     def wait(self, job: int, seconds: float = JOB_SECONDS) -> str:
         """Wait until the job has ended for good; its state.
 
@@ -139,10 +143,10 @@ class SlurmCluster:
             AssertionError: It had not, in that time.
         """
         deadline = time.monotonic() + seconds
-        while (state := self.describe(job)["JobState"]) not in LASTING:
-            assert time.monotonic() < deadline, f"job {job} is {state} after {seconds:g} s"
+        while not self.has_ended(job):
+            assert time.monotonic() < deadline, f"job {job} goes on after {seconds:g} s"
             time.sleep(POLL_SECONDS)
-        return state
+        return self.describe(job)["JobState"]
 
     def processes(self, job: int, node: str | None = None) -> list[psutil.Process]:
         """The processes of the job's steps (not of its script), on a node or on all."""

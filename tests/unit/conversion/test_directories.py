@@ -24,6 +24,7 @@ from checkpoints_conversion.parameter_map import map_to_megatron
 from checkpoints_conversion.run_directory import open_checkpoint, write_run_directory
 from checkpoints_conversion.sampler_directory import write_sampler_directory
 from megatron_eso.errors import CheckpointError, ConfigError, DataError
+from megatron_eso.file_index import INDEX_FILE
 from megatron_eso.sampler import EsoLM
 from megatron_eso.sampler.directory import read_config, read_weights
 from megatron_eso.sampler.network_eso_lm import NetworkConfig
@@ -103,6 +104,7 @@ def test_raw_weights_are_the_float32_main_parameters_where_there_are_any(
 def rewrite(directory: Path, tensors: dict[str, Tensor]) -> None:
     for name in (".metadata", "common.pt", "metadata.json", "__0_0.distcp"):
         (directory / name).unlink()
+    (directory / INDEX_FILE).unlink(missing_ok=True)
     write_tensors(directory, tensors)
 
 
@@ -134,6 +136,7 @@ def test_latest_names_the_step_unless_told(tmp_path: Path, run_directory: Path) 
     shutil.copytree(run_directory / STEP_0, other)
     state = json.loads((other / "state.json").read_text())
     (other / "state.json").write_text(json.dumps(state | {"step": 5}))
+    (other / INDEX_FILE).unlink()
     convert(run_directory, tmp_path / "latest")
     convert(run_directory, tmp_path / "told", "--step", "5")
     assert read_config(tmp_path / "latest")["source"]["step"] == 0
@@ -348,6 +351,9 @@ def test_a_damaged_checkpoint_is_refused(
     tmp_path: Path, run_directory: Path, name: str, content: str, message: str
 ) -> None:
     (run_directory / STEP_0 / name).write_text(content)
+    with pytest.raises(CheckpointError, match=f"{name}: has {len(content)} bytes"):
+        convert(run_directory, tmp_path / "out")
+    (run_directory / STEP_0 / INDEX_FILE).unlink()  # as other programs write them
     with pytest.raises(CheckpointError, match=message):
         convert(run_directory, tmp_path / "out")
     assert not (tmp_path / "out").exists()

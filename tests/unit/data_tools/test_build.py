@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_tools.__main__ import main
 from data_tools.build_shards import BuildOptions, Part, build_dataset, merge_parts
 from data_tools.inputs import TextOptions
 from data_tools.verify_shards import verify_datasets
@@ -224,3 +225,22 @@ def test_two_builds_of_one_place_do_not_meet(tmp_path: Path, tokenizer_directory
     build([jsonl], tokenizer_directory, tmp_path / "out")
     verify_datasets(tmp_path / "out")
     assert not building.exists()
+
+
+def test_the_command_line_builds_in_parts(
+    tmp_path: Path, small_corpus: Path, tokenizer_directory: Path
+) -> None:
+    out = tmp_path / "out"
+    command = [
+        *("build", "--input", str(small_corpus), "--tokenizer", str(tokenizer_directory)),
+        *("--workers", "1", "--validation", "0.3", "--deduplicate", "--shuffle", "5"),
+    ]
+    main([*command, "--out", str(tmp_path / "straight")])
+    for part in ("0/2", "1/2"):
+        main([*command, "--out", str(out), "--part", part])
+    main(["merge", str(out), "--workers", "1"])
+    assert read_tree(out) == read_tree(tmp_path / "straight")
+    for wrong in (["--part", "2/2"], ["--part", "1"], ["--shuffle", "-1"], ["--validation", "1"]):
+        with pytest.raises(SystemExit) as exit_info:
+            main([*command, "--out", str(out), *wrong])
+        assert exit_info.value.code == 2
