@@ -36,7 +36,7 @@ setup(
     extras_require={
         "gpu": ["flash-attn", "transformer-engine[pytorch]>=2.9,<2.12"],
         "hf": ["transformers"],
-        "remote": ["aiohttp", "gcsfs", "s3fs"],
+        "remote": ["aiohttp", "fsspec", "gcsfs", "s3fs"],
         "dev": [
             "hypothesis",
             "mypy",

@@ -132,6 +132,7 @@ def run_training(
 
     install_cpu_backend()
     from megatron_eso.data.batches import TrainingBatches
+    from megatron_eso.training.batch_check import check_data
     from megatron_eso.training.checkpoint import Checkpoints, restore
     from megatron_eso.training.loop import Trainer
     from megatron_eso.training.metrics import MetricsLog
@@ -153,6 +154,7 @@ def run_training(
         groups = stack.enter_context(model_parallel_groups(config.parallel))
         watchdog = stack.enter_context(start_watchdog(config.watchdog, log))
         batches = TrainingBatches(config, train_data, groups.dp.size())
+        check_data(batches.state)
         with watchdog.phase("start"):
             state = build_train_state(config, groups)
             checkpoints = Checkpoints(run.checkpoints, config.checkpoint, batches)

@@ -1,12 +1,15 @@
-"""A check that the ranks of one copy of the model train on the same batch.
+"""Checks that ranks train on the same data: the same corpora everywhere, within a model one batch.
 
 Every rank plans its batch by itself. Should two tensor-parallel or pipeline ranks ever hold
 different tokens (another file under the same name, memory that lies, a defect), training would go
 on with gradients that mean nothing, and no number would show it.
 """
 
+import json
+import socket
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +54,27 @@ def check_batches(
             f"{'; '.join(parts)}; compare their files with python -m data_tools verify, and "
             "look at these ranks' machines"
         )
+
+
+def check_data(state: Mapping[str, Any]) -> None:
+    """Refuse to start on nodes whose copies of the shards differ; collective over the world.
+
+    Args:
+        state: What this rank's batches would record in a checkpoint.
+
+    Raises:
+        DataError: Ranks differ; on every rank, and the same error.
+    """
+    encoded = json.dumps(state, sort_keys=True).encode("utf-8")
+    found: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
+    dist.all_gather_object(found, (socket.gethostname(), xxhash.xxh3_64_intdigest(encoded)))
+    for rank, (host, value) in enumerate(found):
+        if value != found[0][1]:
+            raise DataError(
+                f"rank {rank} on {host} has opened other shards than rank 0 on {found[0][0]}: "
+                "give all nodes the same data.train and data.quarantine; compare the dataset ids "
+                "with python -m data_tools inspect"
+            )
 
 
 def hash_batches(micro_batches: Iterable[MicroBatch]) -> int:
