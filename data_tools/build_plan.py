@@ -16,6 +16,8 @@ from megatron_eso.errors import ConfigError
 from megatron_eso.files import sync_path
 
 PLAN_FILE = "plan.json"
+FORMAT_VERSION = 1
+"""Of the plan and of all that lies beside it; what another version began is not gone on with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,12 +117,21 @@ def store_plan(directory: Path, stored: StoredPlan) -> StoredPlan:
 
 
 def read_plan(directory: Path) -> StoredPlan | None:
-    """The plan of a directory, None where there is none."""
+    """The plan of a directory, None where there is none.
+
+    Raises:
+        ConfigError: another version of the program began the work.
+    """
     try:
         text = (directory / PLAN_FILE).read_text(encoding="ascii")
     except (FileNotFoundError, NotADirectoryError):
         return None
     fields = json.loads(text)
+    if fields.get("format_version") != FORMAT_VERSION:
+        raise ConfigError(
+            f"{directory} was begun by another version of this program; go on with that, or "
+            "remove it to begin anew"
+        )
     plan = fields["plan"]
     return StoredPlan(
         plan=BuildPlan(
@@ -153,6 +164,7 @@ def check_plan(directory: Path, stored: BuildPlan, asked: BuildPlan) -> None:
 
 def _encode(stored: StoredPlan) -> dict[str, Any]:
     return {
+        "format_version": FORMAT_VERSION,
         "plan": dataclasses.asdict(stored.plan),
         "num_parts": stored.num_parts,
         "tokenizer_files": {
