@@ -165,6 +165,14 @@ class SlurmCluster:
                 if environment.get("SLURM_CONF") == self._environment["SLURM_CONF"]:
                     yield process, environment
 
+    def _find_step_daemons(self) -> set[int]:
+        """slurmstepd, which wipes its environment, by its socket in the spool directory."""
+        return {
+            connection.pid
+            for connection in psutil.net_connections(kind="unix")
+            if connection.pid and str(connection.laddr).startswith(f"{self.folder}/")
+        }
+
     def _start(self) -> None:
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(1 + len(NODES))]
         ports = [each.getsockname()[1] for each in sockets]
@@ -231,7 +239,10 @@ class SlurmCluster:
 
     def _stop(self) -> None:
         with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-            self.command("scancel", "--user=root", "--signal=KILL", "--full")
+            self.command("scancel", "--user=root")
+            deadline = time.monotonic() + STOP_SECONDS
+            while self.command("squeue", "--noheader") and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
         for daemon in reversed(self._daemons):  # munged last: the others talk through it
             daemon.terminate()
         for daemon in self._daemons:
@@ -240,7 +251,8 @@ class SlurmCluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        for process, _ in self._all_processes():
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(signal.SIGKILL)
+        doomed = {process.pid for process, _ in self._all_processes()} | self._find_step_daemons()
+        for pid in doomed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
