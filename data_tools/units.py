@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import xxhash
 
 from data_tools.inputs import InputFile, Kind, Piece, Span, TextOptions
+from data_tools.parquet_rows import ParquetRows
 from data_tools.piece_text import PieceText, open_input
 from data_tools.problems import Problem
 from megatron_eso.data.tokenizer import split_segments
@@ -121,9 +122,6 @@ def _read_piece(
 def _read_parquet(
     file: InputFile, index: int, options: TextOptions, unit_bytes: int
 ) -> Iterator[Unit]:
-    # Imported here: pyarrow takes longer to import than all else, in every worker.
-    from data_tools.parquet_rows import ParquetRows
-
     rows = ParquetRows(file, options.text_key)
     done = 0
     for batch in rows.read_batches(unit_bytes):
