@@ -116,11 +116,8 @@ def make_outcome(
 
 def read_end(run: RunDirectory, job: str | None) -> tuple[str, str]:
     """State and reason of the end; ranks that never came to write theirs died at the start."""
-    try:
-        status = run.read_status()
-    except FileNotFoundError:
-        return "crashed", "before the first step"
-    if status["job"] != job:
+    status = run.read_status()
+    if not status or status["job"] != job:
         return "crashed", "before the first step"
     state, reason = str(status["state"]), str(status["reason"])
     return ("crashed", f"at step {status['step']}") if state == "running" else (state, reason)
