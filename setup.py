@@ -36,6 +36,7 @@ setup(
     extras_require={
         "gpu": ["flash-attn", "transformer-engine[pytorch]>=2.9,<2.12"],
         "hf": ["transformers"],
+        "wandb": ["wandb"],
         "remote": ["aiohttp", "fsspec", "gcsfs", "s3fs"],
         "dev": [
             "hypothesis",

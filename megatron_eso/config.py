@@ -27,6 +27,8 @@ class RunConfig:
     """Run directory: logs, metrics and checkpoints; a run resumes from what it finds there."""
     seed: int = 1
     """Key of everything random: sample order, noise, initial weights, dropout."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases to send the curves to as well; left out: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -290,7 +292,7 @@ class CheckpointConfig:
     end_margin_minutes: float = 5.0
     """Minutes before the end of a Slurm allocation to save and leave; 0: only when told to."""
     init_from: str | None = None
-    """Run directory whose newest weights a new run starts from."""
+    """Run, checkpoint or sampler directory whose weights a new run starts from."""
     init_other_tokenizer: bool = False
     """Start from these weights although they were trained with another tokenizer of equal size."""
 
@@ -302,11 +304,11 @@ class WatchdogConfig:
     start_seconds: float = 1800.0
     """For building the model and reading the checkpoint; 0 here and below: no deadline."""
     step_seconds: float = 900.0
-    """For a training step, waiting for its data included."""
+    """For a training step, waiting for its data included; the first one has start_seconds too."""
     validation_seconds: float = 3600.0
     """For a validation."""
     checkpoint_seconds: float = 1800.0
-    """For a checkpoint that the run waits for."""
+    """For a checkpoint that the run waits for, or goes back to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -116,7 +116,7 @@ def evaluate_checkpoint(
 
     install_cpu_backend()
     from megatron_eso.data.batches import count_validation_samples
-    from megatron_eso.training.checkpoint import refuse_damage
+    from megatron_eso.training.checkpoint_restore import refuse_damage
     from megatron_eso.training.checkpoint_state import PREFIXES, load_weights, read_state_json
     from megatron_eso.training.evaluation import evaluate, evaluate_any_order
     from megatron_eso.training.parallel import model_parallel_groups, process_group

@@ -6,6 +6,7 @@ directory.
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     while True:
         status = read_status(arguments.run)
         if arguments.json:
-            text = json.dumps(status) + "\n"
+            text = json.dumps(to_json(status)) + "\n"
         else:
             text = "".join(f"{line}\n" for line in describe(arguments.run, status, time.time()))
         clear = _CLEAR_SCREEN if arguments.watch and sys.stdout.isatty() else ""
@@ -100,18 +101,19 @@ def describe(run: Path, status: Status, now: float) -> Iterator[str]:
             f"loss         {metrics['train/loss']:.4f} (diffusion "
             f"{metrics['train/loss_diffusion']:.4f}, sequential "
             f"{metrics['train/loss_sequential']:.4f}), skipped steps "
-            f"{metrics['train/skipped_steps']:.0f}"
+            f"{metrics['train/skipped_steps']:.0f}, times gone back "
+            f"{metrics['train/rollbacks']:.0f}"
         )
     if "val/nelbo" in metrics:
         yield (
             f"validation   NELBO {metrics['val/nelbo']:.4f}, perplexity "
             f"{metrics['val/perplexity']:.2f}"
         )
-    if "tokens_per_second" in status:
+    if "perf/tokens_per_second" in metrics:
         mfu = f", MFU {100 * metrics['perf/mfu']:.1f} %" if "perf/mfu" in metrics else ""
         yield (
-            f"speed        {status['tokens_per_second']:.0f} tokens/s, "
-            f"{metrics.get('perf/step_seconds', 0):.3f} s a step{mfu}"
+            f"speed        {metrics['perf/tokens_per_second']:.0f} tokens/s, "
+            f"{metrics['perf/step_seconds']:.3f} s a step{mfu}"
         )
     if status["state"] == "running" and "seconds_left" in status:
         yield f"ETA          {format_seconds(status['seconds_left'])}"
@@ -129,6 +131,15 @@ def describe(run: Path, status: Status, now: float) -> Iterator[str]:
         )
 
 
+def to_json(status: Status) -> Status:
+    """The status with text in place of what JSON has no number for."""
+    metrics = {
+        tag: value if math.isfinite(value) else str(value)
+        for tag, value in status.get("metrics", {}).items()
+    }
+    return status | {"metrics": metrics}
+
+
 def format_seconds(seconds: float) -> str:
     """Hours, minutes and seconds."""
     minutes, rest = divmod(max(0, round(seconds)), 60)
@@ -136,7 +147,7 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def _read_tail(path: Path) -> Iterator[dict[str, Any]]:
+def _read_tail(path: Path) -> Iterator[dict[str, float]]:
     """The last whole lines of metrics.jsonl; training and validation lines alternate there."""
     try:
         with path.open("rb") as file:
@@ -146,8 +157,9 @@ def _read_tail(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in lines:
         try:
-            yield dict(json.loads(line))
-        except (ValueError, TypeError):  # cut by the window, or being written
+            # What is not finite is text there.
+            yield {key: float(value) for key, value in json.loads(line).items()}
+        except (ValueError, TypeError, AttributeError):  # cut by the window, or being written
             continue
 
 

@@ -7,24 +7,27 @@ would be trained, on what layout and in how much memory, and exits.
 import argparse
 import dataclasses
 import logging
+import math
 import os
+import shutil
 import socket
 import sys
 import warnings
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_eso.config import Config, WatchdogConfig
 from megatron_eso.config_checks import check_layout, with_vocabulary
-from megatron_eso.config_io import LoadedConfig, load_config
+from megatron_eso.config_io import LoadedConfig, config_to_dict, config_to_toml, load_config
 from megatron_eso.data.reader import TokenDataset
 from megatron_eso.data.remote_folder import is_remote
 from megatron_eso.data.staging import stage_shards
 from megatron_eso.data.training_data import TrainingData, open_run_data
 from megatron_eso.dry_run import format_dry_run
-from megatron_eso.errors import ConfigError, UserError, run_command
+from megatron_eso.errors import ConfigError, DataError, UserError, run_command
 from megatron_eso.estimates import training_flops_per_token
+from megatron_eso.training.wandb_log import check_wandb
 
 LOG_FORMAT = "%(asctime)s %(message)s"
 CONFIGS = Path(__file__).parent / "configs"
@@ -33,7 +36,10 @@ HEARTBEAT_SECONDS = 5.0
 
 if TYPE_CHECKING:
     from megatron_eso.training.loop import Trainer
+    from megatron_eso.training.metrics import MetricsLog
     from megatron_eso.training.run_directory import RunDirectory
+    from megatron_eso.training.stop import StopRequests
+    from megatron_eso.training.train_state import Counters
     from megatron_eso.training.watchdog import Watchdog
 
 logger = logging.getLogger("pretrain")
@@ -45,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     try:
         loaded = load_config(arguments.layers, folder=CONFIGS)
+        check_wandb(loaded.config.run.wandb_project)
         if arguments.dry_run:
             samples = ""
             if all(Path(corpus).is_dir() for corpus in loaded.config.data.train_corpora):
@@ -126,93 +133,169 @@ def start_logging(rank: int) -> None:
 def run_training(
     config: Config, train_data: TrainingData, validation_data: TokenDataset | None
 ) -> None:
-    """Build everything on this rank and train; collective over the world."""
+    """Build everything on this rank and train; collective over the world.
+
+    How it ends stands in `status.json`.
+    """
     # Imported once the configuration is known to be sound: importing takes seconds.
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.training.batch_check import check_data
-    from megatron_eso.training.checkpoint import Checkpoints, restore
-    from megatron_eso.training.loop import Trainer
-    from megatron_eso.training.metrics import MetricsLog
-    from megatron_eso.training.parallel import model_parallel_groups, process_group
-    from megatron_eso.training.prefetch import StepPrefetcher
-    from megatron_eso.training.run_directory import RunDirectory
     from megatron_eso.training.stop import StopRequests
-    from megatron_eso.training.train_state import build_train_state
 
-    run = RunDirectory(Path(config.run.directory))
-    is_first = int(os.environ.get("RANK", "0")) == 0
+    run = open_run(config)
     with ExitStack() as stack:
-        if is_first:
+        if is_first_rank():
             stack.enter_context(run.locked())
         stop = StopRequests(run.path, 60 * config.checkpoint.end_margin_minutes)
         stack.enter_context(stop)
-        log = log_to_file(run.path / "logs")
-        stack.enter_context(process_group())
-        groups = stack.enter_context(model_parallel_groups(config.parallel))
-        watchdog = stack.enter_context(start_watchdog(config.watchdog, log))
+        try:
+            if is_first_rank():
+                convert_initial_weights(config.checkpoint.init_from, run)
+            trainer = build_trainer(config, train_data, validation_data, run, stop, stack)
+        except BaseException as error:
+            record_failure(run, run.read_status().get("step", 0), error)
+            raise
+        train_to_the_end(trainer)
+
+
+def open_run(config: Config) -> "RunDirectory":
+    """The run directory, which knows what every status says of this job."""
+    from megatron_eso.training.run_directory import RunDirectory
+
+    run = RunDirectory(Path(config.run.directory))
+    restarts = run.read_status().get("restarts", -1) + 1
+    return RunDirectory(run.path, {"restarts": restarts, "num_steps": config.train.num_steps})
+
+
+def build_trainer(
+    config: Config,
+    train_data: TrainingData,
+    validation_data: TokenDataset | None,
+    run: "RunDirectory",
+    stop: "StopRequests",
+    stack: ExitStack,
+) -> "Trainer":
+    """Everything that the loop works with, to be taken down with `stack`; collective."""
+    from megatron_eso.data.batches import TrainingBatches
+    from megatron_eso.training.batch_check import check_data
+    from megatron_eso.training.checkpoint import Checkpoints
+    from megatron_eso.training.checkpoint_restore import restore
+    from megatron_eso.training.dry_batch import try_largest_batch
+    from megatron_eso.training.loop import Trainer
+    from megatron_eso.training.parallel import model_parallel_groups, process_group
+    from megatron_eso.training.prefetch import StepPrefetcher
+    from megatron_eso.training.stragglers import WorkTimer
+    from megatron_eso.training.train_state import build_train_state
+
+    log = log_to_file(run.path / "logs")
+    stack.enter_context(process_group())
+    groups = stack.enter_context(model_parallel_groups(config.parallel))
+    watchdog = stack.enter_context(start_watchdog(config.watchdog, log))
+    with watchdog.phase("start"):
         batches = TrainingBatches(config, train_data, groups.dp.size())
         check_data(batches.state)
-        with watchdog.phase("start"):
-            state = build_train_state(config, groups)
-            checkpoints = Checkpoints(run.checkpoints, config.checkpoint, batches)
-            logger.info("%s", describe_parts(config, state.parameters[0].inner))
-            restore(state, config, checkpoints)
-            run = dataclasses.replace(run, facts=gather_facts(run))
-        logger.info("samples: %s", train_data.describe())
-        if is_first:
-            run.write_config(config, train_data.tokenizer_directory)
-        metrics = stack.enter_context(
-            MetricsLog(run, state.counters) if is_first else nullcontext()
-        )
-        if metrics is not None:
-            metrics.log_config(config)
-        assert config.data.vocab_size is not None
-        trainer = Trainer(
-            config=config,
-            run=run,
-            groups=groups,
-            state=state,
-            prefetcher=stack.enter_context(
-                StepPrefetcher(batches, groups.dp.rank(), config.data.prefetch_steps)
-            ),
-            validation=validation_data,
-            checkpoints=checkpoints,
-            metrics=metrics,
-            watchdog=watchdog,
-            stop=stop,
-            flops_per_token=training_flops_per_token(config, config.data.vocab_size),
-        )
-        train_to_the_end(trainer, is_first)
+        hosts = gather_hosts()
+        state = build_train_state(config, groups)
+        checkpoints = Checkpoints(run.checkpoints, config.checkpoint, batches)
+        parts = describe_parts(config, state.parameters[0].inner)
+        logger.info("%s", parts)
+        initial = run.initial if run.initial.exists() else None
+        restore(state, config, checkpoints, init_from=initial)
+        try_largest_batch(config, state, groups)
+    logger.info("samples: %s", train_data.describe())
+    nodes = {"num_ranks": len(hosts), "hosts": sorted(set(hosts))}
+    run = dataclasses.replace(run, facts={**run.facts, **nodes})
+    metrics = None
+    if is_first_rank():
+        run.write_config(config, train_data.tokenizer_directory)
+        metrics = stack.enter_context(open_metrics(config, run, state.counters))
+        layout = f"{parts}\n{format_ranks(hosts)}"
+        metrics.log_texts(state.counters, {"config": config_to_toml(config), "layout": layout})
+    prefetcher = StepPrefetcher(batches, groups.dp.rank(), config.data.prefetch_steps)
+    assert config.data.vocab_size is not None
+    return Trainer(
+        config=config,
+        run=run,
+        groups=groups,
+        state=state,
+        prefetcher=stack.enter_context(prefetcher),
+        validation=validation_data,
+        checkpoints=checkpoints,
+        metrics=metrics,
+        watchdog=watchdog,
+        stop=stop,
+        timer=WorkTimer(state.chunks),
+        hosts=hosts,
+        flops_per_token=training_flops_per_token(config, config.data.vocab_size),
+    )
 
 
-def train_to_the_end(trainer: "Trainer", is_first: bool) -> None:
+def convert_initial_weights(init_from: str | None, run: "RunDirectory") -> None:
+    """Have a run directory with the weights of `init_from`, if that is a sampler directory.
+
+    Made anew until the run has a checkpoint of its own, then removed. On rank 0.
+    """
+    from checkpoints_conversion.__main__ import main as convert
+    from checkpoints_conversion.sampler_directory import is_sampler_directory
+    from megatron_eso.training.run_directory import list_checkpoints
+
+    shutil.rmtree(run.initial, ignore_errors=True)
+    is_new = not list_checkpoints(run.checkpoints)
+    if is_new and init_from is not None and is_sampler_directory(Path(init_from)):
+        convert(["to-megatron", init_from, str(run.initial)])
+
+
+def train_to_the_end(trainer: "Trainer") -> None:
     """Train, and say in `status.json` how it ended; collective over the world."""
     run = trainer.run
     try:
         stopped = trainer.train()
     except BaseException as error:
-        if is_first:
-            run.write_status("failed", trainer.state.counters.step, reason=repr(error))
-        elif isinstance(error, UserError):
-            # Rank 0 cannot tell what this rank alone has met, such as a damaged shard.
-            logger.error("%s", error)
+        record_failure(run, trainer.state.counters.step, error)
+        # What was saved before is whole, and the other ranks' threads wait for this one's.
+        with trainer.watchdog.phase("checkpoint", "of before"):
+            trainer.checkpoints.wait()
         raise
-    if is_first:
+    if is_first_rank():
         outcome, counters = "interrupted" if stopped else "finished", trainer.state.counters
         reason = stopped or "train.num_steps reached"
         logger.info("%s at step %d: %s", outcome, counters.step, reason)
         run.write_status(outcome, counters.step, reason=reason)
 
 
+def record_failure(run: "RunDirectory", step: int, error: BaseException) -> None:
+    """Say in `status.json` why the run fails, on rank 0; in the log what another rank has met."""
+    if is_first_rank():
+        run.write_status("failed", step, reason=repr(error))
+    elif isinstance(error, DataError):
+        # Rank 0 cannot tell what this rank alone has met, such as a damaged shard.
+        logger.error("%s", error)
+
+
+def is_first_rank() -> bool:
+    """Whether this is rank 0, before there is a process group as well."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def open_metrics(config: Config, run: "RunDirectory", counters: "Counters") -> "MetricsLog":
+    """The records of the run, on rank 0."""
+    from megatron_eso.training.metrics import MetricsLog
+    from megatron_eso.training.wandb_log import WandbLog
+
+    wandb = None
+    if config.run.wandb_project is not None:
+        wandb = WandbLog(run.path, config.run.wandb_project, config_to_dict(config))
+    return MetricsLog(run, counters, wandb)
+
+
 def log_to_file(folder: Path) -> Path:
     """Keep this rank's log in a file of its own, those of earlier jobs before it."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"rank_{int(os.environ.get('RANK', '0')):05d}.log"
+    rank = int(os.environ.get("RANK", "0"))
+    path = folder / f"rank_{rank:05d}.log"
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter(LOG_FORMAT, "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(logging.Formatter(f"[rank {rank}] {LOG_FORMAT}", "%Y-%m-%d %H:%M:%S"))
     logging.getLogger().addHandler(handler)
     return path
 
@@ -223,32 +306,46 @@ def start_watchdog(config: WatchdogConfig, log: Path) -> "Watchdog":
 
     from megatron_eso.training.watchdog import Watchdog
 
+    deadlines = {
+        "start": config.start_seconds,
+        # It takes memory, compiles kernels and reads what no thread has read ahead.
+        "first step": longer(config.start_seconds, config.step_seconds),
+        "train step": config.step_seconds,
+        "validation": config.validation_seconds,
+        "checkpoint": config.checkpoint_seconds,
+    }
+    # Silence must be noticed within the shortest deadline.
+    shortest = min(filter(None, deadlines.values()), default=math.inf)
     return Watchdog(
         log,
-        {
-            "start": config.start_seconds,
-            "train step": config.step_seconds,
-            "validation": config.validation_seconds,
-            "checkpoint": config.checkpoint_seconds,
-        },
-        interval_seconds=HEARTBEAT_SECONDS,
+        deadlines,
+        interval_seconds=min(HEARTBEAT_SECONDS, shortest / 4),
         store=distributed_c10d._get_default_store(),
         rank=distributed_c10d.get_rank(),
         num_ranks=distributed_c10d.get_world_size(),
     )
 
 
-def gather_facts(run: "RunDirectory") -> dict[str, Any]:
-    """What every status says of this job; collective over the world."""
+def longer(*deadlines: float) -> float:
+    """The longest of the deadlines, of which 0 is none."""
+    return 0.0 if 0.0 in deadlines else max(deadlines)
+
+
+def gather_hosts() -> list[str]:
+    """The host of every rank; collective over the world."""
     from torch import distributed as dist
 
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
-    return {
-        "restarts": run.read_status().get("restarts", -1) + 1,
-        "num_ranks": len(hosts),
-        "hosts": sorted(set(hosts)),
-    }
+    return hosts
+
+
+def format_ranks(hosts: list[str]) -> str:
+    """The ranks of each host, a line each."""
+    return "\n".join(
+        f"{host}: ranks {', '.join(str(rank) for rank, at in enumerate(hosts) if at == host)}"
+        for host in dict.fromkeys(hosts)
+    )
 
 
 def describe_parts(config: Config, adam: object) -> str:

@@ -121,6 +121,16 @@ class TrainingData:
             )
         return tokens_NS
 
+    def count_shares(self, start: int, stop: int) -> dict[str, float]:
+        """Share of each corpus in the samples from `start` up to `stop`, by its name."""
+        corpus_N = self.blend.locate(np.arange(start, stop)).corpus_N
+        counts = np.bincount(corpus_N, minlength=len(self.blend.corpora)) / max(stop - start, 1)
+        ids = [corpus.dataset_id for corpus in self.blend.corpora]
+        return {
+            self._names.get(dataset_id, dataset_id[:12]): float(share)
+            for dataset_id, share in zip(ids, counts, strict=True)
+        }
+
     def _dataset(self, number: int) -> TokenDataset:
         dataset_id = self.blend.corpora[number].dataset_id
         if dataset_id not in self.datasets:

@@ -9,7 +9,8 @@ Shapes: B samples of a micro-batch, E loss rows, N samples of a step or of a val
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from megatron_eso.diffusion.dealing import Dealing
 from megatron_eso.diffusion.rows import RowPlan
+
+NUM_TIME_BINS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,9 @@ class PhaseTokens:
 class NelboEstimate:
     """The NELBO of a validation set in nats per token, and its parts: one for each phase.
 
-    `nelbo` is `diffusion + sequential`. `standard_error` is that of the mean over samples, nan for
+    `nelbo` is `diffusion + sequential`. `diffusion_by_t` has the mean over the samples of each
+    tenth of the times, by its middle; weighted by their numbers these make `diffusion`.
+    `standard_error` is that of the mean over samples, nan for
     one sample; times are stratified over the set, so it errs on the large side.
     """
 
@@ -45,6 +50,7 @@ class NelboEstimate:
     standard_error: float
     diffusion: float
     sequential: float
+    diffusion_by_t: Mapping[float, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -131,6 +137,20 @@ def estimate_nelbo(
         diffusion=float(diffusion_N.mean()) / sequence_length,
         sequential=float(sequential_N.mean()) / sequence_length,
     )
+
+
+def mean_by_time(values_N: NDArray[np.float64], t_N: NDArray[np.float64]) -> dict[float, float]:
+    """Returns the mean of the values of each tenth of the times, by its middle; of empty ones none.
+
+    Args:
+        values_N: A value of each sample.
+        t_N: Its time in [0, 1].
+    """
+    tenth_N = np.minimum((t_N * NUM_TIME_BINS).astype(np.int64), NUM_TIME_BINS - 1)
+    return {
+        (tenth + 0.5) / NUM_TIME_BINS: float(values_N[tenth_N == tenth].mean())
+        for tenth in np.unique(tenth_N).tolist()
+    }
 
 
 def to_perplexity(nats_per_token: float) -> float:

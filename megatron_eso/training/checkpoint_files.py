@@ -5,18 +5,23 @@ that writing may go on in a thread, on a gloo group of its own, while the run ta
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megatron_eso.errors import CheckpointError
 from megatron_eso.file_index import (
@@ -31,6 +36,17 @@ from megatron_eso.files import sync_tree, write_json
 from megatron_eso.safe_pickle import TORCH_DIST_BACKEND, read_checkpoint_metadata
 from megatron_eso.training.checkpoint_pieces import Piece, PieceReader, PieceWriter
 
+Answer = TypeVar("Answer")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What went wrong on a rank, to be told to the others."""
+
+    reason: str
+
 
 class SafeReader(FileSystemReader):
     """torch's reader, which does not execute what the pickle of an index says."""
@@ -38,6 +54,27 @@ class SafeReader(FileSystemReader):
     def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
         """The index."""
         return read_checkpoint_metadata(Path(self.path))
+
+
+class PlainWriter(FileSystemWriter):
+    """torch's writer, which tells what the file system said and not what came of it."""
+
+    def __init__(self, folder: Path) -> None:
+        # Nothing is copied ahead from a GPU: a thread's current one is not this rank's.
+        super().__init__(folder, sync_files=True, per_thread_copy_ahead=0)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's pieces.
+
+        Raises:
+            OSError: The file system refuses.
+        """
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def write_files(
@@ -62,14 +99,16 @@ def write_files(
         try:
             save_state_dict(
                 {},
-                storage_writer=FileSystemWriter(folder, sync_files=True),
+                storage_writer=PlainWriter(folder),
                 planner=PieceWriter(pieces),
                 process_group=group,
             )
         except CheckpointException as error:
             raise CheckpointError(f"{folder}: {_tell_cause(error)}") from error
-    described = _describe_files(folder, group.rank())
-    gathered: list[Index | str] = [{}] * group.size()
+    described = _attempt(
+        lambda: {path.name: describe_file(path) for path in folder.glob(f"__{group.rank()}_*")}
+    )
+    gathered: list[Index | Failure] = [{}] * group.size()
     dist.all_gather_object(gathered, described, group=group)
 
     def finish() -> None:
@@ -79,8 +118,8 @@ def write_files(
             write_json(folder / name, content)
         index: dict[str, FileEntry] = {}
         for part in gathered:
-            if isinstance(part, str):
-                raise OSError(part)
+            if isinstance(part, Failure):
+                raise OSError(part.reason)
             index |= part
         for name in (".metadata", "common.pt", "metadata.json", *documents):
             index[name] = describe_file(folder / name)
@@ -90,46 +129,46 @@ def write_files(
     run_on_first(group, finish)
 
 
-def run_on_first(group: dist.ProcessGroup, action: Callable[[], None]) -> None:
-    """Have rank 0 act while the others wait. Collective over `group`.
+def run_on_first(group: dist.ProcessGroup, action: Callable[[], Answer]) -> Answer:
+    """Have rank 0 act while the others wait, and tell them what it got. Collective over `group`.
 
     Raises:
         CheckpointError: On every rank, where the file system refused rank 0.
     """
-    failure: list[str | None] = [None]
+    answer: list[Any] = [None]
     if group.rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            failure = [str(error)]
-    dist.broadcast_object_list(failure, group=group, group_src=0)
-    if failure[0] is not None:
-        raise CheckpointError(failure[0])
+        answer = [_attempt(action)]
+    dist.broadcast_object_list(answer, group=group, group_src=0)
+    if isinstance(answer[0], Failure):
+        raise CheckpointError(answer[0].reason)
+    result: Answer = answer[0]
+    return result
 
 
-def _describe_files(folder: Path, rank: int) -> Index | str:
-    """The files that a rank has written, or what the file system said."""
+def _attempt(action: Callable[[], Answer]) -> Answer | Failure:
+    """Do something that the other ranks must hear of, however it ends."""
     try:
-        return {path.name: describe_file(path) for path in folder.glob(f"__{rank}_*.distcp")}
-    except OSError as error:
-        return str(error)
+        return action()
+    except Exception as error:
+        if not isinstance(error, OSError | CheckpointError):
+            logger.exception("unexpected")  # with its traceback, which the others do not see
+        return Failure(str(error) or repr(error))
 
 
-def find_damaged_files(folder: Path) -> list[str]:
+def find_damaged_files(folder: Path, group: dist.ProcessGroup | None = None) -> list[str]:
     """What is wrong with a checkpoint, a line each, the same on every rank.
 
-    Collective over the world: the ranks share the files. Tensors go over the default group's
-    device, so this comes after the process group is there.
+    Collective over `group`, or the world: the ranks share the files.
     """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
     problems: list[str] = []
     try:
         index = read_index(folder)
-        names = sorted(index)[dist.get_rank() :: dist.get_world_size()]
-        problems += find_damage(folder, index, names)
+        problems += find_damage(folder, index, sorted(index)[rank::size])
     except CheckpointError as error:
         problems.append(str(error))
-    gathered: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(gathered, problems)
+    gathered: list[list[str]] = [[]] * size
+    dist.all_gather_object(gathered, problems, group=group)
     return sorted({problem for part in gathered for problem in part})
 
 

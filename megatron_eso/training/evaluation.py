@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -11,13 +13,20 @@ from torch import Tensor
 
 from megatron_eso.config import Config
 from megatron_eso.data.batches import (
+    VALIDATION_SEED,
     MicroBatch,
     count_validation_samples,
     plan_any_order,
     plan_validation,
 )
 from megatron_eso.data.reader import TokenDataset
-from megatron_eso.diffusion.loss import NelboEstimate, estimate_nelbo, sum_samples
+from megatron_eso.diffusion.loss import (
+    NelboEstimate,
+    estimate_nelbo,
+    mean_by_time,
+    sum_samples,
+)
+from megatron_eso.diffusion.noise import validation_times
 from megatron_eso.training.main_parameters import synchronize_parameters
 from megatron_eso.training.step import reduce_over_world, run_schedule
 from megatron_eso.training.train_state import TrainState
@@ -53,7 +62,17 @@ def evaluate(
         diffusion_N, sequential_N = sum_over_samples(
             state, list(micro_batches), num_samples, groups
         ).numpy()
-    return estimate_nelbo(diffusion_N, sequential_N, config.data.sequence_length)
+    length = config.data.sequence_length
+    estimate = estimate_nelbo(diffusion_N, sequential_N, length)
+    if config.objective.alpha_0 == 0:  # no diffusion phase
+        return estimate
+    t_N = validation_times(
+        VALIDATION_SEED,
+        np.arange(num_samples),
+        num_samples,
+        sampling_eps=config.objective.sampling_eps,
+    )
+    return replace(estimate, diffusion_by_t=mean_by_time(diffusion_N / length, t_N))
 
 
 def evaluate_any_order(
@@ -103,9 +122,12 @@ def sum_over_samples(
     reports: list[Tensor] = []
     with torch.no_grad(), for_evaluation(state.chunks):
         if micro_batches:
-            reports = run_schedule(evaluation_step, state, micro_batches, groups, forward_only=True)
+            # An interleaved pipeline wants as many as it has stages: the last one again.
+            missing = groups.pp.size() - len(micro_batches) if len(state.chunks) > 1 else 0
+            padded = micro_batches + micro_batches[-1:] * missing
+            reports = run_schedule(evaluation_step, state, padded, groups, forward_only=True)
     sums = torch.zeros(2, num_samples, dtype=torch.float64)
-    for micro_batch, report in zip(micro_batches, reports, strict=bool(reports)):
+    for micro_batch, report in zip(micro_batches, reports, strict=False):
         sums[micro_batch.is_sequential.astype(int), micro_batch.indices] = report.cpu()
     return reduce_over_world(sums, groups)
 
@@ -154,4 +176,7 @@ def validation_metrics(estimate: NelboEstimate, prefix: str) -> dict[str, float]
         f"{prefix}/nelbo_diffusion": estimate.diffusion,
         f"{prefix}/nelbo_sequential": estimate.sequential,
         f"{prefix}/nelbo_stderr": estimate.standard_error,
+    } | {
+        f"{prefix}/nelbo_diffusion_by_t/{t:.2f}": value
+        for t, value in estimate.diffusion_by_t.items()
     }

@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_eso.config import Config
 from megatron_eso.model.transformer_config import PARAMS_DTYPE
+from megatron_eso.training.parallel import max_over_world
 
 
 def build_optimizer(
@@ -72,7 +73,9 @@ def build_scheduler(config: Config, optimizer: ChainedOptimizer) -> OptimizerPar
 def update_parameters(
     optimizer: ChainedOptimizer, accept: Callable[[float], bool]
 ) -> tuple[float, bool]:
-    """Clip and apply the gradients, unless they are not finite or not accepted; collective.
+    """Clip and apply the gradients, unless they are not finite or not accepted.
+
+    Collective over the world.
 
     Megatron-Core would apply gradients that are not finite where no loss scaler is in use.
 
@@ -86,6 +89,9 @@ def update_parameters(
     """
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
+    (has_bad_copy,) = max_over_world(not are_copies_finite(optimizer))
+    if has_bad_copy:
+        grad_norm = math.nan
     if not (math.isfinite(grad_norm) and accept(grad_norm)):
         return grad_norm, False
     max_norm = optimizer.config.clip_grad
@@ -96,3 +102,19 @@ def update_parameters(
             )
     optimizer.step_with_ready_grads()
     return grad_norm, True
+
+
+def are_copies_finite(optimizer: ChainedOptimizer) -> bool:
+    """Whether this rank's gradients are finite that the norm leaves out.
+
+    Tensor-parallel ranks have parameters in common, and the norm counts them on the first one only:
+    a fault of another rank would be applied unseen.
+    """
+    copies = []
+    for part in optimizer.chained_optimizers:
+        counted = {id(gradient) for gradient in part.get_main_grads_for_grad_norm()}
+        gradients = [parameter.grad for parameter in part.get_parameters()]
+        copies += [each for each in gradients if each is not None and id(each) not in counted]
+    if not copies:
+        return True
+    return bool(torch.stack(torch._foreach_norm(copies)).isfinite().all())

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_eso.config import ParallelConfig
 
@@ -25,15 +27,12 @@ def process_group() -> Iterator[None]:
 
     NCCL where CUDA is there, gloo elsewhere. Collective over the world.
     """
-    store = None
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if "MASTER_ADDR" not in os.environ:
-        store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
-        store=store,
+        store=_open_store(),
         rank=rank,
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
@@ -42,6 +41,18 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _open_store() -> Store | None:
+    """Where the ranks meet; none where torch's own choice is right."""
+    if "MASTER_ADDR" not in os.environ:
+        return HashStore()
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":  # torchrun's count is of one node only
+        return None
+    # In the store that torchrun keeps, the addresses of the ranks before a restart still stand:
+    # https://github.com/pytorch/pytorch/issues/135712
+    store, _, _ = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    return PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
 
 
 @contextmanager

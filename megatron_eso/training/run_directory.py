@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
@@ -17,6 +18,8 @@ from megatron_eso.config_io import config_to_dict
 from megatron_eso.errors import ConfigError
 from megatron_eso.files import write_json
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
@@ -24,7 +27,7 @@ class RunDirectory:
 
     Attributes:
         path: The directory.
-        facts: Of this job, said in every status: restarts, hosts, num_ranks.
+        facts: Of this job, said in every status: restarts, num_steps, hosts, num_ranks.
     """
 
     path: Path
@@ -34,6 +37,11 @@ class RunDirectory:
     def checkpoints(self) -> Path:
         """One folder for each kept checkpoint, and `latest`."""
         return self.path / "checkpoints"
+
+    @property
+    def initial(self) -> Path:
+        """A run directory with the weights of the sampler directory that the run starts from."""
+        return self.path / "init_from"
 
     @property
     def metrics(self) -> Path:
@@ -77,22 +85,26 @@ class RunDirectory:
             partial.replace(self.path / "tokenizer")
 
     def write_status(self, state: str, step: int, reason: str = "", **more: Any) -> None:
-        """Replace `status.json`; `state` is running, interrupted, finished or failed."""
-        write_json(
-            self.path / "status.json",
-            {
-                "format_version": 1,
-                "state": state,
-                "step": step,
-                "reason": reason,
-                "host": socket.gethostname(),
-                "pid": os.getpid(),
-                "job": os.environ.get("SLURM_JOB_ID"),
-                "time": time.time(),
-                **self.facts,
-                **more,
-            },
-        )
+        """Replace `status.json`; `state` is running, interrupted, finished or failed.
+
+        A file system that refuses does not end the run; the log tells.
+        """
+        content = {
+            "format_version": 1,
+            "state": state,
+            "step": step,
+            "reason": reason,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "time": time.time(),
+            **self.facts,
+            **more,
+        }
+        try:
+            write_json(self.path / "status.json", content)
+        except OSError as error:
+            logger.error("%s: not up to date: %s", self.path / "status.json", error)
 
     def read_status(self) -> dict[str, Any]:
         """Read `status.json`; empty where there is none."""

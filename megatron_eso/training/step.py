@@ -33,7 +33,8 @@ class StepResult:
     """What a step says of itself, the same on every rank; losses in nats per token of their phase.
 
     `loss` is the objective, `loss_diffusion + loss_sequential`; `nelbo` the same with ELBO weights.
-    `num_tokens` are the real tokens of the global batch. `deviations` says how far the loss or the
+    `num_tokens` are the real tokens of the global batch. `bad_ranks` are those whose own part of a
+    loss that is not finite is not. `deviations` says how far the loss or the
     gradient norm, whichever is farther, lies above those of the steps before.
     """
 
@@ -46,6 +47,7 @@ class StepResult:
     skipped: bool
     deviations: float
     num_tokens: int
+    bad_ranks: tuple[int, ...]
 
 
 def train_step(
@@ -64,9 +66,7 @@ def train_step(
         groups: Groups of this rank.
         flops_per_token: Counted for every real token, whatever the length of its sample.
     """
-    for chunk in state.chunks:
-        chunk.zero_grad_buffer()
-    state.optimizer.zero_grad()
+    clear_gradients(state)
     # Megatron-Core averages over micro-batches and data-parallel ranks; the loss is a sum.
     scale = len(plan.micro_batches) * groups.dp.size()
     step = partial(
@@ -77,7 +77,8 @@ def train_step(
         pp_rank=groups.pp.rank(),
     )
     reports = run_schedule(step, state, plan.micro_batches, groups, forward_only=False)
-    losses = reduce_over_world(sum_reports(reports), groups)
+    own_losses = sum_reports(reports)
+    losses = reduce_over_world(own_losses.clone(), groups)
     loss, nelbo = float(losses[:2].sum()), float(losses[2:].sum())
 
     learning_rate = float(state.optimizer.param_groups[0]["lr"])
@@ -116,7 +117,23 @@ def train_step(
         skipped=not applied,
         deviations=deviations,
         num_tokens=num_tokens,
+        bad_ranks=() if math.isfinite(loss) else find_bad_ranks(own_losses),
     )
+
+
+def clear_gradients(state: TrainState) -> None:
+    """Set every gradient to zero, or to none."""
+    for chunk in state.chunks:
+        chunk.zero_grad_buffer()
+    state.optimizer.zero_grad()
+
+
+def find_bad_ranks(own_losses: Tensor) -> tuple[int, ...]:
+    """The ranks whose own losses are not finite; collective over the world."""
+    is_bad = torch.zeros(dist.get_world_size(), device=torch.cuda.current_device())
+    is_bad[dist.get_rank()] = float(not own_losses.isfinite().all())
+    dist.all_reduce(is_bad)
+    return tuple(is_bad.nonzero().flatten().tolist())
 
 
 def measure_deviations(state: TrainState, loss: float, grad_norm: float) -> float:

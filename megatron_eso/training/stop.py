@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 class StopRequests:
     """Listens from `__enter__` to `__exit__`; make it on the main thread of every rank.
 
+    Once one was heard, signals go on meaning nothing after that.
+
     Args:
         run: The run directory. A `stop` file that is there from before is removed on rank 0: it
             was meant for the job that has ended.
@@ -43,6 +45,7 @@ class StopRequests:
 
     def __init__(self, run: Path, end_margin_seconds: float) -> None:
         self._file = run / STOP_FILE
+        self._margin = end_margin_seconds
         self._end = _allocation_end(end_margin_seconds)
         self._heard = 0
         self._next_look = 0.0
@@ -51,6 +54,14 @@ class StopRequests:
     def __enter__(self) -> Self:
         if os.environ.get("RANK", "0") == "0":
             self._file.unlink(missing_ok=True)
+            left = self._end - time.time()
+            if left < self._margin:
+                logger.warning(
+                    "%.0f minutes are left until checkpoint.end_margin_minutes = %g before the end "
+                    "of the allocation: ask for a longer one, or lower it",
+                    max(left, 0) / 60,
+                    self._margin / 60,
+                )
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._take_note)
         return self
@@ -61,8 +72,9 @@ class StopRequests:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # Told once more, a process that is leaving anyway must not fail at it.
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self._heard else handler)
 
     def heard(self) -> int:
         """What this rank has heard: 0, or the number of a reason, to be compared over all ranks."""

@@ -72,7 +72,8 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
     from megatron_eso.diffusion.noise import draw_noise
     from megatron_eso.diffusion.rows import plan_rows
     from megatron_eso.diffusion.schedule import LogLinearSchedule
-    from megatron_eso.training.checkpoint import Checkpoints, restore
+    from megatron_eso.training.checkpoint import Checkpoints
+    from megatron_eso.training.checkpoint_restore import restore
     from megatron_eso.training.evaluation import for_evaluation
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import run_schedule

@@ -39,7 +39,8 @@ def evaluate_tiny(run: Path, data: Path, overrides: Overrides) -> tuple[Any, Any
 
     install_cpu_backend()
     from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.training.checkpoint import Checkpoints, restore
+    from megatron_eso.training.checkpoint import Checkpoints
+    from megatron_eso.training.checkpoint_restore import restore
     from megatron_eso.training.evaluation import evaluate
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import train_step
@@ -99,6 +100,17 @@ def test_a_rank_may_have_no_validation_samples(
     assert math.isnan(answers[0][0].standard_error)
 
 
+def test_an_interleaved_pipeline_validates_fewer_samples_than_it_has_stages(
+    trained: Path, world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    overrides = LAYOUTS["PP=2 interleaved"][1] | FEW
+    one = copy_run(trained, tmp_path / "one")
+    expected = world.run(evaluate_tiny, 1, one, tiny_data, FEW)[0][0].nelbo
+    run = copy_run(trained, tmp_path / "run")
+    for ema, _, _ in world.run(evaluate_tiny, 2, run, tiny_data, overrides):
+        assert ema.nelbo == pytest.approx(expected, rel=NELBO_TOLERANCE)
+
+
 def test_validation_leaves_the_state_as_it_was(
     trained: Path, world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -150,7 +162,14 @@ def test_validation_is_the_oracles(
             is_validation=True,
         )
         losses = dense_losses(parameters, oracle, x_0, noise, alpha_0=alpha_0, loss_type="elbo")
-        nelbo += (losses.nll_BT.sum(1) * losses.elbo_weights_B).numpy() / length
+        parts = (losses.nll_BT.sum(1) * losses.elbo_weights_B).detach().numpy() / length
+        nelbo += parts
+        if not is_sequential:
+            by_tenth: dict[float, list[float]] = {}
+            for t, part in zip(times, parts, strict=True):
+                by_tenth.setdefault((math.floor(10 * t) + 0.5) / 10, []).append(part)
+            expected = {t: sum(found) / len(found) for t, found in by_tenth.items()}
+            assert raw.diffusion_by_t == pytest.approx(expected, rel=NELBO_TOLERANCE)
     assert raw.nelbo == pytest.approx(nelbo.mean(), rel=NELBO_TOLERANCE)
     error = nelbo.std(ddof=1) / math.sqrt(len(nelbo))
     assert raw.standard_error == pytest.approx(error, rel=1000 * NELBO_TOLERANCE)

@@ -31,7 +31,8 @@ def compute_losses(run: Path, overrides: Overrides, golden: dict[str, Tensor]) -
     from megatron_eso.diffusion.noise import Noise
     from megatron_eso.diffusion.rows import plan_rows
     from megatron_eso.diffusion.schedule import LogLinearSchedule
-    from megatron_eso.training.checkpoint import Checkpoints, restore
+    from megatron_eso.training.checkpoint import Checkpoints
+    from megatron_eso.training.checkpoint_restore import restore
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import run_schedule
     from megatron_eso.training.train_state import build_train_state

@@ -96,7 +96,8 @@ def train_tiny(run: Path, data: Path, overrides: Overrides, num_steps: int) -> T
 
     install_cpu_backend()
     from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.training.checkpoint import Checkpoints, restore
+    from megatron_eso.training.checkpoint import Checkpoints
+    from megatron_eso.training.checkpoint_restore import restore
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.prefetch import StepPrefetcher
     from megatron_eso.training.step import train_step

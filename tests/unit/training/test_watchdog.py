@@ -1,5 +1,6 @@
 """The watchdog ends a process that hangs, and says where it and every other rank are."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -13,7 +14,8 @@ DEADLINE_SECONDS = 2.0
 PROGRAM = f"""
 import sys, time
 from pathlib import Path
-from torch.distributed import FileStore
+from datetime import timedelta
+from torch.distributed import FileStore, TCPStore
 from megatron_eso.training.watchdog import Watchdog
 
 folder, rank, work = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -22,9 +24,14 @@ def wait_for_the_other():
 def hold_the_lock():
     import re
     re.match("(a*)*b", "a" * 40)
+def meet_the_other():
+    store.wait(["the other"], timedelta(seconds=60))
+store = FileStore(str(folder / "store"), 2)
+if work == "rendezvous":
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 watchdog = Watchdog(folder / f"rank_{{rank}}.log", {{"train step": {DEADLINE_SECONDS}}},
     interval_seconds=0.2, grace_seconds=1.0, rank=rank, num_ranks=2,
-    store=FileStore(str(folder / "store"), 2))
+    store=store)
 with watchdog:
     print("ready", flush=True)
     while work == "steps":
@@ -35,13 +42,16 @@ with watchdog:
             # The interpreter's lock is held: no other thread of this process runs.
             hold_the_lock()
     with watchdog.phase("train step", "7"):
-        wait_for_the_other()
+        meet_the_other() if work == "rendezvous" else wait_for_the_other()
 """
 
 
 def start(folder: Path, rank: int, work: str) -> subprocess.Popen[str]:
     arguments = [sys.executable, "-c", PROGRAM, str(folder), str(rank), work]
-    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    with (folder / f"stderr_{rank}").open("w") as stderr:
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process
@@ -65,6 +75,7 @@ def test_a_frozen_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
     assert "in wait_for_the_other" in report
     assert f"watchdog: rank 1 on {socket.gethostname()} (process {frozen.pid})" in report
     assert "SILENT" in report.splitlines()[-1]
+    assert (tmp_path / "stderr_0").read_text() == report
 
 
 def test_a_working_rank_is_left_alone(tmp_path: Path) -> None:
@@ -73,9 +84,27 @@ def test_a_working_rank_is_left_alone(tmp_path: Path) -> None:
     assert process.poll() is None
     process.kill()
     process.wait()
-    assert (tmp_path / "rank_0.log").read_text() == ""
+    assert not (tmp_path / "rank_0.log").exists()
+    assert (tmp_path / "stderr_0").read_text() == ""
 
 
 def test_a_stuck_interpreter_is_ended_with_its_stack(tmp_path: Path) -> None:
     assert start(tmp_path, 0, "stuck").wait(timeout=60) == 1
-    assert "in hold_the_lock" in (tmp_path / "rank_0.log").read_text()
+    assert "in hold_the_lock" in (tmp_path / "stderr_0").read_text()
+
+
+def test_a_log_that_cannot_be_written_keeps_nobody_alive(tmp_path: Path) -> None:
+    """As on a file system that hangs: opening a pipe that nobody reads waits for ever."""
+    os.mkfifo(tmp_path / "rank_0.log")
+    assert start(tmp_path, 0, "wait").wait(timeout=60) == 1
+    assert "in wait_for_the_other" in (tmp_path / "stderr_0").read_text()
+
+
+def test_a_store_that_is_busy_does_not_hide_a_hang(tmp_path: Path) -> None:
+    """A rank waits in the store, whose connection it holds, for one that never comes."""
+    process = start(tmp_path, 0, "rendezvous")
+    assert process.wait(timeout=60) == 1
+    report = (tmp_path / "rank_0.log").read_text()
+    assert "watchdog: rank 0 on " in report
+    assert "in meet_the_other" in report
+    assert "watchdog: rank 1: never heard of" in report

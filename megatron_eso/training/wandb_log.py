@@ -1,0 +1,81 @@
+"""The curves in Weights & Biases as well, for those who name a project in `run.wandb_project`.
+
+Its own environment variables hold (WANDB_MODE=offline, WANDB_API_KEY, WANDB_ENTITY ...). What it
+cannot do never ends a run.
+"""
+
+import importlib
+import importlib.util
+import logging
+import uuid
+from pathlib import Path
+from typing import Any
+
+from megatron_eso.errors import ConfigError
+from megatron_eso.files import write_atomically
+
+ID_FILE = "wandb_id"
+
+logger = logging.getLogger(__name__)
+
+
+def check_wandb(project: str | None) -> None:
+    """Refuse a project where the package is missing.
+
+    Raises:
+        ConfigError: It names the extra to install.
+    """
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"run.wandb_project = {project}: the package wandb is not installed: "
+            f"pip install 'megatron-eso[wandb]', or leave the key out"
+        )
+
+
+class WandbLog:
+    """One W&B run for all jobs of a run directory.
+
+    Values of steps that it has seen are not taken again: a resumed run's are the same.
+
+    Args:
+        folder: The run directory.
+        project: Where the run belongs.
+        config: What to show as its configuration.
+    """
+
+    def __init__(self, folder: Path, project: str, config: dict[str, Any]) -> None:
+        wandb: Any = importlib.import_module("wandb")  # an extra
+        self._run: Any = None
+        path = folder / ID_FILE
+        if not path.exists():
+            write_atomically(path, uuid.uuid4().hex[:16] + "\n")
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=folder.name,
+                id=path.read_text().strip(),
+                resume="allow",
+                dir=str(folder),
+                config=config,
+            )
+        except Exception as error:  # no network, no key, a service that is down
+            logger.warning("Weights & Biases: %s; the run goes on without it", error)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Record values by tag."""
+        if self._run is None:
+            return
+        try:
+            self._run.log(values, step=step)
+        except Exception as error:
+            logger.warning("Weights & Biases: %s; the run goes on without it", error)
+            self._run = None
+
+    def close(self) -> None:
+        """Have it send the rest."""
+        if self._run is None:
+            return
+        try:
+            self._run.finish()
+        except Exception as error:
+            logger.warning("Weights & Biases: %s", error)

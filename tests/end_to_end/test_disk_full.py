@@ -1,0 +1,114 @@
+"""A full disk: told, survived, nothing lost; the one thing that fails is a last save."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_eso.file_index import find_damage, read_index
+from megatron_eso.training.run_directory import RunDirectory, list_checkpoints
+from tests.support.training import Overrides, tiny_arguments
+
+DISK_BYTES = 24 * 2**20
+STATUS_BYTES = 2**18
+"""Room for status.json, not for a checkpoint."""
+LIMIT_SECONDS = 120.0
+
+SETTINGS: Overrides = {
+    "train.num_steps": 100_000,
+    "checkpoint.interval": 5,
+    "checkpoint.keep_last": 1,
+    "validation.interval": 10,
+    "validation.num_samples": 4,
+}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("A FULL DISK IS NOT TESTED: it takes root to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def fill(disk: Path, *, leave: int) -> Path:
+    """Take all space but some."""
+    filler = disk / "filler"
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    with filler.open("wb", buffering=0) as file:
+        file.write(bytes(free - leave))
+    return filler
+
+
+def wait_for(happened: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while not happened():
+        assert process.poll() is None, log.read_text()[-3000:]
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.02)
+
+
+def logged_step(log: Path) -> int:
+    return max(map(int, re.findall(r"step (\d+)/", log.read_text())), default=0)
+
+
+def saved_steps(run: Path) -> list[int]:
+    return [int(path.name[5:]) for path in list_checkpoints(run / "checkpoints")]
+
+
+@pytest.mark.slow
+def test_a_full_disk_loses_nothing(small_disk: Path, tiny_data: Path, tmp_path: Path) -> None:
+    run, log = small_disk / "run", tmp_path / "log"
+    command = [sys.executable, "-m", "pretrain.train", *tiny_arguments(run, tiny_data, SETTINGS)]
+    with log.open("wb") as stream:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
+    try:
+        wait_for(lambda: saved_steps(run), process, log)
+        filler = fill(small_disk, leave=0)
+        wait_for(lambda: "could not be saved" in log.read_text(), process, log)
+        kept, full_at = saved_steps(run), logged_step(log)
+        assert kept
+        wait_for(lambda: logged_step(log) > full_at + 12, process, log)
+        for checkpoint in list_checkpoints(run / "checkpoints"):
+            assert not list(find_damage(checkpoint, read_index(checkpoint)))
+        filler.unlink()
+        wait_for(lambda: max(saved_steps(run), default=0) > full_at, process, log)
+        fill(small_disk, leave=STATUS_BYTES)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(LIMIT_SECONDS) == 1
+    finally:
+        process.kill()
+        process.wait()
+    text = log.read_text()
+    assert "make room" in text
+    assert "kept in memory until there is room" in text
+    assert "Traceback" not in text.split("could not be saved")[-1]
+    status = RunDirectory(run).read_status()
+    assert status["state"] == "failed"
+    assert "make room" in status["reason"]
+    (last,) = list_checkpoints(run / "checkpoints")
+    assert not list(find_damage(last, read_index(last)))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", last.name]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "train/loss" in line]
+    assert steps == list(range(1, len(steps) + 1))
+    assert steps[-1] > full_at
+    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0}).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == steps
+    validated = [line["step"] for line in lines if "val/nelbo" in line]
+    assert validated == list(range(0, steps[-1] + 1, 10))

@@ -1,0 +1,148 @@
+"""The largest micro-batch: no smaller than any that comes, and no trace of it afterwards."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_eso.data.training_data import TrainingData
+from tests.support.training import LAYOUTS, OVERLAPPED, Overrides, tiny_config
+from tests.support.world import World
+
+pytestmark = pytest.mark.parallel
+
+NUM_MICRO_BATCHES = 200
+
+
+def count_rows(plan: Any) -> dict[str, int]:
+    """The sizes that memory goes with."""
+    streams = plan.stream_lengths
+    with_queries = streams[plan.num_diffusion_streams :]
+    return {
+        "rows": len(plan.tokens_R),
+        "loss rows": len(plan.targets_E),
+        # What attention without a fused kernel holds.
+        "pairs": sum(length**2 for length in streams)
+        + sum(a * b for a, b in zip(plan.query_lengths, with_queries, strict=True)),
+    }
+
+
+PLANS: dict[str, Overrides] = {
+    "mixed": {},
+    "of one phase": {"train.micro_batch_size": 1},
+    "three to one": {"objective.batch_split": 0.75, "train.micro_batch_size": 4},
+    "cut short, framed": {"data.ssl_ratio": 0.5, "data.framing": '"bos_eos"'},
+    "diffusion": {"objective.alpha_0": 1},
+    "sequential": {"objective.alpha_0": 0},
+    "padded": LAYOUTS["TP=2 SP"][1],
+}
+
+
+@pytest.mark.parametrize("case", PLANS)
+def test_no_micro_batch_is_larger(case: str, tiny_data: Path, tmp_path: Path) -> None:
+    from megatron_eso.data.batches import TrainingBatches
+    from megatron_eso.training.dry_batch import plan_largest
+
+    config = tiny_config(tmp_path, tiny_data, PLANS[case])
+    batches = TrainingBatches(config, TrainingData.open(config), 1)
+    largest = count_rows(plan_largest(config, 1).plan)
+    draw, seen = np.random.default_rng(0), 0
+    while seen < NUM_MICRO_BATCHES:
+        step = int(draw.integers(10_000))
+        for micro_batch in batches.plan_step(
+            step * config.train.global_batch_size, 0
+        ).micro_batches:
+            found = count_rows(micro_batch.plan)
+            assert all(found[name] <= largest[name] for name in largest), (found, largest)
+            seen += 1
+    length, size = config.data.sequence_length, config.train.micro_batch_size
+    if case == "sequential":
+        assert largest["rows"] == size * (2 * length - 1)
+    if case == "diffusion":
+        assert largest["rows"] == largest["loss rows"] == size * length
+
+
+def run_dry(run: Path, data: Path, overrides: Overrides, tries: bool) -> tuple[Any, ...]:
+    """The state before and after a dry batch, and after two steps more."""
+    from megatron_eso.training.cpu_backend import install_cpu_backend
+
+    install_cpu_backend()
+    from megatron_eso.data.batches import TrainingBatches
+    from megatron_eso.training.dry_batch import run_largest_batch
+    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.step import train_step
+    from megatron_eso.training.train_state import build_train_state
+
+    def copy(state: Any) -> list[torch.Tensor]:
+        tensors = [parameter.model for parameter in state.parameters]
+        tensors += [p.main for p in state.parameters if p.main is not None]
+        tensors += [each for each in state.ema.averages if each is not None]
+        tensors += [p.model.main_grad for p in state.parameters if hasattr(p.model, "main_grad")]
+        for p in state.parameters:
+            if p.main is not None:
+                tensors += list(p.inner.state[p.main].values())
+        return [tensor.detach().clone() for tensor in tensors]
+
+    config = tiny_config(run, data, overrides)
+    with model_parallel_groups(config.parallel) as groups:
+        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        state = build_train_state(config, groups)
+        before, counters = copy(state), state.counters
+        if tries:
+            run_largest_batch(config, state, groups)
+        assert state.counters == counters
+        after = copy(state)
+        losses = []
+        for _ in range(2):
+            plan = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
+            losses.append(train_step(config, state, plan, groups, flops_per_token=1.0).loss)
+        return before, after, losses, copy(state)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "DP=2 overlapped", "DP=2 bf16, dropout"])
+def test_it_leaves_no_trace(layout: str, world: World, tiny_data: Path, tmp_path: Path) -> None:
+    others = {
+        "DP=2 overlapped": (2, OVERLAPPED),
+        "DP=2 bf16, dropout": (
+            2,
+            {"train.precision": '"bf16"', "model.hidden_dropout": 0.1},
+        ),
+    }
+    num_ranks, overrides = (LAYOUTS | others)[layout]
+    tried = world.run(run_dry, num_ranks, tmp_path, tiny_data, overrides, True)
+    plain = world.run(run_dry, num_ranks, tmp_path, tiny_data, overrides, False)
+    for (before, after, losses, end), (_, _, expected_losses, expected) in zip(
+        tried, plain, strict=True
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert losses == expected_losses
+        assert all(torch.equal(a, b) for a, b in zip(end, expected, strict=True))
+
+
+def raise_shortage(run: Path, data: Path, overrides: Overrides) -> str:
+    """What a rank says whose memory does not suffice."""
+    from megatron_eso.training.cpu_backend import install_cpu_backend
+
+    install_cpu_backend()
+    from megatron_eso.training.dry_batch import explain_shortage
+    from megatron_eso.training.parallel import model_parallel_groups
+
+    config = tiny_config(run, data, overrides)
+    with model_parallel_groups(config.parallel) as groups:
+        return str(explain_shortage(config, groups, 2**32))
+
+
+def test_the_error_names_the_levers(world: World, tiny_data: Path, tmp_path: Path) -> None:
+    told = world.run(raise_shortage, 1, tmp_path, tiny_data, {})[0]
+    assert "\n" not in told
+    for lever in (
+        "beyond 4.0 GiB",
+        "71 rows of train.micro_batch_size = 2 samples of data.sequence_length = 24",
+        'train.recompute_granularity = "full"',
+        "parallel.tensor_model_parallel_size = 1",
+        "parallel.pipeline_model_parallel_size = 1",
+        "parallel.use_distributed_optimizer = false",
+    ):
+        assert lever in told

@@ -1,0 +1,313 @@
+"""Updates that must not be applied: left out on all ranks, counted, told; then back and on."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_eso.training.loss_statistics import WARMUP_STEPS
+from megatron_eso.training.run_directory import RunDirectory, list_checkpoints
+from tests.support.loop import Ran, run_loop
+from tests.support.torchrun import read_records
+from tests.support.training import LAYOUTS, OVERLAPPED, Overrides
+from tests.support.world import World
+
+pytestmark = pytest.mark.parallel
+
+BATCH = 8  # samples of a step
+BAD_STEP, BAD_RANK = 3, 1
+
+
+def rank_log(run: Path, rank: int = 0) -> str:
+    return (run / "logs" / f"rank_{rank:05d}.log").read_text()
+
+
+# Hooks; they run on every rank, inside the real steps.
+
+
+def find_layer(trainer: Any) -> torch.nn.Module:
+    """The first layer on this rank."""
+    from megatron.core.utils import unwrap_model
+
+    return next(iter(unwrap_model(trainer.state.chunks[0]).decoder.layers))
+
+
+def find_head(trainer: Any) -> torch.nn.Module:
+    """The output layer, or the first layer on a rank without one."""
+    from megatron.core.utils import unwrap_model
+
+    head = getattr(unwrap_model(trainer.state.chunks[-1]), "output_layer", None)
+    return head or find_layer(trainer)
+
+
+def spoil_output(trainer: Any, factors: dict[int, float], rank: int) -> None:
+    """Multiply what a module of a rank gives, at given numbers of samples consumed before."""
+    import torch.distributed as dist
+
+    def spoil(module: torch.nn.Module, _inputs: Any, output: Any) -> Any:
+        factor = factors.get(trainer.state.counters.consumed_samples, 1.0)
+        if not module.training or factor == 1.0:
+            return output
+        hidden, *rest = output if isinstance(output, tuple) else (output,)
+        return (hidden * factor, *rest) if rest else hidden * factor
+
+    if dist.get_rank() == rank:
+        find_head(trainer).register_forward_hook(spoil)
+
+
+def spoil_gradient(trainer: Any, step: int, rank: int) -> None:
+    """Not finite in the gradient of a norm, which tensor-parallel ranks have in common."""
+    import torch.distributed as dist
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * math.nan if trainer.state.counters.step == step - 1 else gradient
+
+    if dist.get_rank() == rank:
+        name, norm = next(
+            (name, parameter)
+            for name, parameter in find_layer(trainer).named_parameters()
+            if parameter.dim() == 1 and not getattr(parameter, "tensor_model_parallel", False)
+        )
+        norm.register_hook(spoil)
+
+
+def snapshot(trainer: Any) -> dict[str, str]:
+    """Hashes of what a step may change: weights, main parameters, moments, average."""
+    state = trainer.state
+    kinds: dict[str, list[Any]] = {
+        "model": [parameter.model for parameter in state.parameters],
+        "main": [parameter.main for parameter in state.parameters],
+        "ema": list(state.ema.averages),
+    }
+    for name in ("exp_avg", "exp_avg_sq"):
+        kinds[name] = [
+            p.inner.state[p.main].get(name) for p in state.parameters if p.main is not None
+        ]
+    found = {}
+    for kind, tensors in kinds.items():
+        hasher = hashlib.sha256()
+        for tensor in tensors:
+            if tensor is not None:
+                hasher.update(tensor.detach().float().numpy().tobytes())
+        found[kind] = hasher.hexdigest()
+    return found
+
+
+def watch(trainer: Any, gathered: list[Any]) -> None:
+    """Gather the state after every step."""
+    take_step = type(trainer).take_step
+
+    def watched(self: Any, *arguments: Any) -> None:
+        take_step(self, *arguments)
+        gathered.append((self.state.counters, snapshot(self)))
+
+    # Slots: the class, in this worker, for this run.
+    type(trainer).take_step = watched
+    trainer_class = type(trainer)
+    restore_after(trainer_class, take_step)
+
+
+def restore_after(trainer_class: Any, take_step: Any) -> None:
+    train = trainer_class.train
+
+    def trained(self: Any) -> Any:
+        try:
+            return train(self)
+        finally:
+            trainer_class.take_step, trainer_class.train = take_step, train
+
+    trainer_class.train = trained
+
+
+def spoil_and_watch(trainer: Any, gathered: list[Any], where: str) -> None:
+    if where == "output":
+        spoil_output(trainer, {BATCH * (BAD_STEP - 1): math.nan}, BAD_RANK)
+    else:
+        spoil_gradient(trainer, BAD_STEP, BAD_RANK)
+    watch(trainer, gathered)
+
+
+def spoil(trainer: Any, _gathered: list[Any], factors: dict[int, float]) -> None:
+    spoil_output(trainer, factors, BAD_RANK)
+
+
+# Tests.
+
+CASES: dict[str, tuple[Overrides, str]] = {
+    "TP=2 SP": (LAYOUTS["TP=2 SP"][1], "output"),
+    "TP=2, gradient of one copy": (LAYOUTS["TP=2"][1], "gradient"),
+    "PP=2 interleaved": (LAYOUTS["PP=2 interleaved"][1], "output"),
+    "DP=2": ({}, "output"),
+    "DP=2, gradient": ({}, "gradient"),
+    "DP=2 overlapped, bf16": (OVERLAPPED | {"train.precision": '"bf16"'}, "output"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_rank_applies_an_update_that_is_not_finite(
+    case: str, world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    overrides, where = CASES[case]
+    overrides = overrides | {"train.num_steps": BAD_STEP + 1, "validation.num_samples": 2}
+    ranks: list[Ran] = world.run(
+        run_loop, 2, tmp_path, tiny_data, overrides, spoil_and_watch, where
+    )
+    for ran in ranks:
+        assert ran.error is None
+        before, skipped, after = ran.gathered[BAD_STEP - 2 :]
+        # Weights that are gathered in the next forward pass are not there yet.
+        kinds = [kind for kind in before[1] if kind != "model" or "overlapped" not in case]
+        assert [skipped[1][kind] for kind in kinds] == [before[1][kind] for kind in kinds]
+        assert after[1]["main"] != before[1]["main"]
+        assert (skipped[0].skipped_steps, skipped[0].skipped_in_row) == (1, 1)
+        assert (after[0].step, after[0].skipped_steps, after[0].skipped_in_row) == (4, 1, 0)
+    if case.startswith("DP=2") and "overlapped" not in case:
+        assert ranks[0].gathered[-1][1]["model"] == ranks[1].gathered[-1][1]["model"]
+    first, last = BATCH * (BAD_STEP - 1), BATCH * BAD_STEP - 1
+    line = next(line for line in rank_log(tmp_path).splitlines() if "UPDATE LEFT OUT" in line)
+    assert f"step {BAD_STEP}, samples {first} to {last}:" in line
+    assert "(diffusion " in line
+    assert ", sequential " in line
+    if case == "DP=2":
+        assert line.endswith(f"; not finite on rank {BAD_RANK} on {socket.gethostname()}")
+    assert "UPDATE LEFT OUT" not in rank_log(tmp_path, 1)  # told once
+    (record,) = (r for r in read_records(tmp_path) if r["step"] == BAD_STEP and "train/loss" in r)
+    assert record["train/skipped_steps"] == 1
+    finite = [math.isfinite(float(record[f"train/{name}"])) for name in ("loss", "grad_norm")]
+    assert not all(finite)
+
+
+SPIKY: Overrides = {
+    "train.num_steps": WARMUP_STEPS + 10,
+    "checkpoint.interval": WARMUP_STEPS + 2,
+    "optimizer.learning_rate": 1e-3,
+    "validation.num_samples": 2,
+}
+SPIKE_STEP = WARMUP_STEPS + 5
+
+
+@pytest.mark.parametrize("skip_deviations", [0.0, 8.0])
+def test_spikes_are_flagged_and_a_resumed_run_judges_alike(
+    skip_deviations: float, world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    overrides = SPIKY | {"train.skip_deviations": skip_deviations}
+    factors = {BATCH * (SPIKE_STEP - 1): 1e2}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    world.run(run_loop, 2, straight, tiny_data, overrides, spoil, factors)
+    # The job before ended at the checkpoint, two steps after the judging began.
+    kept = straight / "checkpoints" / f"step_{WARMUP_STEPS + 2:08d}"
+    shutil.copytree(kept, resumed / "checkpoints" / kept.name)
+    (ran, _) = world.run(run_loop, 2, resumed, tiny_data, overrides, spoil, factors)
+    expected = [r for r in read_records(straight) if r["step"] > WARMUP_STEPS + 2]
+    assert [r for r in read_records(resumed) if r["step"] > WARMUP_STEPS + 2] == expected
+    by_step = {r["step"]: r for r in expected if "train/loss" in r}
+    assert by_step[SPIKE_STEP]["train/deviations"] > 8.0
+    assert by_step[SPIKE_STEP]["train/spikes"] - by_step[SPIKE_STEP - 1]["train/spikes"] == 1
+    assert ran.counters.skipped_steps == (skip_deviations > 0)
+    what = "UPDATE LEFT OUT" if skip_deviations else "spike: "
+    assert f"step {SPIKE_STEP}, " in rank_log(resumed)
+    assert what in rank_log(resumed)
+
+
+ROLLBACK: Overrides = {
+    "train.num_steps": 10,
+    "train.max_skipped_in_row": 3,
+    "checkpoint.interval": 2,
+    "validation.interval": 2,
+    "validation.num_samples": 2,
+}
+
+
+def go_on_elsewhere(run: Path, data: Path, overrides: Overrides, consumed: int) -> list[float]:
+    """The oracle: steps from a checkpoint on, with the samples after `consumed`."""
+    from megatron_eso.training.cpu_backend import install_cpu_backend
+
+    install_cpu_backend()
+    from megatron_eso.data.batches import TrainingBatches
+    from megatron_eso.data.training_data import TrainingData
+    from megatron_eso.training.checkpoint import Checkpoints
+    from megatron_eso.training.checkpoint_restore import restore
+    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.step import train_step
+    from megatron_eso.training.train_state import build_train_state
+    from tests.support.training import tiny_config
+
+    config = tiny_config(run, data, overrides)
+    losses = []
+    with model_parallel_groups(config.parallel) as groups:
+        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        state = build_train_state(config, groups)
+        restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
+        state.counters = dataclasses.replace(state.counters, consumed_samples=consumed)
+        while state.counters.step < config.train.num_steps:
+            plan = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
+            losses.append(train_step(config, state, plan, groups, flops_per_token=1.0).loss)
+    return losses
+
+
+@pytest.mark.parametrize("layout", ["DP=2 overlapped", "TP=2 SP"])
+def test_going_back_skips_the_data_and_rewinds_the_records(
+    layout: str, world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Updates 6 to 8 cannot be applied: back to the checkpoint of step 4, on with other samples."""
+    overrides = ROLLBACK | (OVERLAPPED if layout == "DP=2 overlapped" else LAYOUTS[layout][1])
+    bad = {BATCH * step: math.nan for step in (5, 6, 7)}
+    run, other = tmp_path / "run", tmp_path / "other"
+    (ran, _) = world.run(run_loop, 2, run, tiny_data, overrides, spoil, bad)
+    assert ran.error is None
+    assert (ran.counters.step, ran.counters.rollbacks) == (10, 1)
+    assert ran.counters.consumed_samples == BATCH * (8 + 6)
+    assert f"went back from step 8 to step_00000004; samples {BATCH * 4} to {BATCH * 8 - 1}" in (
+        rank_log(run)
+    )
+    before = run / "checkpoints" / "step_00000004"
+    shutil.copytree(before, other / "checkpoints" / before.name)
+    expected = world.run(go_on_elsewhere, 2, other, tiny_data, overrides, BATCH * 8)[0]
+    records = read_records(run)
+    steps = [record for record in records if "train/loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 11))
+    assert [record["train/loss"] for record in steps[4:]] == expected
+    assert [record["train/rollbacks"] for record in steps] == [0] * 4 + [1] * 6
+    assert [record["step"] for record in records if "val/nelbo" in record] == [0, 2, 4, 6, 8, 10]
+    # The checkpoints of steps 6 and 8 are those of the second way.
+    for step in (6, 8, 10):
+        state = json.loads((run / f"checkpoints/step_{step:08d}/state.json").read_text())
+        assert (state["rollbacks"], state["consumed_samples"]) == (1, BATCH * (step + 4))
+    accumulator = EventAccumulator(str(run / "tensorboard")).Reload()
+    for tag, shown in (("train/loss", range(1, 11)), ("val/nelbo", range(0, 11, 2))):
+        assert [event.step for event in accumulator.Scalars(tag)] == list(shown)
+
+
+def test_a_run_that_cannot_go_on_stops_with_one_line(
+    world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    """From step 6 on nothing can be applied: back to step 4, further back to 2, and enough."""
+    bad = {BATCH * number: math.nan for number in range(5, 100)}
+    ranks = world.run(run_loop, 2, tmp_path, tiny_data, ROLLBACK, spoil, bad)
+    for ran in ranks:
+        assert "3 updates in a row could not be applied, after going back 2 times" in ran.error
+        assert "\n" not in ran.error
+    log = rank_log(tmp_path)
+    assert "went back from step 8 to step_00000004" in log
+    assert "went back from step 7 to step_00000002" in log
+    status = RunDirectory(tmp_path).read_status()
+    assert (status["state"], status["step"]) == ("failed", 5)
+    assert "train.max_rollbacks" in status["reason"]
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")][-1] == "step_00000004"
+
+
+def test_without_a_checkpoint_there_is_no_way_back(
+    world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    bad = {BATCH * number: math.nan for number in range(100)}
+    (ran, _) = world.run(run_loop, 2, tmp_path, tiny_data, ROLLBACK, spoil, bad)
+    assert "there is no checkpoint to go back to" in ran.error
+    assert RunDirectory(tmp_path).read_status()["state"] == "failed"

@@ -1,0 +1,84 @@
+"""Whole training runs, as the command makes them, on the ranks of `world.run`."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from tests.support.training import Overrides, tiny_arguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ran:
+    """How a rank's run ended: what it raised, its counters, and what a hook has gathered."""
+
+    error: str | None
+    counters: Any
+    gathered: list[Any]
+
+
+def run_loop(
+    run: Path,
+    data: Path,
+    overrides: Overrides,
+    hook: Callable[..., None] | None = None,
+    *arguments: Any,
+) -> Ran:
+    """Train to the end, or to what ends it.
+
+    Args:
+        run: The run directory.
+        data: Of the fixture `tiny_data`.
+        overrides: Of the small configuration.
+        hook: Called as `hook(trainer, gathered, *arguments)` before the first step.
+        *arguments: For the hook.
+    """
+    import torch.distributed as dist
+
+    from megatron_eso.training.cpu_backend import install_cpu_backend
+
+    install_cpu_backend()
+    from megatron_eso.config_io import load_config
+    from megatron_eso.errors import UserError
+    from megatron_eso.training.stop import StopRequests
+    from pretrain import train
+
+    config = load_config(tiny_arguments(run, data, overrides))
+    train_data, validation, resolved = train.open_data(config)
+    directory = train.open_run(config.config)
+    error, gathered = None, []
+    with ExitStack() as stack:
+        stack.enter_context(as_launched(dist.get_rank(), dist.get_world_size()))
+        stop = stack.enter_context(StopRequests(run, 0.0))
+        trainer = train.build_trainer(resolved, train_data, validation, directory, stop, stack)
+        if hook is not None:
+            hook(trainer, gathered, *arguments)
+        try:
+            train.train_to_the_end(trainer)
+        except UserError as raised:
+            error = str(raised)
+        return Ran(error=error, counters=trainer.state.counters, gathered=gathered)
+
+
+@contextmanager
+def as_launched(rank: int, num_ranks: int) -> Iterator[None]:
+    """What a launcher sets, a process group that is there already, and logging as it was."""
+    environment = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    root.setLevel(logging.INFO)
+    with (
+        mock.patch.dict(os.environ, environment),
+        mock.patch("megatron_eso.training.parallel.process_group", nullcontext),
+    ):
+        try:
+            yield
+        finally:
+            for handler in set(root.handlers) - set(handlers):
+                handler.close()
+                root.removeHandler(handler)
+            root.setLevel(level)

@@ -1,0 +1,65 @@
+"""Real training jobs of two ranks under torchrun, to be interrupted."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.support.training import Overrides, tiny_arguments
+
+NUM_RANKS = 2
+JOB_SECONDS = 180.0  # generous for two busy cores
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}")
+
+
+def launch(
+    run: Path, data: Path, overrides: Overrides, **environment: str
+) -> subprocess.Popen[bytes]:
+    """Start the training command on two ranks; what they say goes to `run/log`."""
+    run.mkdir(parents=True, exist_ok=True)
+    arguments = tiny_arguments(run, data, overrides)
+    with (run / "log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, *LAUNCHER, "-m", "pretrain.train", *arguments],
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        )
+
+
+def find_rank(launcher: subprocess.Popen[bytes], rank: int) -> psutil.Process:
+    """The process of a rank."""
+    for process in psutil.Process(launcher.pid).children():
+        if process.environ().get("RANK") == str(rank):
+            return process
+    raise AssertionError(f"rank {rank} is not there")
+
+
+def until_step(run: Path, launcher: subprocess.Popen[bytes], step: int) -> None:
+    """Wait until a step is recorded of a job that goes on."""
+    deadline = time.monotonic() + JOB_SECONDS
+    while not any(record["step"] >= step for record in read_records(run)):
+        assert launcher.poll() is None, read_log(run)[-3000:]
+        assert time.monotonic() < deadline, read_log(run)[-3000:]
+        time.sleep(0.02)
+
+
+def read_log(run: Path) -> str:
+    """What launcher and ranks have said."""
+    return (run / "log").read_text()
+
+
+def read_records(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the clock."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return [
+        {key: value for key, value in record.items() if not key.startswith("perf/")}
+        for record in records
+    ]
