@@ -79,13 +79,13 @@ def judge(run: RunDirectory, job: str | None) -> Outcome:
         return make_outcome(run, job, "stop", str(error))
     state, reason = read_end(run, job)
     step = newest_step(run)
-    stop_file = run.path / "stop"
     if state == "finished":
         return make_outcome(run, job, "finished", reason)
     if state == "failed" and reason.startswith("ConfigError"):
         return make_outcome(run, job, "stop", reason)
-    if stop_file.exists():
-        return make_outcome(run, job, "stop", f"{stop_file} asks for it; submit again to go on")
+    if run.stop_file.exists():
+        reason = f"{run.stop_file} asks for it; submit again to go on"
+        return make_outcome(run, job, "stop", reason)
     if count_fruitless(read_restarts(run), step) >= MAX_FRUITLESS_RESTARTS:
         return make_outcome(
             run,

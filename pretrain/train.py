@@ -6,6 +6,7 @@ would be trained, on what layout and in how much memory, and exits.
 
 import argparse
 import dataclasses
+import faulthandler
 import logging
 import math
 import os
@@ -147,7 +148,7 @@ def run_training(
     with ExitStack() as stack:
         if is_first_rank():
             stack.enter_context(run.locked())
-        stop = StopRequests(run.path, 60 * config.checkpoint.end_margin_minutes)
+        stop = StopRequests(run, 60 * config.checkpoint.end_margin_minutes)
         stack.enter_context(stop)
         try:
             if is_first_rank():
@@ -189,6 +190,9 @@ def build_trainer(
     from megatron_eso.training.train_state import build_train_state
 
     log = log_to_file(run.path / "logs")
+    if config.watchdog.start_seconds > 0:
+        # Ranks may wait for one that is gone; the watchdog takes this timer over.
+        faulthandler.dump_traceback_later(config.watchdog.start_seconds, exit=True)
     stack.enter_context(process_group())
     groups = stack.enter_context(model_parallel_groups(config.parallel))
     watchdog = stack.enter_context(start_watchdog(config.watchdog, log))

@@ -44,6 +44,16 @@ class RunDirectory:
         return self.path / "init_from"
 
     @property
+    def stop_file(self) -> Path:
+        """Whoever makes it ends the run, after a checkpoint; it is not requeued."""
+        return self.path / "stop"
+
+    @property
+    def requeue_file(self) -> Path:
+        """Whoever makes it ends the job, after a checkpoint; the job script has another go on."""
+        return self.path / "requeue"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a line."""
         return self.path / "metrics.jsonl"

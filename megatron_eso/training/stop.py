@@ -9,24 +9,25 @@ import logging
 import os
 import signal
 import time
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch.distributed as dist
 
+from megatron_eso.training.run_directory import RunDirectory
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-STOP_FILE = "stop"
 END_TIME_VARIABLE = "SLURM_JOB_END_TIME"
 
 # By number; of several the highest is told.
 REASONS = {
-    1: f"the file {STOP_FILE} is in the run directory",
-    2: "the allocation ends",
-    3: "SIGTERM",
-    4: "SIGUSR1",
+    1: "the file requeue is in the run directory",
+    2: "the file stop is in the run directory",
+    3: "the allocation ends",
+    4: "SIGTERM",
+    5: "SIGUSR1",
 }
-_FILE, _END, *_OF_SIGNALS = REASONS
+_REQUEUE, _STOP, _END, *_OF_SIGNALS = REASONS
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 logger = logging.getLogger(__name__)
@@ -38,13 +39,12 @@ class StopRequests:
     Once one was heard, signals go on meaning nothing after that.
 
     Args:
-        run: The run directory. A `stop` file that is there from before is removed on rank 0: it
-            was meant for the job that has ended.
+        run: The run directory. A file that asked the job before is removed on rank 0.
         end_margin_seconds: How long before the end of a Slurm allocation to stop; 0: never.
     """
 
-    def __init__(self, run: Path, end_margin_seconds: float) -> None:
-        self._file = run / STOP_FILE
+    def __init__(self, run: RunDirectory, end_margin_seconds: float) -> None:
+        self._files = {_STOP: run.stop_file, _REQUEUE: run.requeue_file}
         self._margin = end_margin_seconds
         self._end = _allocation_end(end_margin_seconds)
         self._heard = 0
@@ -53,7 +53,8 @@ class StopRequests:
 
     def __enter__(self) -> Self:
         if os.environ.get("RANK", "0") == "0":
-            self._file.unlink(missing_ok=True)
+            for file in self._files.values():
+                file.unlink(missing_ok=True)
             left = self._end - time.time()
             if left < self._margin:
                 logger.warning(
@@ -84,14 +85,14 @@ class StopRequests:
         self._heard = _OF_SIGNALS[SIGNALS.index(signal.Signals(number))]
 
     def _look(self) -> int:
-        """File and clock, on rank 0: a file system is not asked by every rank at every step."""
+        """Files and clock, on rank 0: a file system is not asked by every rank at every step."""
         now = time.time()
         if dist.get_rank() != 0 or now < self._next_look:
             return 0
         self._next_look = now + _SECONDS_BETWEEN_LOOKS
         if now >= self._end:
             return _END
-        return _FILE if self._file.exists() else 0
+        return next((reason for reason, file in self._files.items() if file.exists()), 0)
 
 
 def _allocation_end(margin_seconds: float) -> float:

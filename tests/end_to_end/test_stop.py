@@ -58,7 +58,7 @@ def terminate_the_launcher(run: Path, launcher: Launcher) -> None:
 
 
 def write_the_file(run: Path, launcher: Launcher) -> None:
-    (run / "stop").touch()
+    (run / "requeue").touch()
 
 
 def wait_for_the_end(run: Path, launcher: Launcher) -> None:
@@ -68,7 +68,7 @@ def wait_for_the_end(run: Path, launcher: Launcher) -> None:
 WAYS: list[tuple[str, Callable[[Path, Launcher], None]]] = [
     ("SIGTERM or SIGUSR1", signal_a_rank),
     ("SIGTERM", terminate_the_launcher),
-    ("the file stop is in the run directory", write_the_file),
+    ("the file requeue is in the run directory", write_the_file),
     ("the allocation ends", wait_for_the_end),
 ]
 
@@ -107,7 +107,7 @@ def test_a_stopped_run_goes_on_bitwise(straight: Path, tiny_data: Path, tmp_path
     assert launch(run, tiny_data, OVERRIDES).wait(JOB_SECONDS) == 0, read_log(run)[-3000:]
     status = RunDirectory(run).read_status()
     assert (status["state"], status["restarts"]) == ("finished", len(WAYS))
-    assert not (run / "stop").exists()
+    assert not (run / "requeue").exists()
     assert read_records(run) == read_records(straight)
     name = f"step_{NUM_STEPS:08d}"
     expected_tensors = read_checkpoint(straight / "checkpoints" / name)
@@ -137,7 +137,7 @@ def test_a_signal_is_told_by_its_name_and_means_nothing_afterwards() -> None:
     for number in SIGNALS:
         previous = signal.getsignal(number)
         try:
-            with StopRequests(Path("/nonexistent"), 0.0) as stop:
+            with StopRequests(RunDirectory(Path("/nonexistent")), 0.0) as stop:
                 os.kill(os.getpid(), number)
                 assert REASONS[stop._heard] == signal.Signals(number).name
             os.kill(os.getpid(), number)

@@ -53,7 +53,7 @@ def run_loop(
     error, gathered = None, []
     with ExitStack() as stack:
         stack.enter_context(as_launched(dist.get_rank(), dist.get_world_size()))
-        stop = stack.enter_context(StopRequests(run, 0.0))
+        stop = stack.enter_context(StopRequests(directory, 0.0))
         trainer = train.build_trainer(resolved, train_data, validation, directory, stop, stack)
         if hook is not None:
             hook(trainer, gathered, *arguments)
