@@ -35,6 +35,9 @@ from typing import Any, Self
 MAX_RANKS = 4
 CALL_SECONDS = 120.0  # generous for four ranks on two slow cores
 GRACE_SECONDS = 5.0  # for the other ranks once one has failed, and for a worker to leave
+JOIN_SECONDS = 40.0  # imports included; gloo now and then loses a connection and waits for ever
+JOIN_TRIES = 3
+JOINED = b"joined"
 
 
 class RankError(AssertionError):
@@ -101,25 +104,9 @@ class World:
         """
         if not 1 <= num_ranks <= MAX_RANKS:
             raise ValueError(f"num_ranks is {num_ranks}, must be 1 .. {MAX_RANKS}")
-        self._num_calls += 1
-        calls = [
-            pickle.dumps(
-                Call(
-                    function=function,
-                    args=args,
-                    rank=rank,
-                    num_ranks=num_ranks,
-                    store=os.path.join(self._folder.name, f"store_{self._num_calls}"),
-                    timeout_seconds=timeout_seconds,
-                )
-            )
-            for rank in range(num_ranks)
-        ]
-        self._start(num_ranks)
         try:
-            for call, (_, link) in zip(calls, self._workers, strict=False):
-                link.send_bytes(call)
-            outcomes = self._collect(num_ranks, timeout_seconds)
+            early = self._send(function, num_ranks, args, timeout_seconds)
+            outcomes = self._collect(num_ranks, timeout_seconds, early)
         except BaseException:  # an interrupt, or the test's own time limit
             self.kill()
             raise
@@ -176,22 +163,75 @@ class World:
             there.close()
             self._workers.append((process, here))
 
-    def _collect(self, num_ranks: int, timeout_seconds: float) -> dict[int, Outcome]:
+    def _send(
+        self,
+        function: Callable[..., Any],
+        num_ranks: int,
+        args: tuple[Any, ...],
+        timeout_seconds: float,
+    ) -> dict[int, bytes]:
+        """Have the ranks begin a call, in a process group that all have joined.
+
+        Returns:
+            What ranks answered that could not join, by rank.
+        """
+        for _ in range(JOIN_TRIES):
+            self._num_calls += 1
+            self._start(num_ranks)
+            for rank, (_, link) in enumerate(self._workers[:num_ranks]):
+                call = Call(
+                    function=function,
+                    args=args,
+                    rank=rank,
+                    num_ranks=num_ranks,
+                    store=os.path.join(self._folder.name, f"store_{self._num_calls}"),
+                    timeout_seconds=timeout_seconds,
+                )
+                link.send_bytes(pickle.dumps(call))
+            early, deadline = {}, time.monotonic() + JOIN_SECONDS
+            for rank, (_, link) in enumerate(self._workers[:num_ranks]):
+                if not link.poll(max(0.0, deadline - time.monotonic())):
+                    break
+                message = receive(link)
+                if message != JOINED:
+                    early[rank] = message
+            else:
+                return early
+            if early:
+                return early
+            self.kill()
+        raise WorldTimeoutError(f"{num_ranks} ranks could not meet in {JOIN_TRIES} tries")
+
+    def _collect(
+        self, num_ranks: int, timeout_seconds: float, early: dict[int, bytes]
+    ) -> dict[int, Outcome]:
         """Outcomes by rank in order of arrival; ranks that did not answer in time are missing."""
-        waiting = {link: rank for rank, (_, link) in enumerate(self._workers[:num_ranks])}
-        outcomes: dict[int, Outcome] = {}
-        deadline = time.monotonic() + timeout_seconds
+        outcomes = {rank: pickle.loads(message) for rank, message in early.items()}
+        waiting = {
+            link: rank
+            for rank, (_, link) in enumerate(self._workers[:num_ranks])
+            if rank not in early
+        }
+        deadline = time.monotonic() + (GRACE_SECONDS if early else timeout_seconds)
         while waiting and (left := deadline - time.monotonic()) > 0:
             for link in wait(list(waiting), timeout=left):
                 assert isinstance(link, Connection)
+                message = receive(link)
+                if message == JOINED:  # of a rank whose neighbour could not
+                    continue
                 rank = waiting.pop(link)
-                try:
-                    outcomes[rank] = pickle.loads(link.recv_bytes())
-                except EOFError:
-                    outcomes[rank] = Outcome(failure="its process died", failed_at=-math.inf)
+                outcomes[rank] = pickle.loads(message)
                 if outcomes[rank].failure is not None:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         return outcomes
+
+
+def receive(link: Connection) -> bytes:
+    """What a worker says; its death is an outcome as well."""
+    try:
+        return link.recv_bytes()
+    except EOFError:
+        return pickle.dumps(Outcome(failure="its process died", failed_at=-math.inf))
 
 
 def serve(link: Connection) -> None:
@@ -199,15 +239,15 @@ def serve(link: Connection) -> None:
     while True:
         try:
             call = link.recv_bytes()
-            link.send_bytes(answer(call))
+            link.send_bytes(answer(call, link))
         except (EOFError, OSError):
             return
 
 
-def answer(call: bytes) -> bytes:
+def answer(call: bytes, link: Connection) -> bytes:
     """Run a pickled call and pickle its outcome, whichever of these fails."""
     try:
-        return pickle.dumps(Outcome(value=execute(pickle.loads(call))))
+        return pickle.dumps(Outcome(value=execute(pickle.loads(call), link)))
     except Exception as error:
         failure, failed_at = traceback.format_exc(), getattr(error, "failed_at", math.inf)
         try:
@@ -218,8 +258,8 @@ def answer(call: bytes) -> bytes:
         return copy
 
 
-def execute(call: Call) -> Any:
-    """Run one call inside its process group."""
+def execute(call: Call, link: Connection) -> Any:
+    """Run one call inside its process group; say on the link that it was joined."""
     import torch
     import torch.distributed as dist
 
@@ -231,6 +271,7 @@ def execute(call: Call) -> Any:
         world_size=call.num_ranks,
         timeout=timedelta(seconds=call.timeout_seconds),
     )
+    link.send_bytes(JOINED)
     try:
         value = call.function(*call.args)
         dist.barrier()  # nobody takes the group away from a rank that still uses it
