@@ -278,17 +278,13 @@ def test_a_small_cache_stays_small(server: FileServer, corpora: Path, tmp_path: 
     cache = ShardCache.at(str(tmp_path / "cache"), bound / 2**30)
     datasets = [TokenDataset.open(f"{server.url}/{name}", cache=cache) for name in "ab"]
     expected = [read_all(TokenDataset.open(corpora / name)) for name in "ab"]
-    stop = threading.Event()
     sizes: list[int] = []
     problems: list[BaseException] = []
 
-    def watch() -> None:
-        while not stop.wait(0.001):
-            with cache.lock(
-                "cache"
-            ):  # nothing is added or removed meanwhile, but renamed it may be
-                found = [status for _, status in cache._list_shards()]
-            sizes.append(sum({status.st_ino: status.st_size for status in found}.values()))
+    def look() -> None:
+        with cache.lock("cache"):  # nothing is added or removed meanwhile, but renamed it may be
+            found = [status for _, status in cache._list_shards()]
+        sizes.append(sum({status.st_ino: status.st_size for status in found}.values()))
 
     def read(seed: int) -> None:
         random = np.random.default_rng(seed)
@@ -298,19 +294,17 @@ def test_a_small_cache_stays_small(server: FileServer, corpora: Path, tmp_path: 
                 indices = random.integers(0, len(expected[number]), 3)
                 rows = datasets[number].rows(indices, LENGTH)
                 assert np.array_equal(rows, expected[number][indices])
+                look()  # while the others read
         except BaseException as error:
             problems.append(error)
 
-    watcher = threading.Thread(target=watch)
     readers = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
-    for thread in (watcher, *readers):
+    for thread in readers:
         thread.start()
     for thread in readers:
         thread.join()
-    stop.set()
-    watcher.join()
     assert problems == []
-    assert len(sizes) > 3
+    assert len(sizes) == 24
     assert shard_bytes < max(sizes) <= bound
 
 
