@@ -406,7 +406,7 @@ def test_a_killed_download_holds_nobody_up(
     assert victim.stdout.readline() == survivor.stdout.readline() == "open\n"
     deadline = time.monotonic() + 60
     # Whoever came first hangs in one shard; the other waits for it, or is about to.
-    while [path.suffix for path in sorted(list_files(cache.shards))].count("") < 6:
+    while sorted(path.suffix for path in list_files(cache.shards)) != [*[""] * 6, ".tmp"]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     (temporary,) = cache.shards.glob("*.tmp")
