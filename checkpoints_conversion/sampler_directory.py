@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_eso.data.tokenizer import Tokenizer, has_tokenizer
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
 from megatron_eso.errors import CheckpointError
 from megatron_eso.files import sync_path, sync_tree
 from megatron_eso.sampler import network_eso_lm

@@ -17,9 +17,11 @@ from checkpoints_conversion.official import (
     infer_config,
     read_official,
 )
-from checkpoints_conversion.run_directory import is_checkpoint, open_checkpoint, read_network
+from checkpoints_conversion.run_network import is_checkpoint, open_checkpoint, read_network
 from checkpoints_conversion.sampler_directory import is_sampler_directory
 from megatron_eso.errors import CheckpointError
+from megatron_eso.randomness.bits import random_bits
+from megatron_eso.randomness.purposes import Purpose
 from megatron_eso.sampler.directory import build_network, read_config, read_weights
 from megatron_eso.sampler.network_eso_lm import NetworkConfig
 
@@ -159,7 +161,7 @@ def _probe(config: NetworkConfig) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Fixed texts, masked texts and orders with 0, 1, half, and all but one clean slots."""
     length = min(config.max_length, MAX_TEST_LENGTH)
     for case, num_clean in enumerate(sorted({0, min(1, length - 1), length // 2, length - 1})):
-        bits = np.random.Philox(key=[0, case]).random_raw(2 * length).reshape(2, length)
+        bits = random_bits(0, Purpose.PROBE, case, 2 * length).reshape(2, length)
         x_T = torch.from_numpy((bits[0] >> np.uint64(11)).astype(np.int64)) % config.vocab_size
         # The mask token stands for unknown text only.
         x_T = torch.where(x_T == config.mask_token_id, (x_T + 1) % config.vocab_size, x_T)

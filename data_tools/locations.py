@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from megatron_eso.data.remote_folder import is_remote
-from megatron_eso.data.shard_cache import ShardCache
-from megatron_eso.data.shard_format import MANIFEST_FILE
-from megatron_eso.data.staging import find_remote_datasets
+from megatron_eso.data.remote.remote_folder import is_remote
+from megatron_eso.data.remote.shard_cache import ShardCache
+from megatron_eso.data.remote.staging import find_remote_datasets
+from megatron_eso.data.shards.shard_format import MANIFEST_FILE
 
 
 def find_datasets(location: str | Path) -> list[str]:

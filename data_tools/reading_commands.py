@@ -3,12 +3,12 @@
 import argparse
 from typing import Any
 
-from data_tools.bench_reader import bench_reader
-from data_tools.blend_report import report_blend
-from data_tools.inspect_shards import inspect_datasets
 from data_tools.locations import add_location, open_cache
-from data_tools.order_report import report_order
-from data_tools.verify_shards import verify_datasets
+from data_tools.reports.bench_reader import bench_reader
+from data_tools.reports.blend_report import report_blend
+from data_tools.reports.inspect_shards import inspect_datasets
+from data_tools.reports.order_report import report_order
+from data_tools.reports.verify_shards import verify_datasets
 
 
 def add_reading_commands(commands: Any) -> None:

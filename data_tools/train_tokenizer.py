@@ -13,15 +13,15 @@ from typing import Literal
 import sentencepiece
 import xxhash
 
-from data_tools.documents import parse_unit
-from data_tools.inputs import InputFile, TextOptions, find_inputs, plan_spans
-from data_tools.problems import Problem
+from data_tools.build.publication import publish_directory
 from data_tools.progress import Progress
-from data_tools.publication import publish_directory
-from data_tools.units import Unit, read_units
-from megatron_eso.data.sentencepiece_model import MODEL_FILE
-from megatron_eso.data.special_tokens import MASK_NAME
-from megatron_eso.data.tokenizer import Tokenizer, split_segments
+from data_tools.text.documents import parse_unit
+from data_tools.text.inputs import InputFile, TextOptions, find_inputs, plan_spans
+from data_tools.text.problems import Problem
+from data_tools.text.units import Unit, read_units
+from megatron_eso.data.tokenizers.sentencepiece_model import MODEL_FILE
+from megatron_eso.data.tokenizers.special_tokens import MASK_NAME
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer, split_segments
 from megatron_eso.errors import ConfigError, DataError
 
 TRAINING_FILE = "tokenizer_training.json"

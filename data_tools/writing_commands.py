@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_tools.build_shards import BuildOptions, Part, build_dataset, merge_parts
-from data_tools.embedded_corpus import write_corpus
-from data_tools.import_tokens import ImportOptions, import_tokens
-from data_tools.inputs import TextOptions, parse_separator
+from data_tools.build.build_shards import BuildOptions, Part, build_dataset, merge_parts
+from data_tools.imports.import_tokens import ImportOptions, import_tokens
+from data_tools.text.embedded_corpus import write_corpus
+from data_tools.text.inputs import TextOptions, parse_separator
 from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
-from megatron_eso.data.shard_format import RECORD_TOKENS, SHARD_RECORDS
+from megatron_eso.data.shards.shard_format import RECORD_TOKENS, SHARD_RECORDS
 from megatron_eso.errors import ConfigError
 
 

@@ -14,15 +14,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from megatron_eso.config import Config
-from megatron_eso.config_checks import check_layout, with_vocabulary
-from megatron_eso.config_io import config_to_toml, load_config, read_config
-from megatron_eso.data.reader import TokenDataset
-from megatron_eso.data.staging import stage_shards
-from megatron_eso.data.training_data import check_tokenizer, open_dataset
-from megatron_eso.diffusion.loss import to_perplexity
+from megatron_eso.config.combinations import check_layout, with_vocabulary
+from megatron_eso.config.loading import config_to_toml, load_config, read_config
+from megatron_eso.config.sections import Config
+from megatron_eso.data.remote.staging import stage_shards
+from megatron_eso.data.samples.training_data import check_tokenizer, open_dataset
+from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import CheckpointError, ConfigError, UserError, run_command
-from megatron_eso.training.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.objectives.loss import to_perplexity
+from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
 from pretrain.train import start_logging
 
 
@@ -115,9 +115,9 @@ def evaluate_checkpoint(
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.data.batches import count_validation_samples
-    from megatron_eso.training.checkpoint_restore import refuse_damage
-    from megatron_eso.training.checkpoint_state import PREFIXES, load_weights, read_state_json
+    from megatron_eso.training.batches import count_validation_samples
+    from megatron_eso.training.checkpointing.restore import refuse_damage
+    from megatron_eso.training.checkpointing.state import PREFIXES, load_weights, read_state_json
     from megatron_eso.training.evaluation import evaluate, evaluate_any_order
     from megatron_eso.training.parallel import model_parallel_groups, process_group
     from megatron_eso.training.train_state import build_train_state

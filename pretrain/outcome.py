@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_eso.config_io import load_config
+from megatron_eso.config.loading import load_config
 from megatron_eso.errors import ConfigError, run_command
 from megatron_eso.files import write_atomically
-from megatron_eso.training.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
 from pretrain.train import CONFIGS
 
 MAX_FRUITLESS_RESTARTS = 3

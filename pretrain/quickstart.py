@@ -17,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_eso.config import Config
-from megatron_eso.config_io import load_config
-from megatron_eso.data.reader import TokenDataset
+from megatron_eso.config.loading import load_config
+from megatron_eso.config.sections import Config
+from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import UserError, run_command
-from megatron_eso.training.run_directory import RunDirectory
+from megatron_eso.runs.run_directory import RunDirectory
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.toml"
 VOCAB_SIZE = 2048

@@ -18,17 +18,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_eso.config import Config, WatchdogConfig
-from megatron_eso.config_checks import check_layout, with_vocabulary
-from megatron_eso.config_io import LoadedConfig, config_to_dict, config_to_toml, load_config
-from megatron_eso.data.reader import TokenDataset
-from megatron_eso.data.remote_folder import is_remote
-from megatron_eso.data.staging import stage_shards
-from megatron_eso.data.training_data import TrainingData, open_run_data
-from megatron_eso.dry_run import format_dry_run
+from megatron_eso.config.combinations import check_layout, with_vocabulary
+from megatron_eso.config.loading import LoadedConfig, config_to_dict, config_to_toml, load_config
+from megatron_eso.config.sections import Config, WatchdogConfig
+from megatron_eso.data.remote.remote_folder import is_remote
+from megatron_eso.data.remote.staging import stage_shards
+from megatron_eso.data.samples.training_data import TrainingData, open_run_data
+from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError, DataError, UserError, run_command
-from megatron_eso.estimates import training_flops_per_token
-from megatron_eso.training.wandb_log import check_wandb
+from megatron_eso.estimates.costs import training_flops_per_token
+from megatron_eso.estimates.dry_run import format_dry_run
+from megatron_eso.training.records.wandb_log import check_wandb
 
 LOG_FORMAT = "%(asctime)s %(message)s"
 CONFIGS = Path(__file__).parent / "configs"
@@ -36,12 +36,12 @@ CONFIGS = Path(__file__).parent / "configs"
 HEARTBEAT_SECONDS = 5.0
 
 if TYPE_CHECKING:
+    from megatron_eso.runs.run_directory import RunDirectory
+    from megatron_eso.training.guards.stop import StopRequests
+    from megatron_eso.training.guards.watchdog import Watchdog
     from megatron_eso.training.loop import Trainer
-    from megatron_eso.training.metrics import MetricsLog
-    from megatron_eso.training.run_directory import RunDirectory
-    from megatron_eso.training.stop import StopRequests
+    from megatron_eso.training.records.metrics import MetricsLog
     from megatron_eso.training.train_state import Counters
-    from megatron_eso.training.watchdog import Watchdog
 
 logger = logging.getLogger("pretrain")
 
@@ -142,7 +142,7 @@ def run_training(
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.stop import StopRequests
+    from megatron_eso.training.guards.stop import StopRequests
 
     run = open_run(config)
     with ExitStack() as stack:
@@ -162,7 +162,7 @@ def run_training(
 
 def open_run(config: Config) -> "RunDirectory":
     """The run directory, which knows what every status says of this job."""
-    from megatron_eso.training.run_directory import RunDirectory
+    from megatron_eso.runs.run_directory import RunDirectory
 
     run = RunDirectory(Path(config.run.directory))
     restarts = run.read_status().get("restarts", -1) + 1
@@ -178,15 +178,15 @@ def build_trainer(
     stack: ExitStack,
 ) -> "Trainer":
     """Everything that the loop works with, to be taken down with `stack`; collective."""
-    from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.training.batch_check import check_data
-    from megatron_eso.training.checkpoint import Checkpoints
-    from megatron_eso.training.checkpoint_restore import restore
-    from megatron_eso.training.dry_batch import try_largest_batch
+    from megatron_eso.training.batches import TrainingBatches
+    from megatron_eso.training.checkpointing.checkpoints import Checkpoints
+    from megatron_eso.training.checkpointing.restore import restore
+    from megatron_eso.training.guards.batch_check import check_data
+    from megatron_eso.training.guards.dry_batch import try_largest_batch
+    from megatron_eso.training.guards.stragglers import WorkTimer
     from megatron_eso.training.loop import Trainer
     from megatron_eso.training.parallel import model_parallel_groups, process_group
     from megatron_eso.training.prefetch import StepPrefetcher
-    from megatron_eso.training.stragglers import WorkTimer
     from megatron_eso.training.train_state import build_train_state
 
     log = log_to_file(run.path / "logs")
@@ -242,7 +242,7 @@ def convert_initial_weights(init_from: str | None, run: "RunDirectory") -> None:
     """
     from checkpoints_conversion.__main__ import main as convert
     from checkpoints_conversion.sampler_directory import is_sampler_directory
-    from megatron_eso.training.run_directory import list_checkpoints
+    from megatron_eso.runs.run_directory import list_checkpoints
 
     shutil.rmtree(run.initial, ignore_errors=True)
     is_new = not list_checkpoints(run.checkpoints)
@@ -284,8 +284,8 @@ def is_first_rank() -> bool:
 
 def open_metrics(config: Config, run: "RunDirectory", counters: "Counters") -> "MetricsLog":
     """The records of the run, on rank 0."""
-    from megatron_eso.training.metrics import MetricsLog
-    from megatron_eso.training.wandb_log import WandbLog
+    from megatron_eso.training.records.metrics import MetricsLog
+    from megatron_eso.training.records.wandb_log import WandbLog
 
     wandb = None
     if config.run.wandb_project is not None:
@@ -308,7 +308,7 @@ def start_watchdog(config: WatchdogConfig, log: Path) -> "Watchdog":
     """This rank's watchdog; the process group is there."""
     from torch.distributed import distributed_c10d
 
-    from megatron_eso.training.watchdog import Watchdog
+    from megatron_eso.training.guards.watchdog import Watchdog
 
     deadlines = {
         "start": config.start_seconds,

@@ -1,0 +1,1 @@
+"""Tokens by sample number: shards, their copies, tokenizers, order. Nothing of noise."""

@@ -18,8 +18,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_eso.diffusion.rows import RowPlan
 from megatron_eso.model.row_attention import attend_loss_rows, attend_rows
+from megatron_eso.objectives.rows import RowPlan
 
 
 def rotary_table(positions_R: Tensor, head_size: int, base: float) -> Tensor:

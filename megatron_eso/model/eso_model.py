@@ -15,10 +15,10 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from megatron_eso.config import Config
-from megatron_eso.diffusion.rows import RowPlan
+from megatron_eso.config.sections import Config
 from megatron_eso.model.attention import rotary_table
 from megatron_eso.model.layer_specs import build_block_submodules
+from megatron_eso.objectives.rows import RowPlan
 
 
 class EsoModel(LanguageModule):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from megatron_eso.diffusion.rows import RowPlan
+from megatron_eso.objectives.rows import RowPlan
 
 TILE_QUERIES = 256
 

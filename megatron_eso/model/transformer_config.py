@@ -6,7 +6,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional
 
-from megatron_eso.config import Config
+from megatron_eso.config.sections import Config
 
 PARAMS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eso.data.tokenizer import Tokenizer, has_tokenizer
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
 from megatron_eso.errors import CheckpointError, ConfigError, DataError, run_command
 from megatron_eso.sampler.model import EsoLM
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_eso.randomness.bits import uniform
+from megatron_eso.randomness.purposes import Purpose
 from megatron_eso.sampler.network_eso_lm import EsoNetworkMixin, NetworkConfig
-from megatron_eso.sampler.ordering import Purpose, uniforms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -184,7 +185,7 @@ def choose_tokens(
         ].to(logits_EV.device)
         return (logits_EV + noise_EV).argmax(dim=-1)
     draws = [
-        uniforms(choice.seed, Purpose.TOKEN, int(sample), int(slot), 1)[0]
+        uniform(choice.seed, Purpose.GENERATION_TOKEN, int(sample), 1, int(slot))[0]
         for sample, slot in zip(sample_E, slot_E, strict=True)
     ]
     cumulative_EV = logits_EV.to(torch.float64).softmax(dim=-1).cumsum(dim=-1)

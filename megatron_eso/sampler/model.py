@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_eso.sampler.directory import load_network, read_config
 from megatron_eso.sampler.generation import Generation, TokenChoice, run_schedule
 from megatron_eso.sampler.network_eso_lm import EsoNetwork, check_permutation, check_tokens
-from megatron_eso.sampler.ordering import RowPlan, draw_order, plan_ancestral, plan_given
+from megatron_eso.sampler.ordering import RevealPlan, draw_order, plan_ancestral, plan_given
 
 Schedule = Sequence[int] | Sequence[Sequence[int]]
 
@@ -223,7 +223,7 @@ def _check_ranges(
 
 def _plan_rows(
     is_known_NT: np.ndarray, schedule: Schedule | None, seed: int, alpha_0: float, steps: int
-) -> list[RowPlan]:
+) -> list[RevealPlan]:
     """A plan for each row, from the given schedule or drawn."""
     num_samples, num_slots = is_known_NT.shape
     known_N = [int(count) for count in is_known_NT.sum(axis=1)]

@@ -11,22 +11,22 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_eso.config import Config
-from megatron_eso.data.batches import (
+from megatron_eso.config.sections import Config
+from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.objectives.loss import (
+    NelboEstimate,
+    estimate_nelbo,
+    mean_by_time,
+    sum_samples,
+)
+from megatron_eso.objectives.noise import validation_times
+from megatron_eso.training.batches import (
     VALIDATION_SEED,
     MicroBatch,
     count_validation_samples,
     plan_any_order,
     plan_validation,
 )
-from megatron_eso.data.reader import TokenDataset
-from megatron_eso.diffusion.loss import (
-    NelboEstimate,
-    estimate_nelbo,
-    mean_by_time,
-    sum_samples,
-)
-from megatron_eso.diffusion.noise import validation_times
 from megatron_eso.training.main_parameters import synchronize_parameters
 from megatron_eso.training.step import reduce_over_world, run_schedule
 from megatron_eso.training.train_state import TrainState

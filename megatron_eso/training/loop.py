@@ -9,30 +9,30 @@ from dataclasses import dataclass, field
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_eso.config import Config
-from megatron_eso.data.batches import StepPlan
-from megatron_eso.data.reader import TokenDataset
+from megatron_eso.config.sections import Config
+from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import CheckpointError, TrainingError
-from megatron_eso.training.batch_check import check_batches
-from megatron_eso.training.checkpoint import Checkpoints
-from megatron_eso.training.checkpoint_state import load_training_state
+from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.training.batches import StepPlan
+from megatron_eso.training.checkpointing.checkpoints import Checkpoints
+from megatron_eso.training.checkpointing.state import load_training_state
 from megatron_eso.training.evaluation import evaluate, validation_metrics
-from megatron_eso.training.metrics import MetricsLog
+from megatron_eso.training.guards.batch_check import check_batches
+from megatron_eso.training.guards.stop import REASONS, StopRequests
+from megatron_eso.training.guards.stragglers import WorkTimer, find_straggler
+from megatron_eso.training.guards.watchdog import Watchdog
 from megatron_eso.training.optimizer import build_scheduler
 from megatron_eso.training.parallel import max_over_world
 from megatron_eso.training.prefetch import StepPrefetcher
-from megatron_eso.training.run_directory import RunDirectory
-from megatron_eso.training.step import StepResult, train_step
-from megatron_eso.training.step_record import (
+from megatron_eso.training.records.metrics import MetricsLog
+from megatron_eso.training.records.step_record import (
     StepTimes,
     describe_oddity,
     describe_step,
     list_values,
 )
-from megatron_eso.training.stop import REASONS, StopRequests
-from megatron_eso.training.stragglers import WorkTimer, find_straggler
+from megatron_eso.training.step import StepResult, train_step
 from megatron_eso.training.train_state import TrainState
-from megatron_eso.training.watchdog import Watchdog
 
 RETRY_SECONDS = 60.0
 """Until a save that has failed is tried again."""

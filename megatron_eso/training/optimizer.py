@@ -12,7 +12,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_eso.config import Config
+from megatron_eso.config.sections import Config
 from megatron_eso.model.transformer_config import PARAMS_DTYPE
 from megatron_eso.training.parallel import max_over_world
 

@@ -17,10 +17,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_eso.config import Config
-from megatron_eso.data.batches import MicroBatch, StepPlan
-from megatron_eso.diffusion.loss import PhaseTokens, normalize_phases, sum_phases
-from megatron_eso.diffusion.random import Purpose, random_bits
+from megatron_eso.config.sections import Config
+from megatron_eso.objectives.loss import PhaseTokens, normalize_phases, sum_phases
+from megatron_eso.randomness.bits import random_bits
+from megatron_eso.randomness.purposes import Purpose
+from megatron_eso.training.batches import MicroBatch, StepPlan
 from megatron_eso.training.optimizer import update_parameters
 from megatron_eso.training.parallel import seed_dropout
 from megatron_eso.training.train_state import TrainState

@@ -19,14 +19,14 @@ from megatron.core.pipeline_parallel.utils import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
-from megatron_eso.config import Config
+from megatron_eso.config.sections import Config
 from megatron_eso.model.eso_model import EsoModel
 from megatron_eso.model.initialization import initialize_parameters
 from megatron_eso.model.transformer_config import build_transformer_config
 from megatron_eso.training.ema import ExponentialMovingAverage
-from megatron_eso.training.loss_statistics import MovingStatistics
 from megatron_eso.training.main_parameters import MainParameter, list_main_parameters
 from megatron_eso.training.optimizer import build_optimizer, build_scheduler
+from megatron_eso.training.records.moving_statistics import MovingStatistics
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,9 +24,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_tools.embedded_corpus import collect_documents
+from data_tools.text.embedded_corpus import collect_documents
 from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
-from megatron_eso.data.tokenizer import Tokenizer
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 
 NUM_WORKERS = 2
 NUM_ROUNDS = 3

@@ -78,7 +78,7 @@ def resume(run: Path, data: Path, overrides: Overrides) -> float:
     install_cpu_backend()
     import torch.distributed as dist
 
-    from megatron_eso.training.checkpoint_restore import restore
+    from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.parallel import model_parallel_groups
     from tests.support.training import tiny_config
 

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import webdataset
 
-from megatron_eso.data.reader import TokenDataset
-from megatron_eso.data.shard_writer import DatasetWriter
-from megatron_eso.data.tokenizer import Tokenizer
+from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.shards.shard_writer import DatasetWriter
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.training.prefetch import StepPrefetcher
 
 NUM_TOKENS = 32 * 2**20

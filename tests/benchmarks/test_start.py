@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from megatron_eso.data.manifest import HashedFile, Manifest, Source
-from megatron_eso.data.shard_format import (
+from megatron_eso.data.shards.manifest import HashedFile, Manifest, Source
+from megatron_eso.data.shards.shard_format import (
     BLOCK_BYTES,
     BLOCKS_FILE,
     DOCUMENTS_FILE,
@@ -24,7 +24,7 @@ from megatron_eso.data.shard_format import (
     ShardLayout,
     shard_name,
 )
-from megatron_eso.data.tokenizer import Tokenizer
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 
 MEAN_DOCUMENT_TOKENS = 1000
 SOURCE_TOKENS = 250_000_000
@@ -33,8 +33,8 @@ OPEN_AND_READ = """
 import json, sys, time
 from pathlib import Path
 import numpy as np
-from megatron_eso.config_io import load_config
-from megatron_eso.data.training_data import TrainingData
+from megatron_eso.config.loading import load_config
+from megatron_eso.data.samples.training_data import TrainingData
 def peak():
     # Not ru_maxrss: that starts with the peak of the process that this one was forked from.
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)

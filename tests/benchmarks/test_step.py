@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eso.estimates import training_flops_per_token
+from megatron_eso.estimates.costs import training_flops_per_token
 from tests.support.training import Overrides, tiny_config
 from tests.support.world import World
 
@@ -26,8 +26,8 @@ def time_steps(run: Path, data: Path, overrides: Overrides) -> float:
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.data.training_data import TrainingData
+    from megatron_eso.data.samples.training_data import TrainingData
+    from megatron_eso.training.batches import TrainingBatches
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import train_step
     from megatron_eso.training.train_state import build_train_state

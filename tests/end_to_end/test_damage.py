@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eso.file_index import INDEX_FILE
-from megatron_eso.training.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.runs.file_index import INDEX_FILE
+from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
 from tests.parallel.test_checkpoints import restore_each
 from tests.support.training import DISTRIBUTED, Overrides, tiny_arguments, train_tiny
 from tests.support.world import World

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_eso.file_index import find_damage, read_index
-from megatron_eso.training.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.runs.file_index import find_damage, read_index
+from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
 from tests.support.training import Overrides, tiny_arguments
 
 DISK_BYTES = 24 * 2**20

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_eso.training.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
 from tests.support.processes import kill_tree
 from tests.support.training import (
     OVERLAPPED,

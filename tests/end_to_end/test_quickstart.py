@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_eso.training.run_directory import RunDirectory
+from megatron_eso.runs.run_directory import RunDirectory
 from tests.support.training import tiny_arguments
 
 START_TOLERANCE = 0.05  # of the NELBO before training beside that of the uniform distribution

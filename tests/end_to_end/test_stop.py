@@ -12,8 +12,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_eso.training.run_directory import RunDirectory, list_checkpoints
-from megatron_eso.training.stop import REASONS, SIGNALS, StopRequests
+from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.training.guards.stop import REASONS, SIGNALS, StopRequests
 from tests.support.torchrun import (
     JOB_SECONDS,
     find_rank,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eso.training.run_directory import RunDirectory
+from megatron_eso.runs.run_directory import RunDirectory
 from tests.support.torchrun import JOB_SECONDS, find_rank, launch, read_log, until_step
 from tests.support.training import Overrides
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from checkpoints_conversion.__main__ import main as convert
 from megatron_eso.errors import CheckpointError, TrainingError
-from megatron_eso.training.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
 from pretrain.train import convert_initial_weights
 from tests.parallel.test_conversion import LLAMA
 from tests.parallel.test_resume import resave
@@ -59,9 +59,9 @@ class Saved:
 
 def build(run: Path, data: Path, overrides: Overrides, groups):  # type: ignore[no-untyped-def]
     """The parts that a training command builds: configuration, batches, state, checkpoints."""
-    from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.data.training_data import TrainingData
-    from megatron_eso.training.checkpoint import Checkpoints
+    from megatron_eso.data.samples.training_data import TrainingData
+    from megatron_eso.training.batches import TrainingBatches
+    from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.train_state import build_train_state
     from tests.support.training import tiny_config
 
@@ -125,7 +125,7 @@ def save_beside_a_step(run: Path, data: Path, overrides: Overrides) -> None:
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.checkpoint import Checkpoints
+    from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import train_step
     from tests.support.training import tiny_config
@@ -289,7 +289,7 @@ def restore_each(runs: list[Path], data: Path, overrides: Overrides) -> list[Res
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.checkpoint_restore import restore
+    from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.parallel import model_parallel_groups
     from tests.support.training import tiny_config
 

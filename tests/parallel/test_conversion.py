@@ -66,14 +66,14 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
     install_cpu_backend()
     from megatron.core.utils import unwrap_model
 
-    from megatron_eso.data.batches import MicroBatch, TrainingBatches, row_multiple
-    from megatron_eso.data.reader import TokenDataset
-    from megatron_eso.data.training_data import TrainingData
-    from megatron_eso.diffusion.noise import draw_noise
-    from megatron_eso.diffusion.rows import plan_rows
-    from megatron_eso.diffusion.schedule import LogLinearSchedule
-    from megatron_eso.training.checkpoint import Checkpoints
-    from megatron_eso.training.checkpoint_restore import restore
+    from megatron_eso.data.samples.training_data import TrainingData
+    from megatron_eso.data.shards.reader import TokenDataset
+    from megatron_eso.objectives.noise import draw_noise
+    from megatron_eso.objectives.rows import plan_rows
+    from megatron_eso.objectives.schedule import LogLinearSchedule
+    from megatron_eso.training.batches import MicroBatch, TrainingBatches, row_multiple
+    from megatron_eso.training.checkpointing.checkpoints import Checkpoints
+    from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.evaluation import for_evaluation
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import run_schedule

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eso.data.training_data import TrainingData
+from megatron_eso.data.samples.training_data import TrainingData
 from tests.support.training import LAYOUTS, OVERLAPPED, Overrides, tiny_config
 from tests.support.world import World
 
@@ -42,8 +42,8 @@ PLANS: dict[str, Overrides] = {
 
 @pytest.mark.parametrize("case", PLANS)
 def test_no_micro_batch_is_larger(case: str, tiny_data: Path, tmp_path: Path) -> None:
-    from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.training.dry_batch import plan_largest
+    from megatron_eso.training.batches import TrainingBatches
+    from megatron_eso.training.guards.dry_batch import plan_largest
 
     config = tiny_config(tmp_path, tiny_data, PLANS[case])
     batches = TrainingBatches(config, TrainingData.open(config), 1)
@@ -69,8 +69,8 @@ def run_dry(run: Path, data: Path, overrides: Overrides, tries: bool) -> tuple[A
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.training.dry_batch import run_largest_batch
+    from megatron_eso.training.batches import TrainingBatches
+    from megatron_eso.training.guards.dry_batch import run_largest_batch
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import train_step
     from megatron_eso.training.train_state import build_train_state
@@ -126,7 +126,7 @@ def raise_shortage(run: Path, data: Path, overrides: Overrides) -> str:
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.dry_batch import explain_shortage
+    from megatron_eso.training.guards.dry_batch import explain_shortage
     from megatron_eso.training.parallel import model_parallel_groups
 
     config = tiny_config(run, data, overrides)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eso.data.batches import VALIDATION_SEED
-from megatron_eso.data.reader import TokenDataset
-from megatron_eso.data.training_data import TrainingData
-from megatron_eso.diffusion.noise import draw_noise, validation_times
+from megatron_eso.data.samples.training_data import TrainingData
+from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.objectives.noise import draw_noise, validation_times
 from megatron_eso.sampler import EsoLM
+from megatron_eso.training.batches import VALIDATION_SEED
 from tests.support.dense_oracle import OracleConfig, dense_losses
 from tests.support.training import (
     LAYOUTS,
@@ -38,9 +38,9 @@ def evaluate_tiny(run: Path, data: Path, overrides: Overrides) -> tuple[Any, Any
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.training.checkpoint import Checkpoints
-    from megatron_eso.training.checkpoint_restore import restore
+    from megatron_eso.training.batches import TrainingBatches
+    from megatron_eso.training.checkpointing.checkpoints import Checkpoints
+    from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.evaluation import evaluate
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import train_step

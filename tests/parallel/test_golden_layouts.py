@@ -25,14 +25,14 @@ def compute_losses(run: Path, overrides: Overrides, golden: dict[str, Tensor]) -
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.config import ParallelConfig
-    from megatron_eso.config_io import read_config
-    from megatron_eso.data.batches import MicroBatch, row_multiple
-    from megatron_eso.diffusion.noise import Noise
-    from megatron_eso.diffusion.rows import plan_rows
-    from megatron_eso.diffusion.schedule import LogLinearSchedule
-    from megatron_eso.training.checkpoint import Checkpoints
-    from megatron_eso.training.checkpoint_restore import restore
+    from megatron_eso.config.loading import read_config
+    from megatron_eso.config.sections import ParallelConfig
+    from megatron_eso.objectives.noise import Noise
+    from megatron_eso.objectives.rows import plan_rows
+    from megatron_eso.objectives.schedule import LogLinearSchedule
+    from megatron_eso.training.batches import MicroBatch, row_multiple
+    from megatron_eso.training.checkpointing.checkpoints import Checkpoints
+    from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import run_schedule
     from megatron_eso.training.train_state import build_train_state

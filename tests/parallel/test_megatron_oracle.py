@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_conversion.parameter_map import map_to_megatron, map_to_sampler
-from checkpoints_conversion.run_directory import describe_network
+from checkpoints_conversion.run_network import describe_network
 from tests.support.dense_oracle import (
     OracleConfig,
     dense_losses,
@@ -54,9 +54,9 @@ def compute_gradients(
 
     from megatron.core.utils import unwrap_model
 
-    from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.data.training_data import TrainingData
+    from megatron_eso.data.samples.training_data import TrainingData
     from megatron_eso.model.sharding import shard_parameters
+    from megatron_eso.training.batches import TrainingBatches
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import (
         forward_step,
@@ -147,10 +147,10 @@ def oracle_loss(config, oracle, parameters):  # type: ignore[no-untyped-def]
     """The oracle's loss of the first step's samples, each at its own length."""
     import numpy as np
 
-    from megatron_eso.data.order import SampleOrder
-    from megatron_eso.data.reader import TokenDataset
-    from megatron_eso.diffusion.dealing import Dealing
-    from megatron_eso.diffusion.noise import diffusion_times, draw_lengths, draw_noise
+    from megatron_eso.data.samples.order import SampleOrder
+    from megatron_eso.data.shards.reader import TokenDataset
+    from megatron_eso.objectives.dealing import Dealing
+    from megatron_eso.objectives.noise import diffusion_times, draw_lengths, draw_noise
 
     dataset, train, seed = TokenDataset.open(config.data.train), config.train, config.run.seed
     sizes = (train.global_batch_size, train.micro_batch_size, 1)

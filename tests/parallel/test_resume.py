@@ -99,10 +99,10 @@ def resave(run: Path, data: Path, overrides: Overrides, to: Path) -> None:
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.data.training_data import TrainingData
-    from megatron_eso.training.checkpoint import Checkpoints
-    from megatron_eso.training.checkpoint_restore import restore
+    from megatron_eso.data.samples.training_data import TrainingData
+    from megatron_eso.training.batches import TrainingBatches
+    from megatron_eso.training.checkpointing.checkpoints import Checkpoints
+    from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.train_state import build_train_state
     from tests.support.training import tiny_config

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eso.data.manifest import read_manifest
+from megatron_eso.data.shards.manifest import read_manifest
 from megatron_eso.errors import ConfigError
 from tests.support.training import TP2, Overrides, train_tiny
 from tests.support.world import RankError, World

@@ -13,8 +13,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_eso.training.loss_statistics import WARMUP_STEPS
-from megatron_eso.training.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.training.records.moving_statistics import WARMUP_STEPS
 from tests.support.loop import Ran, run_loop
 from tests.support.torchrun import read_records
 from tests.support.training import LAYOUTS, OVERLAPPED, Overrides
@@ -231,10 +231,10 @@ def go_on_elsewhere(run: Path, data: Path, overrides: Overrides, consumed: int) 
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.data.training_data import TrainingData
-    from megatron_eso.training.checkpoint import Checkpoints
-    from megatron_eso.training.checkpoint_restore import restore
+    from megatron_eso.data.samples.training_data import TrainingData
+    from megatron_eso.training.batches import TrainingBatches
+    from megatron_eso.training.checkpointing.checkpoints import Checkpoints
+    from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import train_step
     from megatron_eso.training.train_state import build_train_state

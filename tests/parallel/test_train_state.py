@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_eso.estimates import count_parameters
+from megatron_eso.estimates.costs import count_parameters
 from tests.parallel.test_conversion import GATED, LLAMA
 from tests.support.training import (
     LAYOUTS,
@@ -49,8 +49,8 @@ def train_through_damage(run: Path, data: Path, overrides: Overrides, rank: int)
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.data.training_data import TrainingData
+    from megatron_eso.data.samples.training_data import TrainingData
+    from megatron_eso.training.batches import TrainingBatches
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import StepResult, train_step
     from megatron_eso.training.train_state import build_train_state

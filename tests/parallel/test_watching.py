@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_eso.data.training_data import TrainingData
+from megatron_eso.data.samples.training_data import TrainingData
 from tests.support.loop import Ran, run_loop
 from tests.support.training import Overrides, tiny_config
 from tests.support.world import World

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_eso.training.run_directory import RunDirectory
+from megatron_eso.runs.run_directory import RunDirectory
 from tests.end_to_end.test_kill import read_metrics
 from tests.support.slurm_cluster import JOB_SECONDS, SlurmCluster
 from tests.support.training import Overrides, tiny_arguments

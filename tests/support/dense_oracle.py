@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_eso.diffusion.dealing import Dealing
-from megatron_eso.diffusion.loss import PhaseTokens, normalize_phases, sum_phases
-from megatron_eso.diffusion.noise import Noise
-from megatron_eso.diffusion.rows import RowPlan
 from megatron_eso.model.row_attention import attend_loss_rows, attend_rows
+from megatron_eso.objectives.dealing import Dealing
+from megatron_eso.objectives.loss import PhaseTokens, normalize_phases, sum_phases
+from megatron_eso.objectives.noise import Noise
+from megatron_eso.objectives.rows import RowPlan
 
 Parameters = dict[str, Tensor]
 

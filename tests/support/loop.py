@@ -42,9 +42,9 @@ def run_loop(
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.config_io import load_config
+    from megatron_eso.config.loading import load_config
     from megatron_eso.errors import UserError
-    from megatron_eso.training.stop import StopRequests
+    from megatron_eso.training.guards.stop import StopRequests
     from pretrain import train
 
     config = load_config(tiny_arguments(run, data, overrides))

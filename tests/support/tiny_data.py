@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from data_tools.build_shards import BuildOptions, build_dataset
+from data_tools.build.build_shards import BuildOptions, build_dataset
 from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
 
 NUM_WORDS = 200

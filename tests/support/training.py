@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_eso.config import Config
-from megatron_eso.config_checks import with_vocabulary
-from megatron_eso.config_io import load_config
-from megatron_eso.data.reader import TokenDataset
-from megatron_eso.data.training_data import TrainingData
+from megatron_eso.config.combinations import with_vocabulary
+from megatron_eso.config.loading import load_config
+from megatron_eso.config.sections import Config
+from megatron_eso.data.samples.training_data import TrainingData
+from megatron_eso.data.shards.reader import TokenDataset
 
 PARALLEL = "parallel."
 TP2 = {"parallel.tensor_model_parallel_size": 2}
@@ -95,9 +95,9 @@ def train_tiny(run: Path, data: Path, overrides: Overrides, num_steps: int) -> T
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.data.batches import TrainingBatches
-    from megatron_eso.training.checkpoint import Checkpoints
-    from megatron_eso.training.checkpoint_restore import restore
+    from megatron_eso.training.batches import TrainingBatches
+    from megatron_eso.training.checkpointing.checkpoints import Checkpoints
+    from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.prefetch import StepPrefetcher
     from megatron_eso.training.step import train_step

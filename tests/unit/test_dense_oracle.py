@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from checkpoints_conversion.official import fold_official, read_official
-from megatron_eso.diffusion.dealing import Dealing
-from megatron_eso.diffusion.loss import count_phase_tokens
-from megatron_eso.diffusion.noise import Noise, diffusion_times, draw_noise
-from megatron_eso.diffusion.rows import RowPlan, plan_rows
-from megatron_eso.diffusion.schedule import LogLinearSchedule
+from megatron_eso.objectives.dealing import Dealing
+from megatron_eso.objectives.loss import count_phase_tokens
+from megatron_eso.objectives.noise import Noise, diffusion_times, draw_noise
+from megatron_eso.objectives.rows import RowPlan, plan_rows
+from megatron_eso.objectives.schedule import LogLinearSchedule
 from tests.support.dense_oracle import (
     OracleConfig,
     Parameters,

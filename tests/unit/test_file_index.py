@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eso.errors import CheckpointError
-from megatron_eso.file_index import (
+from megatron_eso.runs.file_index import (
     INDEX_FILE,
     describe_file,
     find_damage,

@@ -1,6 +1,7 @@
 """Imports point one way: which part of the repository may import which.
 
-`config, diffusion <- data <- model <- training <- pretrain`; `sampler` stands alone on torch.
+`config, randomness <- objectives, data, runs <- model <- training <- pretrain`; `sampler` stands
+alone on torch.
 """
 
 import ast
@@ -15,40 +16,52 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("megatron_eso", "pretrain", "data_tools", "checkpoints_conversion")
 OUTSIDE = ("tests", "slurm", "setup")
 
-CONFIG = ("megatron_eso.config", "megatron_eso.config_checks", "megatron_eso.config_io")
-BASE = (
-    "megatron_eso.errors",
-    "megatron_eso.file_index",
-    "megatron_eso.files",
-    "megatron_eso.safe_pickle",
-)
-ESTIMATES = ("megatron_eso.estimates", "megatron_eso.dry_run")
-DIFFUSION = ("megatron_eso.diffusion",)
-DATA = ("megatron_eso.data",)
+ERRORS = ("megatron_eso.errors",)
+BASE = (*ERRORS, "megatron_eso.files")
+CONFIG = ("megatron_eso.config",)
+RANDOMNESS = ("megatron_eso.randomness",)
+OBJECTIVES = ("megatron_eso.objectives",)
+RUNS = ("megatron_eso.runs",)
+ESTIMATES = ("megatron_eso.estimates",)
+SHARDS = ("megatron_eso.data.shards", "megatron_eso.data.remote", "megatron_eso.data.tokenizers")
+SAMPLES = ("megatron_eso.data.samples",)
 MODEL = ("megatron_eso.model",)
 TRAINING = ("megatron_eso.training",)
 SAMPLER = ("megatron_eso.sampler",)
 
-# Part -> what of ours it may import beside itself; the longest name that fits a module counts.
+# Room -> what of ours it may import beside itself; the longest name that fits a module counts.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.errors": (),
-    "megatron_eso.file_index": BASE,
     "megatron_eso.files": (),
-    "megatron_eso.safe_pickle": BASE,
-    "megatron_eso.config": BASE,
-    "megatron_eso.config_checks": BASE + CONFIG,
-    "megatron_eso.config_io": BASE + CONFIG,
-    "megatron_eso.diffusion": BASE + CONFIG,
-    "megatron_eso.estimates": BASE + CONFIG + DIFFUSION,
-    "megatron_eso.dry_run": BASE + CONFIG + DIFFUSION + ESTIMATES,
-    "megatron_eso.data": BASE + CONFIG + DIFFUSION,
-    "megatron_eso.model": BASE + CONFIG + DIFFUSION + DATA,
-    "megatron_eso.training": BASE + CONFIG + ESTIMATES + DIFFUSION + DATA + MODEL,
-    "megatron_eso.sampler": BASE,
-    "megatron_eso.sampler.__main__": BASE + SAMPLER + ("megatron_eso.data.tokenizer",),
-    "data_tools": BASE + CONFIG + DATA,
-    "checkpoints_conversion": BASE + CONFIG + DATA + SAMPLER,
-    "checkpoints_conversion.parameter_map": BASE + SAMPLER,
+    "megatron_eso.config": ERRORS,
+    "megatron_eso.randomness": (),
+    "megatron_eso.objectives": ERRORS + CONFIG + RANDOMNESS,
+    "megatron_eso.runs": BASE + CONFIG,
+    "megatron_eso.estimates": ERRORS + CONFIG + OBJECTIVES,
+    "megatron_eso.data": (),
+    "megatron_eso.data.tokenizers": BASE + SHARDS,
+    "megatron_eso.data.remote": BASE + CONFIG + SHARDS,
+    "megatron_eso.data.shards": BASE + CONFIG + RANDOMNESS + SHARDS,
+    "megatron_eso.data.samples": BASE + CONFIG + RANDOMNESS + SHARDS,
+    "megatron_eso.model": ERRORS + CONFIG + OBJECTIVES,
+    "megatron_eso.training": BASE
+    + (CONFIG + RANDOMNESS + OBJECTIVES + RUNS + ESTIMATES + SHARDS + SAMPLES + MODEL),
+    "megatron_eso.sampler": BASE + RANDOMNESS + ("megatron_eso.objectives.schedule",),
+    "megatron_eso.sampler.__main__": BASE + SAMPLER + ("megatron_eso.data.tokenizers",),
+    "data_tools": BASE + CONFIG + RANDOMNESS + RUNS + SHARDS + SAMPLES,
+    "data_tools.text": BASE + ("megatron_eso.data.tokenizers",),
+    "data_tools.build": BASE + SHARDS + RANDOMNESS + ("data_tools.text", "data_tools.progress"),
+    "data_tools.imports": BASE + SHARDS + ("data_tools.build", "data_tools.progress"),
+    "data_tools.reports": BASE
+    + (
+        CONFIG
+        + RUNS
+        + SHARDS
+        + SAMPLES
+        + ("data_tools.locations", "data_tools.progress", "data_tools.build")
+    ),
+    "checkpoints_conversion": BASE + CONFIG + RANDOMNESS + RUNS + SHARDS + SAMPLER,
+    "checkpoints_conversion.parameter_map": ERRORS + SAMPLER,
     "pretrain": ("megatron_eso", "data_tools", "checkpoints_conversion"),
 }
 USES_MEGATRON = ("megatron_eso.model", "megatron_eso.training", "pretrain")
@@ -119,16 +132,16 @@ def test_imports_point_one_way() -> None:
 @pytest.mark.parametrize(
     ("file", "line", "violation"),
     [
-        ("megatron_eso/data/reader.py", "import megatron.core", "imports megatron.core"),
-        ("megatron_eso/diffusion/rows.py", "from megatron_eso.data import batches", "imports"),
-        ("megatron_eso/diffusion/rows.py", "from ..data import batches", "imports megatron_eso"),
-        ("megatron_eso/config.py", "import megatron_eso.config_io", "imports megatron_eso.config"),
+        ("megatron_eso/data/shards/x.py", "import megatron.core", "imports megatron.core"),
+        ("megatron_eso/objectives/rows.py", "import megatron_eso.data.samples.blend", "imports"),
+        ("megatron_eso/objectives/rows.py", "from ..data import samples", "imports megatron_eso"),
+        ("megatron_eso/errors.py", "import megatron_eso.config", "imports megatron_eso.config"),
         ("megatron_eso/sampler/model.py", "from megatron_eso.model import x", "imports"),
         ("megatron_eso/model/block.py", "from megatron.core import parallel_state", "parallel_st"),
         ("megatron_eso/training/loop.py", "import megatron.training.x", "megatron.training"),
         ("megatron_eso/training/loop.py", "import pretrain.train", "imports pretrain.train"),
         ("pretrain/train.py", "from tests.support import world", "imports tests.support"),
-        ("megatron_eso/data/utils.py", "", "a name that says nothing"),
+        ("megatron_eso/data/shards/utils.py", "", "a name that says nothing"),
         ("megatron_eso/extra.py", "", "has no rule"),
     ],
 )
@@ -144,11 +157,12 @@ def test_a_violation_is_found(tmp_path: Path, file: str, line: str, violation: s
 @pytest.mark.parametrize(
     ("blocked", "modules"),
     [
-        ("megatron torch numpy", "megatron_eso.config_io megatron_eso.errors"),
-        ("megatron torch", "megatron_eso.data.shard_format megatron_eso.dry_run"),
+        ("megatron torch numpy", "megatron_eso.config.loading megatron_eso.errors"),
+        ("megatron torch", "megatron_eso.data.shards.shard_format megatron_eso.estimates.dry_run"),
         (
             "megatron",
-            "megatron_eso.diffusion.rows megatron_eso.data.batches megatron_eso.sampler "
+            "megatron_eso.objectives.rows megatron_eso.data.samples.training_data "
+            "megatron_eso.sampler megatron_eso.runs.torch_dist "
             "checkpoints_conversion.parameter_map",
         ),
     ],

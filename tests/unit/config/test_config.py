@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eso.config import (
+from megatron_eso.config.combinations import (
+    check_config,
+    check_dealing,
+    check_layout,
+    with_vocabulary,
+)
+from megatron_eso.config.loading import config_from_dict, config_to_dict, load_config
+from megatron_eso.config.sections import (
     Config,
     DataConfig,
     ModelConfig,
@@ -15,13 +22,6 @@ from megatron_eso.config import (
     TrainConfig,
     ValidationConfig,
 )
-from megatron_eso.config_checks import (
-    check_config,
-    check_dealing,
-    check_layout,
-    with_vocabulary,
-)
-from megatron_eso.config_io import config_from_dict, config_to_dict, load_config
 from megatron_eso.errors import ConfigError
 
 BASE = """

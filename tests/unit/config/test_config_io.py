@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_eso.config_io import (
+from megatron_eso.config.loading import (
     config_from_dict,
     config_to_dict,
     config_to_toml,

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_eso.config import (
+from megatron_eso.config.sections import (
     Config,
     DataConfig,
     ModelConfig,
@@ -16,8 +16,7 @@ from megatron_eso.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_eso.diffusion.schedule import LogLinearSchedule
-from megatron_eso.estimates import (
+from megatron_eso.estimates.costs import (
     RowCounts,
     count_diffusion_rows,
     count_parameters,
@@ -30,6 +29,7 @@ from megatron_eso.estimates import (
     forward_flops,
     training_flops_per_token,
 )
+from megatron_eso.objectives.schedule import LogLinearSchedule
 
 NUM_TOKENS = 12
 VOCAB_SIZE = 50258

@@ -4,15 +4,15 @@ import ast
 import re
 from pathlib import Path
 
-from megatron_eso.config_io import HINTS, SECTIONS
+from megatron_eso.config.loading import HINTS, SECTIONS
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def read_docstrings() -> dict[str, str]:
-    """The line under each field of megatron_eso/config.py, by `section.key`."""
+    """The line under each field of megatron_eso/config/sections.py, by `section.key`."""
     section_of = {section.__name__: name for name, section in SECTIONS.items()}
-    tree = ast.parse((ROOT / "megatron_eso" / "config.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "megatron_eso" / "config" / "sections.py").read_text(encoding="utf-8"))
     found = {}
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name in section_of:

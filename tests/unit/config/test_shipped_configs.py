@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eso.config_io import load_config
-from megatron_eso.dry_run import format_dry_run
+from megatron_eso.config.loading import load_config
 from megatron_eso.errors import ConfigError
+from megatron_eso.estimates.dry_run import format_dry_run
 
 CONFIGS = Path(__file__).resolve().parents[3] / "pretrain" / "configs"
 TENSOR_PARALLEL_BASE = ["base_1p7b.toml", "base_1p7b_tp.toml"]

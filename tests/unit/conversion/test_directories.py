@@ -19,12 +19,12 @@ from transformers import AutoTokenizer
 
 from checkpoints_conversion import sampler_directory
 from checkpoints_conversion.__main__ import main
-from checkpoints_conversion.distributed_checkpoint import read_index, read_tensors, write_tensors
 from checkpoints_conversion.parameter_map import map_to_megatron
-from checkpoints_conversion.run_directory import open_checkpoint, write_run_directory
+from checkpoints_conversion.run_network import open_checkpoint, write_run_directory
 from checkpoints_conversion.sampler_directory import write_sampler_directory
 from megatron_eso.errors import CheckpointError, ConfigError, DataError
-from megatron_eso.file_index import INDEX_FILE
+from megatron_eso.runs.file_index import INDEX_FILE
+from megatron_eso.runs.torch_dist import read_index, read_tensors, write_tensors
 from megatron_eso.sampler import EsoLM
 from megatron_eso.sampler.directory import read_config, read_weights
 from megatron_eso.sampler.network_eso_lm import NetworkConfig

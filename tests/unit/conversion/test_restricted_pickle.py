@@ -13,9 +13,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from checkpoints_conversion.__main__ import main
-from checkpoints_conversion.distributed_checkpoint import read_index, read_tensors, write_tensors
 from checkpoints_conversion.restricted_pickle import load_torch_file, plain_value
 from megatron_eso.errors import CheckpointError
+from megatron_eso.runs.torch_dist import read_index, read_tensors, write_tensors
 
 TOKENIZER_MODULE = '''
 from pathlib import Path

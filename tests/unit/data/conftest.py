@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from data_tools.embedded_corpus import collect_documents
+from data_tools.text.embedded_corpus import collect_documents
 from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
-from megatron_eso.data.manifest import Source, TokenizerFingerprint
-from megatron_eso.data.shard_writer import DatasetWriter
+from megatron_eso.data.shards.manifest import Source, TokenizerFingerprint
+from megatron_eso.data.shards.shard_writer import DatasetWriter
 
 EOS = 2
 

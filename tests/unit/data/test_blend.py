@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_eso.data.blend import (
+from megatron_eso.data.samples.blend import (
     BLOCK_SAMPLES,
     Blend,
     Corpus,
@@ -19,7 +19,7 @@ from megatron_eso.data.blend import (
     Places,
     resolve_quotas,
 )
-from megatron_eso.data.order import ORDER_VERSION, SampleOrder
+from megatron_eso.data.samples.order import ORDER_VERSION, SampleOrder
 
 BLENDED_ORDER_SHA256 = "38fac21f00c726ba7597b34fad1ed6705ca87de85c9239380f2b4e1dbef509d7"
 SEEDS = st.integers(0, 2**64 - 1)

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron_eso.config import Config
-from megatron_eso.data.batches import (
+from megatron_eso.config.sections import Config
+from megatron_eso.data.samples.framing import Framing
+from megatron_eso.data.samples.training_data import TrainingData
+from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.errors import ConfigError
+from megatron_eso.training.batches import (
     MicroBatch,
     TrainingBatches,
     count_validation_samples,
     plan_any_order,
     plan_validation,
 )
-from megatron_eso.data.framing import Framing
-from megatron_eso.data.reader import TokenDataset
-from megatron_eso.data.training_data import TrainingData
-from megatron_eso.errors import ConfigError
 from tests.support.training import Overrides, tiny_config
 
 T = 24

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from megatron_eso.data.hugging_face_cuts import _PATTERNS
-from megatron_eso.data.tokenizer import Tokenizer
+from megatron_eso.data.tokenizers.hugging_face_cuts import _PATTERNS
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import DataError
 
 ROOT = Path(__file__).parents[3]
@@ -445,7 +445,7 @@ def test_threads_of_the_library_do_not_matter(contents: dict[str, bytes], tmp_pa
     Tokenizer({"tokenizer.json": contents["gpt2"]}).save(tmp_path)
     program = (
         "import hashlib, os, sys\n"
-        "from megatron_eso.data.tokenizer import Tokenizer\n"
+        "from megatron_eso.data.tokenizers.tokenizer import Tokenizer\n"
         "tokenizer = Tokenizer.load(sys.argv[1])\n"
         "ids = tokenizer.encode_batch([b'some words and 12 numbers'] * 5000)\n"
         "threads = len(os.listdir('/proc/self/task'))\n"

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 import webdataset
 
-from megatron_eso.data.reader import TokenDataset
+from megatron_eso.data.shards.reader import TokenDataset
 
 MakeDataset = Callable[..., npt.NDArray[np.int64]]
 Tokens = npt.NDArray[np.int64]

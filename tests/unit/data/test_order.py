@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_eso.data.order import ORDER_VERSION, SampleOrder
+from megatron_eso.data.samples.order import ORDER_VERSION, SampleOrder
 
 LONG_ORDER_SHA256 = "ec6c1780310297ce4b4f99ee3cfe92705f917a31a3ecfe3bcff8c46fda99e915"
 SEEDS = st.integers(0, 2**64 - 1)

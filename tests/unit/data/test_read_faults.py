@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megatron_eso.data.reader import TokenDataset
-from megatron_eso.data.shard_format import BLOCK_BYTES
+from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.shards.shard_format import BLOCK_BYTES
 from megatron_eso.errors import DataError
 
 MakeDataset = Callable[..., npt.NDArray[np.int64]]
@@ -77,7 +77,7 @@ def repairing(shard: Path, sound: bytes, after: int) -> Iterator[list[str]]:
                 copy.replace(shard)
 
     handler = Repair()
-    logger = logging.getLogger("megatron_eso.data.checked_blocks")
+    logger = logging.getLogger("megatron_eso.data.shards.checked_blocks")
     logger.addHandler(handler)
     try:
         yield messages

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_eso.data.manifest import decode_manifest, read_manifest
-from megatron_eso.data.reader import TokenDataset
+from megatron_eso.data.shards.manifest import decode_manifest, read_manifest
+from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import DataError
 
 MakeDataset = Callable[..., npt.NDArray[np.int64]]
@@ -171,6 +171,7 @@ def test_threads_read_the_same_rows(tmp_path: Path, make_dataset: MakeDataset) -
 def test_reading_needs_no_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['megatron'] = None\n"
-        "import megatron_eso.data.order, megatron_eso.data.reader, data_tools.__main__"
+        "import megatron_eso.data.samples.order, megatron_eso.data.shards.reader\n"
+        "import data_tools.__main__"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

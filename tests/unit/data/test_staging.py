@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megatron_eso.config import (
+from megatron_eso.config.sections import (
     Config,
     DataConfig,
     ModelConfig,
@@ -29,11 +29,11 @@ from megatron_eso.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_eso.data import remote_folder
-from megatron_eso.data.reader import TokenDataset
-from megatron_eso.data.shard_cache import ShardCache
-from megatron_eso.data.staging import find_remote_datasets, stage_shards
-from megatron_eso.data.training_data import TrainingData
+from megatron_eso.data.remote import remote_folder
+from megatron_eso.data.remote.shard_cache import ShardCache
+from megatron_eso.data.remote.staging import find_remote_datasets, stage_shards
+from megatron_eso.data.samples.training_data import TrainingData
+from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError, DataError, UserError
 from tests.support.file_server import Fault, FileServer, serve_folder
 
@@ -333,9 +333,9 @@ def test_the_shard_used_longest_ago_makes_room(
 WORKER = """
 import hashlib, sys
 import numpy as np
-from megatron_eso.data.reader import TokenDataset
-from megatron_eso.data.shard_cache import ShardCache
-from megatron_eso.data.staging import stage_shards
+from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.remote.shard_cache import ShardCache
+from megatron_eso.data.remote.staging import stage_shards
 url, cache, length, first = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "first"
 dataset = TokenDataset.open(url, cache=ShardCache.at(cache, 0.1))
 print("open", flush=True)
@@ -454,7 +454,7 @@ def test_remains_of_killed_processes_are_removed(
 def test_removed_shards_do_not_keep_their_room(
     server: FileServer, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_eso.data.shard_files._DROP_SECONDS", 0.0)
+    monkeypatch.setattr("megatron_eso.data.shards.shard_files._DROP_SECONDS", 0.0)
     dataset = TokenDataset.open(f"{server.url}/a", cache=cache)
     last = dataset.num_rows(LENGTH) - 1
     dataset.rows(np.arange(last // 2), LENGTH)

@@ -9,7 +9,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_eso.data.tokenizer import Tokenizer, split_segments
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer, split_segments
 from megatron_eso.errors import DataError
 
 LOSSLESS = [

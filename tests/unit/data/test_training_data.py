@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megatron_eso.config import (
+from megatron_eso.config.sections import (
     Config,
     DataConfig,
     ModelConfig,
@@ -19,9 +19,9 @@ from megatron_eso.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_eso.data.blend import BLOCK_SAMPLES
-from megatron_eso.data.reader import TokenDataset
-from megatron_eso.data.training_data import TrainingData, open_run_data
+from megatron_eso.data.samples.blend import BLOCK_SAMPLES
+from megatron_eso.data.samples.training_data import TrainingData, open_run_data
+from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError, UserError
 
 MakeDataset = Callable[..., npt.NDArray[np.int64]]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.embedded_corpus import write_corpus
+from data_tools.text.embedded_corpus import write_corpus
 from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
 
 

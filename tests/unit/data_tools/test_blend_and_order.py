@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.order_report import CONFIGS
-from megatron_eso.config_io import config_to_dict, load_config
-from megatron_eso.data.tokenizer import Tokenizer
-from megatron_eso.data.training_data import TrainingData
+from data_tools.reports.order_report import CONFIGS
+from megatron_eso.config.loading import config_to_dict, load_config
+from megatron_eso.data.samples.training_data import TrainingData
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import ConfigError, DataError
 
 RECORD_TOKENS = 3000

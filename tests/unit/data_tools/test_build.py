@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.build_shards import BuildOptions, Part, build_dataset, merge_parts
-from data_tools.inputs import TextOptions
-from data_tools.verify_shards import verify_datasets
-from megatron_eso.data.reader import TokenDataset
-from megatron_eso.data.tokenizer import Tokenizer
+from data_tools.build.build_shards import BuildOptions, Part, build_dataset, merge_parts
+from data_tools.reports.verify_shards import verify_datasets
+from data_tools.text.inputs import TextOptions
+from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import ConfigError, DataError
 
 SPLITS = ("train", "validation")

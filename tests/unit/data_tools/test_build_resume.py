@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.build_shards import BuildOptions, Part, build_dataset, merge_parts
-from data_tools.encoded_spans import SpanFiles, read_state
-from data_tools.inputs import TextOptions
-from data_tools.merge_spans import SKIPPED_FILE
-from megatron_eso.data.reader import TokenDataset
+from data_tools.build.build_shards import BuildOptions, Part, build_dataset, merge_parts
+from data_tools.build.encoded_spans import SpanFiles, read_state
+from data_tools.build.merge_spans import SKIPPED_FILE
+from data_tools.text.inputs import TextOptions
+from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError, DataError
 
 NUM_LINES = 60
@@ -182,8 +182,8 @@ def pipe(content: bytes, options: BuildOptions, out: Path) -> str:
     """Build from standard input in another process; what it says on stderr."""
     program = f"""
 from pathlib import Path
-from data_tools.build_shards import BuildOptions, build_dataset
-from megatron_eso.data.reader import TokenDataset
+from data_tools.build.build_shards import BuildOptions, build_dataset
+from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import run_command
 options = BuildOptions(
     inputs=["-"],

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.build_shards import BuildOptions, build_dataset
-from data_tools.deduplication import CountedSpan, mark_duplicates, read_marks
-from data_tools.encoded_spans import SpanFiles
-from data_tools.encoding import DOCUMENT_DTYPE
-from megatron_eso.data.reader import TokenDataset
-from megatron_eso.data.tokenizer import Tokenizer
+from data_tools.build.build_shards import BuildOptions, build_dataset
+from data_tools.build.deduplication import CountedSpan, mark_duplicates, read_marks
+from data_tools.build.encoded_spans import SpanFiles
+from data_tools.build.encoding import DOCUMENT_DTYPE
+from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 
 STANDARD_DEVIATIONS = 5  # for what is left to chance
 

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.inputs import TextOptions, find_inputs, plan_spans
-from data_tools.units import Unit, read_units
-from megatron_eso.data.tokenizer import split_segments
+from data_tools.text.inputs import TextOptions, find_inputs, plan_spans
+from data_tools.text.units import Unit, read_units
+from megatron_eso.data.tokenizers.tokenizer import split_segments
 from megatron_eso.errors import DataError
 from tests.support.input_files import (
     SEPARATOR,
@@ -251,9 +251,9 @@ def test_standard_input_is_jsonl_of_any_compression(
 
 MEASURE = """
 import re, sys
-from data_tools.documents import parse_unit
-from data_tools.inputs import TextOptions, find_inputs, plan_spans
-from data_tools.units import read_units
+from data_tools.text.documents import parse_unit
+from data_tools.text.inputs import TextOptions, find_inputs, plan_spans
+from data_tools.text.units import read_units
 for path in sys.argv[1:]:
     files = find_inputs([path])
     for span in plan_spans(files):

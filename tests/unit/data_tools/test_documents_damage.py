@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from data_tools.inputs import TextOptions
+from data_tools.text.inputs import TextOptions
 from megatron_eso.errors import DataError
 from tests.support.input_files import read_documents, to_jsonl, to_zstd, write_parquet
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.embedded_corpus import collect_documents, write_corpus
+from data_tools.text.embedded_corpus import collect_documents, write_corpus
 from megatron_eso.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ def test_another_process_collects_the_same(corpus: Path) -> None:
     library = Path(asyncio.__file__).parent
     code = (
         "import pathlib, sys\n"
-        "from data_tools.embedded_corpus import collect_documents\n"
+        "from data_tools.text.embedded_corpus import collect_documents\n"
         "print(ascii(list(collect_documents(pathlib.Path(sys.argv[1])))))"
     )
     found = {

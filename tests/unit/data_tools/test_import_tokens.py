@@ -14,10 +14,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from data_tools import token_blocks
 from data_tools.__main__ import main
-from data_tools.verify_shards import verify_datasets
-from megatron_eso.data.reader import TokenDataset
+from data_tools.imports import token_blocks
+from data_tools.reports.verify_shards import verify_datasets
+from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError, DataError, UserError
 
 BOS, EOS, MASK, VOCAB_SIZE = 1, 2, 4, 600
@@ -43,7 +43,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and parts of the index that documents do not align with."""
     for module in ("token_blocks", "packed_tokens"):
         monkeypatch.setattr(f"data_tools.{module}.BLOCK_TOKENS", 64)
-    monkeypatch.setattr("data_tools.megatron_tokens._INDEX_ENTRIES", 7)
+    monkeypatch.setattr("data_tools.imports.megatron_tokens._INDEX_ENTRIES", 7)
     assert token_blocks.BLOCK_TOKENS == 64
 
 

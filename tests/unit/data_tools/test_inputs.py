@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.inputs import InputFile, find_inputs, parse_separator, plan_spans
+from data_tools.text.inputs import InputFile, find_inputs, parse_separator, plan_spans
 from megatron_eso.errors import ConfigError
 
 

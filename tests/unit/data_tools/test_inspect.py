@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools import document_lengths
 from data_tools.__main__ import main
-from data_tools.document_lengths import (
+from data_tools.reports import document_lengths
+from data_tools.reports.document_lengths import (
     DocumentLengths,
     choose_records,
     draw_histogram,
     measure_lengths,
 )
-from megatron_eso.data.reader import TokenDataset
-from megatron_eso.data.tokenizer import Tokenizer
+from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import ConfigError
 
 RECORD_TOKENS = 3000

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools import bench_reader
 from data_tools.__main__ import main
-from data_tools.bench_reader import read_ahead, read_randomly
-from megatron_eso.data.reader import TokenDataset
+from data_tools.reports import bench_reader
+from data_tools.reports.bench_reader import read_ahead, read_randomly
+from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import DataError
 
 Run = Callable[..., str]

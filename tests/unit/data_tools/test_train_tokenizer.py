@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_tools import train_tokenizer as module
-from data_tools.inputs import TextOptions
+from data_tools.text.inputs import TextOptions
 from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
 from megatron_eso.errors import DataError
 from tests.support.input_files import SEPARATOR, to_jsonl, to_zstd, write_parquet

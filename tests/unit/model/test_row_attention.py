@@ -7,9 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_eso.diffusion.noise import Noise
-from megatron_eso.diffusion.rows import RowPlan, plan_rows
-from megatron_eso.diffusion.schedule import LogLinearSchedule
 from megatron_eso.model.row_attention import (
     TILE_QUERIES,
     QuerySpan,
@@ -17,6 +14,9 @@ from megatron_eso.model.row_attention import (
     attend_loss_rows,
     attend_rows,
 )
+from megatron_eso.objectives.noise import Noise
+from megatron_eso.objectives.rows import RowPlan, plan_rows
+from megatron_eso.objectives.schedule import LogLinearSchedule
 
 FLOAT64_TOLERANCE = 1e-10
 # Values and gradients here are below 8 in magnitude, where bfloat16 numbers lie 2**-5 apart.

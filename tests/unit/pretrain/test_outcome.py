@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eso.training.run_directory import RunDirectory
+from megatron_eso.runs.run_directory import RunDirectory
 from pretrain.outcome import MAX_FRUITLESS_RESTARTS, judge, main
 
 JOB = "17"
@@ -88,7 +88,7 @@ def test_a_directory_that_another_holds_is_left_alone(run: RunDirectory) -> None
     run.write_status("running", 4)
     program = (
         "import sys; from pathlib import Path\n"
-        "from megatron_eso.training.run_directory import RunDirectory\n"
+        "from megatron_eso.runs.run_directory import RunDirectory\n"
         "with RunDirectory(Path(sys.argv[1])).locked(): print('held', flush=True); input()"
     )
     holder = subprocess.Popen(

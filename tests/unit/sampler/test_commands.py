@@ -13,7 +13,7 @@ import tokenizers
 import torch
 
 from checkpoints_conversion.sampler_directory import write_sampler_directory
-from megatron_eso.data.tokenizer import Tokenizer
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import CheckpointError, ConfigError, DataError
 from megatron_eso.sampler import EsoLM
 from megatron_eso.sampler.__main__ import main

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eso.data.batches import StepPlan, TrainingBatches
-from megatron_eso.data.reader import TokenDataset
-from megatron_eso.data.training_data import TrainingData
+from megatron_eso.data.samples.training_data import TrainingData
+from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import DataError
+from megatron_eso.training.batches import StepPlan, TrainingBatches
 from megatron_eso.training.prefetch import StepPrefetcher
 from tests.support.training import tiny_config
 

@@ -11,14 +11,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_eso.errors import ConfigError
-from megatron_eso.training.metrics import MetricsLog
-from megatron_eso.training.run_directory import RunDirectory
+from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.training.records.metrics import MetricsLog
 from megatron_eso.training.train_state import Counters
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from megatron_eso.training.run_directory import RunDirectory
+from megatron_eso.runs.run_directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])).locked():
     print("held", flush=True)
     time.sleep(60)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_eso.training.stragglers import pick_straggler
+from megatron_eso.training.guards.stragglers import pick_straggler
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import sys, time
 from pathlib import Path
 from datetime import timedelta
 from torch.distributed import FileStore, TCPStore
-from megatron_eso.training.watchdog import Watchdog
+from megatron_eso.training.guards.watchdog import Watchdog
 
 folder, rank, work = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 def wait_for_the_other():

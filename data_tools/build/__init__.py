@@ -1,0 +1,1 @@
+"""Text to datasets of token shards, resumably and in parallel."""

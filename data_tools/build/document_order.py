@@ -1,0 +1,237 @@
+"""Which documents a split gets, and in which order: as places of tokens in the encoded spans.
+
+A document's place is `span << 40 | number of its first token in the span`. The documents are taken
+in blocks, so that memory does not grow with their number; any block is found without those before.
+
+In input order a block is a stretch of a span's documents, less those that are left out. In random
+order block b is what the keyed permutation of all documents makes of the positions
+[b * BLOCK_DOCUMENTS, ...); it looks their places up in a file of 16 bytes a document.
+
+Shapes: D documents of a block, B blocks.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.build.deduplication import BLOCK_DOCUMENTS, CountedSpan, read_marks
+from data_tools.build.encoded_spans import read_documents
+from megatron_eso.data.shards.manifest import Split
+from megatron_eso.randomness.permutation import permute, round_keys
+from megatron_eso.randomness.purposes import Purpose
+
+SPAN_SHIFT = 40
+
+_PLACE_DTYPE = np.dtype([("place", "<u8"), ("num_tokens", "<u8")])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """Which of all documents go to a split."""
+
+    split: Split
+    validation_share: float
+    marks: Path | None
+    """Marks of the duplicates, which are left out; None: they stay."""
+
+    def choose(self, documents: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+        """Which documents are of this split, by the hash of their text; duplicates included."""
+        threshold = np.uint64(int(self.validation_share * 2**64))
+        if self.split == "validation":
+            return np.asarray(documents["hash_low"] < threshold)
+        return np.asarray(documents["hash_low"] >= threshold)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitCounts:
+    """What a split holds."""
+
+    num_documents: int
+    num_text_bytes: int
+    num_duplicates: int
+    piece_documents: tuple[npt.NDArray[np.int64], ...]
+    """Documents of each piece of each span."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DocumentOrder(ABC):
+    """The documents of a split in their order, by blocks."""
+
+    block_ends_B: npt.NDArray[np.int64]
+    """Tokens up to the end of each block."""
+
+    @abstractmethod
+    def read_block(self, block: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Places and numbers of tokens of a block's documents, int64 [D] each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InputOrder(DocumentOrder):
+    """The order of the input."""
+
+    spans: Sequence[CountedSpan]
+    selection: Selection
+    span_B: npt.NDArray[np.int64]
+    first_document_B: npt.NDArray[np.int64]
+    first_token_B: npt.NDArray[np.int64]
+    """Where in the span's tokens the block begins."""
+
+    def read_block(self, block: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Places and numbers of tokens of a block's documents."""
+        number = int(self.span_B[block])
+        first = int(self.first_document_B[block])
+        span = self.spans[number]
+        documents = read_documents(
+            span.files, first, min(BLOCK_DOCUMENTS, span.num_documents - first)
+        )
+        kept_D = self.selection.choose(documents)
+        if self.selection.marks is not None:
+            marks = read_marks(self.selection.marks, self.spans)[number]
+            kept_D &= marks[first : first + len(documents)] == 0
+        num_tokens = documents["num_tokens"].astype(np.int64)
+        starts = np.cumsum(num_tokens) - num_tokens
+        start = (number << SPAN_SHIFT) + int(self.first_token_B[block])
+        return start + starts[kept_D], num_tokens[kept_D]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandomOrder(DocumentOrder):
+    """A random order, the same for the same key and number of documents."""
+
+    places: Path
+    num_documents: int
+    keys: npt.NDArray[np.uint64]
+
+    def read_block(self, block: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Places and numbers of tokens of a block's documents."""
+        return _read_shuffled(self.places, self.num_documents, self.keys, block)
+
+
+def survey(
+    spans: Sequence[CountedSpan],
+    pieces: Sequence[npt.NDArray[np.int64]],
+    selection: Selection,
+) -> tuple[InputOrder, SplitCounts]:
+    """Go through all documents once and find those of a split.
+
+    Args:
+        spans: all documents.
+        pieces: the documents of each piece of each span, int64.
+        selection: which documents to take.
+    """
+    counter = _Counter()
+    marks = None if selection.marks is None else read_marks(selection.marks, spans)
+    for number, (span, of_pieces) in enumerate(zip(spans, pieces, strict=True)):
+        counter.begin_span(of_pieces)
+        for first, documents in span.iterate_blocks():
+            chosen_D = selection.choose(documents)
+            kept_D = chosen_D
+            if marks is not None:
+                kept_D = chosen_D & (marks[number][first : first + len(documents)] == 0)
+            counter.add(number, first, documents, chosen_D, kept_D)
+    table = np.array(counter.blocks, dtype=np.int64).reshape(-1, 4)
+    order = InputOrder(
+        spans=spans,
+        selection=selection,
+        span_B=table[:, 0],
+        first_document_B=table[:, 1],
+        first_token_B=table[:, 2],
+        block_ends_B=np.cumsum(table[:, 3]),
+    )
+    return order, counter.counts()
+
+
+def shuffle(order: InputOrder, counts: SplitCounts, seed: int, places: Path) -> RandomOrder:
+    """Put the documents of an order into a random one.
+
+    Args:
+        order: of the input.
+        counts: of the split.
+        seed: key of the random order, in [0, 2^64).
+        places: file to write, 16 bytes a document.
+    """
+    with places.open("wb") as file:
+        for block in range(len(order.block_ends_B)):
+            place_D, num_tokens_D = order.read_block(block)
+            table = np.empty(len(place_D), dtype=_PLACE_DTYPE)
+            table["place"], table["num_tokens"] = place_D, num_tokens_D
+            file.write(table.data)
+    keys = _shuffle_keys(seed)
+    num_tokens = [
+        int(_read_shuffled(places, counts.num_documents, keys, block)[1].sum())
+        for block in range(-(-counts.num_documents // BLOCK_DOCUMENTS))
+    ]
+    return RandomOrder(
+        places=places,
+        num_documents=counts.num_documents,
+        keys=keys,
+        block_ends_B=np.cumsum(num_tokens, dtype=np.int64),
+    )
+
+
+def find_in_input(document: int, num_documents: int, seed: int) -> int:
+    """The number in the order of the input of a document of a split in random order."""
+    place = np.array([document], dtype=np.uint64)
+    return int(permute(place, num_documents, _shuffle_keys(seed))[0])
+
+
+def _shuffle_keys(seed: int) -> npt.NDArray[np.uint64]:
+    return round_keys(seed, Purpose.DOCUMENTS, 0)
+
+
+class _Counter:
+    """Sums up blocks."""
+
+    def __init__(self) -> None:
+        self.blocks: list[tuple[int, int, int, int]] = []
+        self._num_documents = 0
+        self._num_text_bytes = 0
+        self._num_duplicates = 0
+        self._pieces: list[npt.NDArray[np.int64]] = []
+
+    def begin_span(self, of_pieces: npt.NDArray[np.int64]) -> None:
+        self._first_token = 0
+        self._piece_ends = np.cumsum(of_pieces)
+        self._pieces.append(np.zeros_like(of_pieces))
+
+    def add(
+        self,
+        span: int,
+        first: int,
+        documents: npt.NDArray[np.void],
+        chosen_D: npt.NDArray[np.bool_],
+        kept_D: npt.NDArray[np.bool_],
+    ) -> None:
+        num_tokens = int(documents["num_tokens"][kept_D].sum())
+        self.blocks.append((span, first, self._first_token, num_tokens))
+        self._first_token += int(documents["num_tokens"].sum())
+        self._num_documents += int(kept_D.sum())
+        self._num_text_bytes += int(documents["num_text_bytes"][kept_D].sum())
+        self._num_duplicates += int(chosen_D.sum() - kept_D.sum())
+        kept = np.flatnonzero(kept_D) + first
+        if kept.size:
+            piece = np.searchsorted(self._piece_ends, kept, side="right")
+            counts = np.bincount(piece - piece[0])
+            self._pieces[-1][piece[0] : piece[-1] + 1] += counts
+
+    def counts(self) -> SplitCounts:
+        return SplitCounts(
+            num_documents=self._num_documents,
+            num_text_bytes=self._num_text_bytes,
+            num_duplicates=self._num_duplicates,
+            piece_documents=tuple(self._pieces),
+        )
+
+
+def _read_shuffled(
+    places: Path, num_documents: int, keys: npt.NDArray[np.uint64], block: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    first = block * BLOCK_DOCUMENTS
+    last = min(first + BLOCK_DOCUMENTS, num_documents)
+    chosen = permute(np.arange(first, last, dtype=np.uint64), num_documents, keys)
+    table = np.memmap(places, dtype=_PLACE_DTYPE, mode="r")[chosen]
+    return table["place"].astype(np.int64), table["num_tokens"].astype(np.int64)

@@ -1,0 +1,178 @@
+"""Encoded spans to datasets: every shard is a function of the spans, so any process may write it.
+
+A shard that is finished has a note beside the spans with what the files beside the shards need to
+know of it; packing that was interrupted goes on with the shards that have none.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data_tools.build.document_order import SPAN_SHIFT, DocumentOrder
+from data_tools.build.encoded_spans import SpanFiles, TokenReader
+from data_tools.build.worker_pool import map_in_order
+from data_tools.progress import Progress
+from megatron_eso.data.shards.manifest import HashedFile, Split
+from megatron_eso.data.shards.shard_format import numpy_dtype
+from megatron_eso.data.shards.shard_writer import RecordFormat, ShardWriter, WrittenShard
+from megatron_eso.files import sync_path
+
+_READ_TOKENS = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedSplit:
+    """A dataset to be written."""
+
+    directory: Path
+    notes: Path
+    """Folder for the notes on finished shards."""
+    order: DocumentOrder
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the dataset."""
+        return int(self.order.block_ends_B[-1]) if len(self.order.block_ends_B) else 0
+
+    def num_shards(self, format: RecordFormat) -> int:
+        """Shards of the dataset."""
+        return -(-self.num_tokens // format.shard_tokens)
+
+    def note(self, shard: int) -> Path:
+        """The note on a shard."""
+        return self.notes / f"{shard:05d}.npz"
+
+    def read_notes(self, format: RecordFormat) -> Iterator[WrittenShard]:
+        """What is known of the shards, which must be finished."""
+        for shard in range(self.num_shards(format)):
+            yield _load(self.note(shard))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardPacker:
+    """Writes shards from spans; picklable, with a task for each shard."""
+
+    splits: Mapping[Split, PackedSplit]
+    spans: tuple[SpanFiles, ...]
+    format: RecordFormat
+
+    def __call__(self, task: tuple[Split, int]) -> int:
+        """Write the shard (split, number) and then its note; return how many tokens it holds."""
+        split, shard = task
+        packed = self.splits[split]
+        writer = ShardWriter(packed.directory, self.format, shard)
+        reader = TokenReader(self.spans, numpy_dtype(self.format.dtype))
+        first = shard * self.format.shard_tokens
+        last = min(first + self.format.shard_tokens, packed.num_tokens)
+        try:
+            for place, count in find_stretches(packed.order, first, last):
+                span, start = place >> SPAN_SHIFT, place & ((1 << SPAN_SHIFT) - 1)
+                for skipped in range(0, count, _READ_TOKENS):
+                    size = min(_READ_TOKENS, count - skipped)
+                    writer.append(reader.read(span, start + skipped, size))
+        finally:
+            reader.close()
+        written = writer.close()
+        # A note that is there promises that the shard has its name.
+        sync_path(packed.directory)
+        _save(written, packed.note(shard))
+        return last - first
+
+
+def pack_shards(
+    splits: Mapping[Split, PackedSplit],
+    spans: Iterable[SpanFiles],
+    format: RecordFormat,
+    num_workers: int,
+) -> None:
+    """Write the shards that have no note yet.
+
+    Args:
+        splits: to write.
+        spans: all of them, by number.
+        format: of the datasets.
+        num_workers: processes; each writes a shard at a time.
+    """
+    for packed in splits.values():
+        packed.directory.mkdir(parents=True, exist_ok=True)
+        packed.notes.mkdir(parents=True, exist_ok=True)
+    missing = [
+        (split, shard)
+        for split, packed in splits.items()
+        for shard in range(packed.num_shards(format))
+        if not packed.note(shard).exists()
+    ]
+    itemsize = numpy_dtype(format.dtype).itemsize
+    total = sum(packed.num_tokens for packed in splits.values())
+    left = sum(
+        min(format.shard_tokens, splits[split].num_tokens - shard * format.shard_tokens)
+        for split, shard in missing
+    )
+    progress = Progress("build: packing", total * itemsize, (total - left) * itemsize)
+    packer = ShardPacker(splits=splits, spans=tuple(spans), format=format)
+    for _, num_tokens in map_in_order(packer, missing, max(1, min(num_workers, len(missing)))):
+        progress.advance(num_tokens * itemsize)
+    progress.finish()
+
+
+def find_stretches(order: DocumentOrder, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Yield where the tokens [first, last) of an order lie: places and numbers of tokens.
+
+    Documents that lie one behind the other come as one.
+    """
+    block = int(np.searchsorted(order.block_ends_B, first, side="right"))
+    position = int(order.block_ends_B[block - 1]) if block else 0
+    while position < last:
+        place_D, num_tokens_D = order.read_block(block)
+        for place, count in _join(place_D, num_tokens_D):
+            skipped = max(0, first - position)
+            taken = min(count, last - position) - skipped
+            if taken > 0:
+                yield place + skipped, taken
+            position += count
+        block += 1
+
+
+def _join(
+    place_D: npt.NDArray[np.int64], num_tokens_D: npt.NDArray[np.int64]
+) -> Iterator[tuple[int, int]]:
+    if not len(place_D):
+        return
+    is_new_D = np.ones(len(place_D), dtype=np.bool_)
+    is_new_D[1:] = place_D[1:] != place_D[:-1] + num_tokens_D[:-1]
+    begins = np.flatnonzero(is_new_D)
+    counts = np.add.reduceat(num_tokens_D, begins)
+    yield from zip(place_D[begins].tolist(), counts.tolist(), strict=True)
+
+
+def _save(shard: WrittenShard, path: Path) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with unfinished.open("wb") as file:
+        np.savez(
+            file,
+            name=shard.file.name,
+            bytes=shard.file.bytes,
+            sha256=shard.file.sha256,
+            num_tokens=shard.num_tokens,
+            blocks=shard.blocks,
+            document_ends=shard.document_ends,
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.rename(path)
+
+
+def _load(path: Path) -> WrittenShard:
+    with np.load(path) as note:
+        return WrittenShard(
+            file=HashedFile(
+                name=str(note["name"]), bytes=int(note["bytes"]), sha256=str(note["sha256"])
+            ),
+            num_tokens=int(note["num_tokens"]),
+            blocks=note["blocks"],
+            document_ends=note["document_ends"],
+        )

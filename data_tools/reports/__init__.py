@@ -1,0 +1,1 @@
+"""What a dataset holds, whether it is sound, and what a run reads of it."""

@@ -1,0 +1,1 @@
+"""Input text: file formats, and the documents in them."""

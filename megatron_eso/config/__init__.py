@@ -1,0 +1,1 @@
+"""The configuration: sections of typed keys, rules of combination, TOML and JSON."""

@@ -1,0 +1,225 @@
+"""Files of a folder behind a URL, read by fsspec with retries and checked by their hashes."""
+
+import hashlib
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+from urllib.parse import urlsplit
+
+from megatron_eso.data.shards.manifest import HashedFile, Manifest, decode_manifest
+from megatron_eso.data.shards.shard_format import MANIFEST_FILE
+from megatron_eso.errors import ConfigError, DataError
+
+FIRST_WAIT_SECONDS = 1.0
+"""Before the second attempt; it doubles from attempt to attempt."""
+NETWORK_ATTEMPTS = 7
+HASH_ATTEMPTS = 3
+
+_BACKENDS = {"s3": "s3fs", "gs": "gcsfs", "https": "aiohttp", "http": "aiohttp"}
+_PIECE_BYTES = 8 * 2**20
+_STALL_SECONDS = 60
+_PASSING_STATUSES = (408, 425, 429)
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+def is_remote(location: str | Path) -> bool:
+    """Whether a dataset's location is a URL.
+
+    Raises:
+        ConfigError: a URL of another kind than these, or one that holds credentials.
+    """
+    if "://" not in str(location):
+        return False
+    parts = urlsplit(str(location))
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ConfigError(
+            f"{parts.scheme}://{parts.hostname}{parts.path}: a URL of data must hold no user, "
+            "password or query: credentials go into the environment, as fsspec reads them"
+        )
+    if parts.scheme not in _BACKENDS:
+        raise ConfigError(f"{location}: give a folder, or a URL of {'://, '.join(_BACKENDS)}://")
+    return True
+
+
+class RemoteFolder:
+    """A folder behind a URL; reading retries with growing pauses."""
+
+    def __init__(self, url: str) -> None:
+        """Find the library that reads `url`.
+
+        Raises:
+            ConfigError: it is not installed.
+        """
+        self.url = url.rstrip("/")
+        self._scheme = urlsplit(url).scheme
+        try:
+            from fsspec.core import url_to_fs
+
+            self._files, self._root = url_to_fs(self.url)
+        except ImportError as error:
+            raise ConfigError(
+                f"{url} needs {_BACKENDS[self._scheme]}: pip install 'megatron-eso[remote]'"
+            ) from error
+
+    def name(self, name: str) -> str:
+        """The URL of a file."""
+        return f"{self.url}/{name}"
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return self._retrying(name, lambda: bool(self._files.exists(self._path(name))))
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, as far as the server tells."""
+        size: int | None = self._retrying(name, lambda: self._files.info(self._path(name)))["size"]
+        return size
+
+    def read_manifest(self) -> tuple[Manifest, bytes]:
+        """The checked manifest and its bytes, always from the server.
+
+        Raises:
+            DataError: there is none, or it is damaged each time; of the former FileNotFoundError is
+                the cause.
+        """
+
+        def read() -> tuple[Manifest, bytes]:
+            encoded: bytes = self._files.cat_file(self._path(MANIFEST_FILE))
+            return decode_manifest(encoded, self.name(MANIFEST_FILE)), encoded
+
+        return self._retrying(MANIFEST_FILE, read)
+
+    def download(
+        self,
+        name: str,
+        file: HashedFile,
+        stream: BinaryIO,
+        advance: Callable[[int], None] = lambda num_bytes: None,
+    ) -> None:
+        """Write a file's content, checked by size and sha256, from the stream's start.
+
+        Args:
+            name: of the file in this folder.
+            file: what the manifest says of it.
+            stream: a local file, seekable.
+            advance: told the bytes as they come, negative ones where an attempt is void.
+
+        Raises:
+            DataError: it cannot be read, or another content comes, each time.
+        """
+
+        def attempt() -> None:
+            stream.seek(0)
+            sha256, size = hashlib.sha256(), 0
+            try:
+                for piece in self._read_pieces(name, file):
+                    size += len(piece)
+                    if size > file.bytes:
+                        raise _DamagedError(f"it has more than the manifest's {file.bytes} bytes")
+                    sha256.update(piece)
+                    _write_locally(stream, piece)
+                    advance(len(piece))
+                if size != file.bytes:
+                    raise _DamagedError(f"it has {size} bytes, not the manifest's {file.bytes}")
+                if sha256.hexdigest() != file.sha256:
+                    raise _DamagedError(
+                        f"its sha256 is {sha256.hexdigest()}, not the manifest's {file.sha256}"
+                    )
+            except BaseException:
+                advance(-size)
+                raise
+
+        self._retrying(name, attempt)
+
+    def _read_pieces(self, name: str, file: HashedFile) -> Iterator[bytes]:
+        if self._scheme in ("http", "https"):
+            import aiohttp
+
+            # One request for the whole file, since not every server knows ranges. aiohttp would
+            # stop it after five minutes.
+            options: dict[str, Any] = {
+                "block_size": 0,
+                "size": file.bytes,
+                "timeout": aiohttp.ClientTimeout(total=None, sock_read=_STALL_SECONDS),
+                "read_bufsize": 2**20,
+            }
+        else:
+            options = {"cache_type": "none"}
+        with self._files.open(self._path(name), "rb", **options) as remote:
+            while piece := remote.read(_PIECE_BYTES):
+                yield piece
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def _retrying(self, name: str, read: Callable[[], _T]) -> _T:
+        """Do `read` until it succeeds, as often as the kind of its failure allows."""
+        num_damaged = 0
+        wait_seconds = FIRST_WAIT_SECONDS
+        for attempt in range(1, NETWORK_ATTEMPTS + 1):
+            try:
+                return read()
+            except _LocalError as error:
+                raise error.error from error
+            except (_DamagedError, DataError) as error:
+                num_damaged += 1
+                failure: Exception = error
+                reason, is_last = str(error), num_damaged == HASH_ATTEMPTS
+                remedy = "put the dataset there again"
+            except Exception as error:  # fsspec's backends have no common base
+                failure = error
+                reason, is_last = _explain(error), _is_final(error)
+                remedy = "check the URL, and the network and credentials of this machine"
+            if is_last or attempt == NETWORK_ATTEMPTS:
+                break
+            logger.warning("%s: %s; again in %.2g s", self.name(name), reason, wait_seconds)
+            time.sleep(wait_seconds)
+            wait_seconds *= 2
+        if isinstance(failure, DataError):
+            raise failure
+        times = f" (asked {attempt} times)" if attempt > 1 else ""
+        raise DataError(f"cannot read {self.name(name)}: {reason}{times}; {remedy}") from failure
+
+
+class _DamagedError(Exception):
+    """What came is not what the manifest tells."""
+
+
+class _LocalError(Exception):
+    """A failure of the local disk, which no other attempt mends."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _write_locally(stream: BinaryIO, piece: bytes) -> None:
+    try:
+        stream.write(piece)
+    except OSError as error:
+        raise _LocalError(error) from error
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether asking again is in vain: no such file, no permission, no credentials."""
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        return 400 <= status < 500 and status not in _PASSING_STATUSES
+    return isinstance(error, (FileNotFoundError, PermissionError)) or type(error).__name__ in (
+        "NoCredentialsError",
+        "DefaultCredentialsError",
+    )
+
+
+def _explain(error: Exception) -> str:
+    """What went wrong, without the signed addresses that some servers redirect to."""
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        return f"the server answers with HTTP status {status}"
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    return re.sub(r"\?[^\s'\"]*", "", f"{type(error).__name__} {error}").strip()

@@ -1,0 +1,261 @@
+"""Local copies of remote shards: one folder, bounded in size, shared by the processes of a node.
+
+    shards/SHA256          a whole shard; its last use is its modification time
+    shards/SHA256.*.tmp    being written by the process that holds locks/SHA256
+    datasets/ID            index files of a dataset: manifest, block hashes, documents, tokenizer
+    locks/                 empty files for flock: one per hash, and `cache` for the bookkeeping
+
+Names are hashes of the content, so that corpora with equally named shards cannot mix, and what two
+of them share is kept once. A file takes its name when it is complete and on disk. The kernel frees
+the locks of a killed process: nobody waits for the dead, and a temporary file whose lock can be had
+is garbage. A removed shard stays readable for those who have it open.
+
+The index files (0.013 % of a corpus) do not count towards the bound and are kept.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from megatron_eso.data.shards.manifest import HashedFile
+from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.files import sync_path
+
+_GIB = 2**30
+_TEMPORARY = ".tmp"
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardCache:
+    """The cache at a folder. Every method may be called from several threads and processes."""
+
+    directory: Path
+    """On a disk of this node that supports flock."""
+    max_bytes: int
+    """Largest size of the shards together, those being written among them."""
+
+    @classmethod
+    def at(cls, directory: str | None = None, gib: float = 100.0) -> "ShardCache":
+        """The cache that the configuration or a command line asks for.
+
+        Args:
+            directory: None: `megatron-eso-cache-UID` in TMPDIR, which clusters point to a disk of
+                the node, whereas home directories are shared and small.
+            gib: largest size of the shards in GiB.
+
+        Raises:
+            ConfigError: `gib` is not positive.
+        """
+        if not gib > 0:
+            raise ConfigError(f"data.cache_gib = {gib}: give a size above 0, in GiB")
+        default = Path(tempfile.gettempdir(), f"megatron-eso-cache-{os.getuid()}")
+        folder = Path(directory).expanduser() if directory else default
+        return cls(directory=folder.absolute(), max_bytes=int(gib * _GIB))
+
+    @property
+    def shards(self) -> Path:
+        """Folder of the shards."""
+        return self.directory / "shards"
+
+    @property
+    def datasets(self) -> Path:
+        """Folder of the datasets' index files."""
+        return self.directory / "datasets"
+
+    def prepare(self) -> None:
+        """Make the folders, and remove what killed processes have left.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        with self._explaining_errors():
+            for folder in (self.directory, self.shards, self.datasets, self._locks):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._remove_garbage()
+
+    def open(self, file: HashedFile) -> int | None:
+        """Open the copy of a shard, from now on the one used last.
+
+        Returns:
+            A descriptor, which the caller closes; None where there is no copy.
+        """
+        try:
+            handle = os.open(self._path(file), os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        if os.fstat(handle).st_size == file.bytes:
+            os.utime(handle)
+            return handle
+        os.close(handle)
+        return None
+
+    def remove(self, file: HashedFile) -> None:
+        """Forget the copy of a shard that was found damaged."""
+        self._path(file).unlink(missing_ok=True)
+
+    def stage(
+        self, file: HashedFile, download: Callable[[BinaryIO], None], *, wait: bool = True
+    ) -> int | None:
+        """Have a copy of a shard, by whichever process comes first, and open it.
+
+        Args:
+            file: the shard.
+            download: writes exactly its content; it stops by an exception otherwise.
+            wait: for another process that is downloading it.
+
+        Returns:
+            A descriptor, which the caller closes: valid even if the copy is removed at once to make
+            room. None if another process is downloading it and `wait` is off.
+
+        Raises:
+            ConfigError: the shard is larger than the cache.
+            DataError: the folder cannot be written.
+        """
+        if file.bytes > self.max_bytes:
+            raise ConfigError(
+                f"data.cache_gib = {self.max_bytes / _GIB:.3g} is less than the {file.bytes} bytes "
+                f"of the shard {file.name}; raise it"
+            )
+        with self._explaining_errors(), self.lock(file.sha256, wait=wait) as is_held:
+            if not is_held:
+                return None
+            handle = self.open(file)
+            if handle is not None:
+                return handle
+            temporary = self._reserve(file)
+            try:
+                with temporary.open("r+b") as stream:
+                    download(stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                handle = os.open(temporary, os.O_RDONLY)
+                temporary.rename(self._path(file))
+            finally:
+                temporary.unlink(missing_ok=True)
+            return handle
+
+    def make_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
+        """Have a dataset's folder, by whichever process comes first.
+
+        Args:
+            name: dataset id.
+            fill: puts the files into an empty folder.
+
+        Returns:
+            The complete folder.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        folder = self.datasets / name
+        with self._explaining_errors(), self.lock(name):
+            if not folder.is_dir():
+                self._remove_garbage_of(self.datasets, name)
+                temporary = Path(
+                    tempfile.mkdtemp(dir=self.datasets, prefix=f"{name}.", suffix=_TEMPORARY)
+                )
+                try:
+                    fill(temporary)
+                    temporary.rename(folder)
+                    sync_path(self.datasets)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
+        return folder
+
+    @contextmanager
+    def lock(self, name: str, *, wait: bool = True) -> Iterator[bool]:
+        """Hold a lock among all threads and processes; the body is told whether it is held."""
+        descriptor = os.open(self._locks / name, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            is_held = _try_lock(descriptor)
+            # Asked for again and again, so that an interrupt from the keyboard is heeded.
+            while wait and not is_held:
+                time.sleep(_POLL_SECONDS)
+                is_held = _try_lock(descriptor)
+            yield is_held
+        finally:
+            os.close(descriptor)
+
+    def allocated_bytes(self) -> int:
+        """What the shards take of the disk now."""
+        return sum(status.st_blocks * 512 for _, status in self._list_shards())
+
+    @property
+    def _locks(self) -> Path:
+        return self.directory / "locks"
+
+    def _path(self, file: HashedFile) -> Path:
+        if not re.fullmatch("[0-9a-f]{64}", file.sha256):
+            raise DataError(f"{file.name}: {file.sha256!r} is not a sha256; build the shards again")
+        return self.shards / file.sha256
+
+    def _reserve(self, file: HashedFile) -> Path:
+        """Make room, and a temporary file of the shard's size that keeps it; its lock is held."""
+        self._remove_garbage_of(self.shards, file.sha256)
+        while True:
+            with self.lock("cache"):
+                self._remove_garbage()
+                entries = sorted(self._list_shards(), key=lambda entry: entry[1].st_mtime_ns)
+                free = self.max_bytes - sum(status.st_size for _, status in entries)
+                for path, status in entries:
+                    if free < file.bytes and path.suffix != _TEMPORARY:
+                        path.unlink(missing_ok=True)
+                        free += status.st_size
+                if free >= file.bytes:
+                    descriptor, temporary = tempfile.mkstemp(
+                        dir=self.shards, prefix=f"{file.sha256}.", suffix=_TEMPORARY
+                    )
+                    os.truncate(descriptor, file.bytes)
+                    os.close(descriptor)
+                    return Path(temporary)
+            # All the room is taken by shards that others are downloading.
+            time.sleep(_POLL_SECONDS)
+
+    def _list_shards(self) -> list[tuple[Path, os.stat_result]]:
+        entries = []
+        for path in self.shards.iterdir():
+            with suppress(FileNotFoundError):  # renamed or removed meanwhile
+                entries.append((path, path.stat()))
+        return entries
+
+    def _remove_garbage(self) -> None:
+        for folder in (self.shards, self.datasets):
+            for name in {path.name.partition(".")[0] for path in folder.glob(f"*{_TEMPORARY}")}:
+                with self.lock(name, wait=False) as is_held:
+                    if is_held:
+                        self._remove_garbage_of(folder, name)
+
+    def _remove_garbage_of(self, folder: Path, name: str) -> None:
+        """Remove the temporary files of a name, whose lock the caller holds: their writer died."""
+        for path in folder.glob(f"{name}.*{_TEMPORARY}"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _explaining_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"cannot keep shards in {self.directory}: {error.strerror or error}; give "
+                "data.cache_directory a folder on a disk of this node that holds data.cache_gib"
+            ) from error
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

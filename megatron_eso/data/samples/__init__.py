@@ -1,0 +1,1 @@
+"""Which row of which dataset each sample of a run is."""

@@ -1,0 +1,341 @@
+"""The training corpora of a run: opened together, read by sample number, continued on resume.
+
+Shapes: N samples, S tokens of text in each.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_eso.config.sections import Config, DataConfig
+from megatron_eso.data.remote.shard_cache import ShardCache
+from megatron_eso.data.samples.blend import (
+    BLOCK_SAMPLES,
+    Blend,
+    Corpus,
+    Phase,
+    Places,
+    resolve_quotas,
+)
+from megatron_eso.data.samples.order import ORDER_VERSION
+from megatron_eso.data.shards.quarantine import Quarantine
+from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingData:
+    """The corpora of a run in the order of its samples. Reading is safe from several threads.
+
+    Attributes:
+        datasets: by dataset id, those of the present blend.
+        blend: the order of the run.
+        row_tokens: S.
+        tokenizer: of all corpora.
+        tokenizer_directory: where its files lie.
+    """
+
+    def __init__(self, config: Config, datasets: tuple[TokenDataset, ...]) -> None:
+        """The start of a run with `datasets`, in the order of `data.train`.
+
+        Raises:
+            ConfigError: they do not go together.
+            DataError: one has no row.
+        """
+        data = config.data
+        self.tokenizer = datasets[0].manifest.tokenizer
+        for corpus, dataset in zip(data.train_corpora, datasets, strict=True):
+            check_tokenizer("data.train", corpus, dataset, self.tokenizer.identity)
+        self.datasets = {dataset.dataset_id: dataset for dataset in datasets}
+        if len(self.datasets) < len(datasets):
+            raise ConfigError(
+                f"data.train = {json.dumps(data.train)}: two of these are the same dataset; name "
+                f"it once, and raise its weight in data.train_weights"
+            )
+        self.row_tokens = data.row_tokens
+        self.tokenizer_directory = datasets[0].tokenizer_directory
+        self._names = dict(zip(self.datasets, data.train_corpora, strict=True))
+        self._quarantine_sha256 = read_quarantine(data).sha256
+        self._corpora = tuple(
+            Corpus(dataset_id=dataset.dataset_id, num_rows=dataset.num_rows(self.row_tokens))
+            for dataset in datasets
+        )
+        self._quotas = _resolve(data, [corpus.num_rows for corpus in self._corpora])
+        self.blend = Blend.begin(config.run.seed, self._corpora, self._quotas, data.phase)
+
+    @classmethod
+    def open(cls, config: Config) -> "TrainingData":
+        """Open the corpora of `data.train` for the start of a run.
+
+        Raises:
+            ConfigError: they do not go together.
+            DataError: one is missing or damaged, or has no row.
+        """
+        corpora = config.data.train_corpora
+        return cls(config, tuple(open_dataset(corpus, config.data) for corpus in corpora))
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the tokenizer, the mask token among them."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of the mask token; it never occurs in the data."""
+        return self.tokenizer.mask_token_id
+
+    def locate(self, sample_indices: npt.NDArray[np.int64]) -> Places:
+        """Where samples come from; the rows are those that are read, quarantine considered.
+
+        Raises:
+            ConfigError: a corpus of an earlier phase is not open.
+        """
+        places = self.blend.locate(sample_indices)
+        row_N = places.row_N.copy()
+        for number in np.unique(places.corpus_N).tolist():
+            of_corpus_N = places.corpus_N == number
+            rows = self._dataset(number).substitute(row_N[of_corpus_N], self.row_tokens)
+            row_N[of_corpus_N] = rows
+        return dataclasses.replace(places, row_N=row_N)
+
+    def rows(self, sample_indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Read samples, without framing.
+
+        Args:
+            sample_indices: int64 [N], from 0 upwards without end.
+
+        Returns:
+            Token ids, int64 [N, S].
+
+        Raises:
+            DataError: a shard is damaged; the message names shard, record, offset, row and sample.
+        """
+        places = self.blend.locate(sample_indices)
+        tokens_NS = np.empty((len(sample_indices), self.row_tokens), dtype=np.int64)
+        for number in np.unique(places.corpus_N).tolist():
+            of_corpus_N = places.corpus_N == number
+            tokens_NS[of_corpus_N] = self._dataset(number).rows(
+                places.row_N[of_corpus_N],
+                self.row_tokens,
+                sample_indices=sample_indices[of_corpus_N],
+            )
+        return tokens_NS
+
+    def count_shares(self, start: int, stop: int) -> dict[str, float]:
+        """Share of each corpus in the samples from `start` up to `stop`, by its name."""
+        corpus_N = self.blend.locate(np.arange(start, stop)).corpus_N
+        counts = np.bincount(corpus_N, minlength=len(self.blend.corpora)) / max(stop - start, 1)
+        ids = [corpus.dataset_id for corpus in self.blend.corpora]
+        return {
+            self._names.get(dataset_id, dataset_id[:12]): float(share)
+            for dataset_id, share in zip(ids, counts, strict=True)
+        }
+
+    def _dataset(self, number: int) -> TokenDataset:
+        dataset_id = self.blend.corpora[number].dataset_id
+        if dataset_id not in self.datasets:
+            raise ConfigError(
+                f"corpus {number} of the run, dataset {dataset_id}, is not in data.train; add it "
+                f"to read samples of earlier phases"
+            )
+        return self.datasets[dataset_id]
+
+    def describe(self, blend: Blend | None = None) -> str:
+        """What the last phase of a blend draws, this one's by default: the exact shares."""
+        return ", ".join(
+            f"{self._names.get(dataset_id, dataset_id[:12])} {quota / BLOCK_SAMPLES:.2%} "
+            f"({quota}/{BLOCK_SAMPLES})"
+            for dataset_id, quota in (blend or self.blend).quotas.items()
+        )
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint records; the same on all ranks."""
+        return {
+            "order_version": ORDER_VERSION,
+            "row_tokens": self.row_tokens,
+            **dataclasses.asdict(self.blend),
+            "tokenizer": self.tokenizer.identity,
+            "quarantine_sha256": self._quarantine_sha256,
+        }
+
+    def resume(
+        self, state: Mapping[str, Any], *, consumed_samples: int, phase: int, source: str
+    ) -> None:
+        """Continue the order of a checkpoint, in a new phase where `data.phase` says so.
+
+        Args:
+            state: `state` of the run that wrote the checkpoint.
+            consumed_samples: of that run.
+            phase: `data.phase`.
+            source: the checkpoint, for errors.
+
+        Raises:
+            ConfigError: the data are not those of the checkpoint and no new phase was asked for.
+        """
+        elsewhere = f"another run.directory with checkpoint.init_from = {source}"
+        if state["tokenizer"] != self.tokenizer.identity:
+            names = ", ".join(self._names.values())
+            found = _name_differences(state["tokenizer"], self.tokenizer.identity)
+            raise ConfigError(
+                f"data.train = {names}: its tokenizer is not that of {source} ({found}): name "
+                f"shards of the run's tokenizer, or start {elsewhere} and "
+                f"checkpoint.init_other_tokenizer = true"
+            )
+        fixed = {key: self.state[key] for key in ("order_version", "row_tokens", "seed")}
+        for key, value in fixed.items():
+            if state[key] != value:
+                raise ConfigError(
+                    f"{source}: data.{key} = {state[key]}, but this run has {value}: a run keeps "
+                    f"its order; start {elsewhere}"
+                )
+        blend = _decode_blend(state)
+        if blend.quotas == self.blend.quotas and phase <= blend.phases[-1].number:
+            self.blend = blend
+        else:
+            self.blend = self._change(blend, consumed_samples, phase, source)
+        self._check_open(consumed_samples)
+        if state["quarantine_sha256"] != self._quarantine_sha256:
+            logger.warning(
+                "data.quarantine: another list than that of %s: rows of other records stand in for "
+                "those that it names", source,
+            )  # fmt: skip
+
+    def _change(self, blend: Blend, consumed_samples: int, phase: int, source: str) -> Blend:
+        """The run's order with the configured blend as a new phase."""
+        old, new = self.describe(blend), self.describe()
+        last = blend.phases[-1].number
+        if phase != last + 1:
+            what = "another blend" if blend.quotas != self.blend.quotas else "the same blend"
+            raise ConfigError(
+                f"data.phase = {phase}: {source} is in phase {last} of {old}, and data.train with "
+                f"its weights is {what}, {new}: to change the blend from here on, set "
+                f"data.phase = {last + 1}; else restore data.train and data.train_weights, or "
+                f"start another run.directory with checkpoint.init_from = {source}"
+            )
+        changed = blend.change(self._corpora, self._quotas, phase, consumed_samples)
+        logger.info(
+            "data.phase %d -> %d from sample %d on: %s -> %s",
+            last, phase, changed.phases[-1].start, old, new,
+        )  # fmt: skip
+        return changed
+
+    def _check_open(self, consumed_samples: int) -> None:
+        """Refuse to go on without a corpus that an earlier phase draws up to its last block."""
+        stops = [phase.start for phase in self.blend.phases[1:]]
+        for phase, stop in zip(self.blend.phases, stops, strict=False):
+            for corpus, quota in zip(self.blend.corpora, phase.quotas, strict=False):
+                if stop > consumed_samples and quota and corpus.dataset_id not in self.datasets:
+                    raise ConfigError(
+                        f"data.train = {', '.join(self._names.values())}: dataset "
+                        f"{corpus.dataset_id} is missing, which the run draws up to sample {stop}: "
+                        f"name it too, with weight 0 in data.train_weights"
+                    )
+
+
+def open_run_data(config: Config) -> tuple[TrainingData, TokenDataset | None]:
+    """Open the shards of a run: for training, and for validation where there are any.
+
+    Raises:
+        ConfigError: they do not go together.
+        DataError: shards are missing or damaged, or have no row.
+    """
+    train = TrainingData.open(config)
+    validation = open_validation(config.data)
+    if validation is not None:
+        location = str(config.data.validation)
+        check_tokenizer("data.validation", location, validation, train.tokenizer.identity)
+    known = {*train.datasets, *([] if validation is None else [validation.dataset_id])}
+    for unknown in sorted(read_quarantine(config.data).records.keys() - known):
+        logger.warning("data.quarantine: no dataset of this run has the id %s", unknown)
+    return train, validation
+
+
+def open_validation(data: DataConfig) -> TokenDataset | None:
+    """Open the validation shards, where there are any.
+
+    Raises:
+        DataError: they are missing or damaged.
+    """
+    return None if data.validation is None else open_dataset(data.validation, data)
+
+
+def open_dataset(location: str, data: DataConfig) -> TokenDataset:
+    """Open shards as the configuration says.
+
+    Raises:
+        DataError: they or the quarantine list are missing or damaged.
+    """
+    cache = ShardCache.at(data.cache_directory, data.cache_gib)
+    return TokenDataset.open(location, quarantine=read_quarantine(data), cache=cache)
+
+
+def read_quarantine(data: DataConfig) -> Quarantine:
+    """The list that `data.quarantine` names, an empty one where it names none."""
+    return Quarantine.read(Path(data.quarantine)) if data.quarantine else Quarantine()
+
+
+def check_tokenizer(
+    key: str, location: str, dataset: TokenDataset, expected: Mapping[str, Any]
+) -> None:
+    """Refuse a dataset whose token ids mean something else.
+
+    Args:
+        key: that names the dataset in the configuration.
+        location: its value.
+        dataset: to be checked.
+        expected: `identity` of the run's tokenizer.
+
+    Raises:
+        ConfigError: another tokenizer.
+    """
+    found = dataset.manifest.tokenizer.identity
+    if found != expected:
+        raise ConfigError(
+            f"{key} = {location}: its tokenizer is not that of the run's other shards "
+            f"({_name_differences(expected, found)}): build all shards of a run with one tokenizer"
+        )
+
+
+def _name_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return ", ".join(f"{name} {new.get(name)}, not {old.get(name)}" for name in names)
+
+
+def _decode_blend(state: Mapping[str, Any]) -> Blend:
+    phases = [
+        Phase(
+            number=phase["number"],
+            start=phase["start"],
+            quotas=tuple(phase["quotas"]),
+            first_draws=tuple(phase["first_draws"]),
+        )
+        for phase in state["phases"]
+    ]
+    corpora = tuple(Corpus(**corpus) for corpus in state["corpora"])
+    return Blend(seed=state["seed"], corpora=corpora, phases=tuple(phases))
+
+
+def _resolve(data: DataConfig, num_rows: list[int]) -> tuple[int, ...]:
+    """The quotas of the configured blend.
+
+    Raises:
+        ConfigError: a corpus would never be drawn.
+    """
+    weights = data.train_weights or num_rows
+    quotas = resolve_quotas(weights)
+    for corpus, quota, weight in zip(data.train_corpora, quotas, weights, strict=True):
+        if quota == 0 < weight:
+            raise ConfigError(
+                f"data.train = {corpus}: its share {weight / sum(weights):.2g} of the samples is "
+                f"less than the smallest, 1/{BLOCK_SAMPLES}: leave it out, join it with another "
+                f"corpus, or give it at least that in data.train_weights"
+            )
+    return quotas

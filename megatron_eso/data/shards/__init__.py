@@ -1,0 +1,1 @@
+"""The dataset format: shards of token records, their manifest, reading and writing."""

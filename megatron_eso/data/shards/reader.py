@@ -1,0 +1,265 @@
+"""Random access to the rows of a dataset; every byte handed out has been checked by its hash.
+
+Row i of length T is tokens [i * T, i * T + T) of the records laid end to end, cut so that no row
+crosses a record: a record's tail shorter than T is not used. One dataset serves every T.
+
+What cannot be read or does not match its hash is read again a few times (`checked_blocks.py`),
+since network file systems fail for a moment; then the reader stops and says where. Nothing is
+skipped but what a person has listed (`quarantine.py`).
+
+Shapes: R rows, T tokens of a row.
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_eso.data.remote.remote_folder import is_remote
+from megatron_eso.data.remote.shard_cache import ShardCache
+from megatron_eso.data.remote.staging import RemoteShards
+from megatron_eso.data.shards.checked_blocks import RETRY_SECONDS, BlockError, CheckedBlocks
+from megatron_eso.data.shards.manifest import HashedFile, Manifest, read_manifest
+from megatron_eso.data.shards.quarantine import Quarantine
+from megatron_eso.data.shards.shard_files import LocalShards, ShardSource
+from megatron_eso.data.shards.shard_format import (
+    BLOCK_BYTES,
+    TOKENIZER_FOLDER,
+    numpy_dtype,
+    record_name,
+)
+from megatron_eso.errors import DataError
+
+_MAX_READ_BYTES = 16 * BLOCK_BYTES
+_REMEDY = "restore the dataset from its source, or find the damage with python -m data_tools verify"
+
+
+class TokenDataset:
+    """A dataset opened for reading. Its methods may be called from several threads.
+
+    Attributes:
+        directory: of the dataset.
+        manifest: its checked manifest.
+        dataset_id: sha256 of the manifest's file.
+        shards: where the shards' bytes come from.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        dataset_id: str,
+        shards: ShardSource,
+        *,
+        quarantine: Quarantine,
+        retry_seconds: tuple[float, ...],
+    ) -> None:
+        """Use `open` instead, which checks the directory."""
+        self.directory = directory
+        self.manifest = manifest
+        self.dataset_id = dataset_id
+        self.shards = shards
+        self._quarantine = quarantine
+        self._layout = manifest.layout
+        self._dtype = numpy_dtype(manifest.dtype)
+        self._blocks = CheckedBlocks(shards, directory / manifest.blocks.name, retry_seconds)
+
+    @classmethod
+    def open(
+        cls,
+        location: str | Path,
+        *,
+        quarantine: Quarantine | None = None,
+        retry_seconds: tuple[float, ...] = RETRY_SECONDS,
+        cache: ShardCache | None = None,
+    ) -> "TokenDataset":
+        """Open a dataset; check manifest, hashes of the index files and the size of every shard.
+
+        Args:
+            location: directory of the dataset, or its URL (`staging.py`).
+            quarantine: records whose rows are replaced by others.
+            retry_seconds: pauses before further readings of what fails; empty: it fails at once.
+            cache: for local copies of what has a URL; None: in TMPDIR.
+
+        Raises:
+            ConfigError: a URL that cannot be read with what is installed.
+            DataError: there is no dataset, its version is unknown, or files are missing or damaged.
+        """
+        remote = None
+        if is_remote(location):
+            remote = RemoteShards.connect(str(location), cache or ShardCache.at())
+        directory = remote.directory if remote else Path(location)
+        quarantine = quarantine or Quarantine()
+        manifest, dataset_id = read_manifest(directory)
+        quarantine.check(dataset_id, manifest.layout)
+        # Those behind a URL are checked as they are copied.
+        shards = () if remote else manifest.shards
+        for file in (*shards, manifest.blocks, manifest.documents):
+            check_size(directory, file)
+        for file in (manifest.blocks, manifest.documents):
+            if hash_file(directory / file.name) != file.sha256:
+                raise DataError(
+                    f"{directory / file.name} is damaged: its sha256 differs; {_REMEDY}"
+                )
+        return cls(
+            directory,
+            manifest,
+            dataset_id,
+            remote or LocalShards(directory, manifest),
+            quarantine=quarantine,
+            retry_seconds=retry_seconds,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the tokenizer, the mask token among them."""
+        return self.manifest.tokenizer.vocab_size
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of the mask token; it never occurs in the data."""
+        return self.manifest.tokenizer.mask_token_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, the end-of-text tokens among them."""
+        return self.manifest.num_tokens
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer's files lie."""
+        return self.directory / TOKENIZER_FOLDER
+
+    def num_rows(self, sequence_length: int) -> int:
+        """Rows of `sequence_length` tokens.
+
+        Raises:
+            DataError: there is none, since every record is shorter.
+        """
+        if sequence_length < 1:
+            raise ValueError(f"the sequence length must be positive, not {sequence_length}")
+        rows = self._layout.num_rows(sequence_length)
+        if rows == 0:
+            longest = min(self.manifest.record_tokens, self.manifest.num_tokens)
+            raise DataError(
+                f"{self.directory} has no row of {sequence_length} tokens: its records hold "
+                f"{longest}; use a shorter sequence length or more text"
+            )
+        return rows
+
+    def rows(
+        self,
+        indices: npt.NDArray[np.int64],
+        sequence_length: int,
+        *,
+        sample_indices: npt.NDArray[np.int64] | None = None,
+    ) -> npt.NDArray[np.int64]:
+        """Read rows, in the order asked for.
+
+        Args:
+            indices: row numbers, int64 [R], each in [0, num_rows(sequence_length)).
+            sequence_length: T, tokens of a row.
+            sample_indices: samples of the run that the rows are for, int64 [R], for errors.
+
+        Returns:
+            Token ids, int64 [R, T].
+
+        Raises:
+            IndexError: a row number out of range.
+            DataError: a file cannot be read, or a block does not match its hash; the message names
+                shard, record, offset, row and sample.
+        """
+        index_R = self.substitute(indices, sequence_length)
+        tokens_RT = np.empty((len(index_R), sequence_length), dtype=np.int64)
+        if not index_R.size:
+            return tokens_RT
+        row_bytes = sequence_length * self._layout.itemsize
+        record_R, first_token_R = self._layout.locate_rows(index_R, sequence_length)
+        starts = _find_runs(index_R, record_R, max(1, _MAX_READ_BYTES // row_bytes))
+        stops = np.append(starts[1:], len(index_R))
+        spans = self._layout.locate_blocks(
+            record_R[starts], first_token_R[starts], (stops - starts) * sequence_length
+        )
+        buffer = memoryview(bytearray(spans.num_bytes.max()))
+        for start, stop, shard, offset, first_block, num_bytes, place in zip(
+            starts.tolist(),
+            stops.tolist(),
+            spans.shard.tolist(),
+            spans.offset.tolist(),
+            spans.first_block.tolist(),
+            spans.num_bytes.tolist(),
+            spans.place.tolist(),
+            strict=True,
+        ):
+            try:
+                self._blocks.read(buffer[:num_bytes], shard, offset, first_block)
+            except BlockError as error:
+                # The first row of the run that the bad block reaches, or the last one where the
+                # block is bad beyond it.
+                row = start + max(0, error.offset - offset - place) // row_bytes
+                row = min(row, stop - 1)
+                sample = None if sample_indices is None else int(sample_indices[row])
+                raise DataError(
+                    self._explain(error, int(record_R[row]), int(index_R[row]), sample)
+                ) from error
+            run = np.frombuffer(buffer, self._dtype, (stop - start) * sequence_length, place)
+            tokens_RT[start:stop] = run.reshape(stop - start, sequence_length)
+        return tokens_RT
+
+    def substitute(
+        self, indices: npt.NDArray[np.int64], sequence_length: int
+    ) -> npt.NDArray[np.int64]:
+        """The rows that `rows` reads: those asked for, but for those of quarantined records.
+
+        Raises:
+            IndexError: a row number out of range.
+        """
+        index_R = np.asarray(indices, dtype=np.int64)
+        num_rows = self.num_rows(sequence_length)
+        if index_R.size and not 0 <= index_R.min() <= index_R.max() < num_rows:
+            raise IndexError(f"row numbers must be in [0, {num_rows})")
+        return self._quarantine.substitute(self.dataset_id, self._layout, index_R, sequence_length)
+
+    def _explain(self, error: BlockError, record: int, row: int, sample: int | None) -> str:
+        shard = self.shards.name(record // self._layout.shard_records)
+        name = record_name(record, self.manifest.dtype)
+        asked = "" if sample is None else f", sample {sample}"
+        return (
+            f"{shard}, record {name}, offset {error.offset}, row {row}{asked} {error}; {_REMEDY}; "
+            f"or go on without it: list record {record} of dataset {self.dataset_id} in "
+            f"data.quarantine"
+        )
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    sha256 = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(2**20):
+            sha256.update(piece)
+    return sha256.hexdigest()
+
+
+def check_size(directory: Path, file: HashedFile) -> None:
+    """Raise DataError unless a file of the dataset is there and has its size."""
+    path = directory / file.name
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; {_REMEDY}") from error
+    if size != file.bytes:
+        raise DataError(f"{path} has {size} bytes, not {file.bytes}; {_REMEDY}")
+
+
+def _find_runs(
+    index_R: npt.NDArray[np.int64], record_R: npt.NDArray[np.int64], max_rows: int
+) -> npt.NDArray[np.int64]:
+    """Where runs of consecutive rows of one record begin: each is read at once."""
+    breaks_R = np.ones(len(index_R), dtype=bool)
+    breaks_R[1:] = (index_R[1:] != index_R[:-1] + 1) | (record_R[1:] != record_R[:-1])
+    starts = np.flatnonzero(breaks_R)
+    if len(starts) == len(index_R):
+        return starts
+    place_R = np.arange(len(index_R)) - np.repeat(starts, np.diff(np.append(starts, len(index_R))))
+    return np.flatnonzero(place_R % max_rows == 0)

@@ -1,0 +1,1 @@
+"""Tokenizers: SentencePiece and Hugging Face files behind one class."""

@@ -1,0 +1,180 @@
+"""A SentencePiece model: text segments to ids and back."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece
+
+from megatron_eso.data.tokenizers.special_tokens import (
+    CONFIG_FILE,
+    MASK_NAME,
+    MASK_NAMES,
+    SpecialTokens,
+)
+
+MODEL_FILE = "tokenizer.model"
+
+
+class SentencePieceModel:
+    """A loaded SentencePiece model.
+
+    A control symbol never comes out of text, so that the mask token is one of these.
+
+    Args:
+        files: content of `tokenizer.model` by its name.
+
+    Raises:
+        ValueError: it is no SentencePiece model.
+    """
+
+    kind: ClassVar = "sentencepiece"
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        self._model = files[MODEL_FILE]
+        if not self._model:
+            raise ValueError("it is empty")
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+        except RuntimeError as error:
+            raise ValueError("it is no SentencePiece model, or damaged") from error
+        self.num_pieces: int = self._processor.get_piece_size()
+        self.special_tokens = self._find_special_tokens()
+        self.splits_at_newlines = self._check_newline_splits()
+        self.splits_before_spaces = False
+
+    def encode(self, texts: Sequence[bytes]) -> list[npt.NDArray[np.int32]]:
+        """Ids of each text."""
+        # One call for all texts: an eighth faster than a call for each.
+        ids: list[npt.NDArray[np.int32]] = self._processor.encode_as_numpy(
+            list(texts), num_threads=1
+        )
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids of the model; control symbols are left out."""
+        text: str = self._processor.decode(list(ids))
+        return text
+
+    def piece(self, token: int) -> str:
+        """The piece of an id, also of the mask token that is added."""
+        if token == self.num_pieces:
+            return MASK_NAME
+        piece: str = self._processor.id_to_piece(token)
+        return piece
+
+    def hash_model(self) -> str:
+        """sha256 of the file."""
+        return hashlib.sha256(self._model).hexdigest()
+
+    def hash_pieces(self) -> str:
+        """sha256 of pieces, scores and types in id order, and of the settings that decide on ids.
+
+        Two trainings on the same text may differ in what else the file tells of the training.
+        """
+        digest = hashlib.sha256()
+        for token in range(self.num_pieces):
+            score = np.float32(self._processor.get_score(token))
+            kind = [
+                self._processor.is_unknown(token),
+                self._processor.is_control(token),
+                self._processor.is_unused(token),
+                self._processor.is_byte(token),
+            ]
+            digest.update(self.piece(token).encode("utf-8") + b"\0" + score.tobytes() + bytes(kind))
+        for field, value in _list_settings(self._model):
+            digest.update(f"{field} {len(value)} ".encode() + value)
+        return digest.hexdigest()
+
+    def files(self) -> dict[str, bytes]:
+        """The file, and what has transformers give it to SentencePiece too: equal ids."""
+        mask = self.num_pieces if self.special_tokens.mask is None else self.special_tokens.mask
+        config = self.special_tokens.encode_config(
+            "SentencePieceBackend", self.piece(mask), self.piece
+        )
+        return {MODEL_FILE: self._model, CONFIG_FILE: config}
+
+    def _find_special_tokens(self) -> SpecialTokens:
+        unk, bos, eos, pad = (
+            token if token >= 0 else None
+            for token in (
+                self._processor.unk_id(),
+                self._processor.bos_id(),
+                self._processor.eos_id(),
+                self._processor.pad_id(),
+            )
+        )
+        masks = [self._processor.piece_to_id(name) for name in MASK_NAMES]
+        mask = next(
+            (
+                token
+                for token in masks
+                if token not in (unk, bos, eos, pad) and self._processor.is_control(token)
+            ),
+            None,
+        )
+        return SpecialTokens(unk=unk, bos=bos, eos=eos, pad=pad, mask=mask)
+
+    def _check_newline_splits(self) -> bool:
+        """True where a newline is a token of its own and texts keep their ends as they are."""
+        if any("\n" in self.piece(token) != "\n" for token in range(self.num_pieces)):
+            return False
+        newline = self._processor.encode("\n")
+        letter = self._processor.encode("a")
+        return len(newline) == 1 and self._processor.encode("a\n a\n\n") == [
+            *letter,
+            *newline,
+            *self._processor.encode(" a"),
+            *newline,
+            *newline,
+        ]
+
+
+# Fields of sentencepiece_model.proto.
+_TRAINER, _NORMALIZER, _DENORMALIZER = 2, 3, 5
+_MODEL_TYPE, _WHITESPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 24, 35
+
+
+def _list_settings(model: bytes) -> list[tuple[str, bytes]]:
+    """The fields beside the pieces that decide on ids, by their numbers in the file."""
+    found = []
+    for field, value in _iterate_fields(model):
+        if field in (_NORMALIZER, _DENORMALIZER):
+            found.append((f"{field}", value))
+        elif field == _TRAINER:
+            found += [
+                (f"{field}.{inner}", content)
+                for inner, content in _iterate_fields(value)
+                if inner in (_MODEL_TYPE, _WHITESPACE_AS_SUFFIX, _BYTE_FALLBACK)
+            ]
+    return sorted(found)
+
+
+def _iterate_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """Numbers and encoded values of a protobuf message that has been parsed before."""
+    place = 0
+    while place < len(message):
+        tag, place = _read_varint(message, place)
+        start = place
+        match tag & 7:
+            case 0:
+                _, place = _read_varint(message, place)
+            case 1:
+                place += 8
+            case 2:
+                size, start = _read_varint(message, place)
+                place = start + size
+            case _:
+                place += 4
+        yield tag >> 3, message[start:place]
+
+
+def _read_varint(message: bytes, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while message[place] >= 128:
+        value |= (message[place] & 127) << shift
+        shift += 7
+        place += 1
+    return value | message[place] << shift, place + 1

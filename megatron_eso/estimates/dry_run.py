@@ -1,0 +1,115 @@
+"""What `--dry-run` prints: the resolved configuration and what a run of it would take.
+
+The text is a TOML file, the estimates its comments.
+"""
+
+from megatron_eso.config.combinations import check_layout
+from megatron_eso.config.loading import LoadedConfig, config_to_toml
+from megatron_eso.config.sections import Config
+from megatron_eso.estimates.costs import (
+    BACKWARD_AND_FORWARD,
+    count_parameters,
+    estimate_checkpoint,
+    estimate_memory,
+    expect_diffusion_rows,
+    expect_sequential_rows,
+    forward_flops,
+    training_flops_per_token,
+)
+
+GIB = 2**30
+
+
+def format_dry_run(loaded: LoadedConfig, world_size: int | None = None) -> str:
+    """The resolved configuration, layout, parameters, FLOPs, memory and checkpoint size.
+
+    Args:
+        loaded: without `data.vocab_size` the embedding and the head are left out, and the text
+            says so.
+        world_size: number of ranks; None: the fewest that the layout needs.
+
+    Raises:
+        ConfigError: the number of ranks does not fit the layout or the batch sizes.
+    """
+    config = loaded.config
+    if world_size is None:
+        world_size = config.parallel.model_parallel_size
+    data_parallel_size = check_layout(config, world_size, loaded.origins)
+    vocab_size = config.data.vocab_size or 0
+    lines = [f"warning: {warning}" for warning in loaded.warnings]
+    lines += describe_layout(config, world_size, data_parallel_size)
+    if not vocab_size:
+        lines.append(
+            "vocabulary: not known without the shards, so embedding and head are left out below; "
+            "build the shards or pass data.vocab_size=N"
+        )
+    lines += describe_model(config, vocab_size)
+    lines += describe_memory(config, vocab_size, world_size)
+    return config_to_toml(config) + "\n" + "".join(f"# {line}\n" for line in lines)
+
+
+def describe_layout(config: Config, world_size: int, data_parallel_size: int) -> list[str]:
+    """Ranks, stages, batches and the length of the run."""
+    parallel, train = config.parallel, config.train
+    stages = parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    layers = config.model.num_layers // stages
+    in_chunks = f" in {chunks} chunks of {layers // chunks}" if chunks else ""
+    tokens = train.global_batch_size * config.data.sequence_length
+    num_micro_batches = train.global_batch_size // train.micro_batch_size // data_parallel_size
+    return [
+        f"layout: {world_size} ranks = tensor {parallel.tensor_model_parallel_size} x "
+        f"pipeline {stages} x data {data_parallel_size}; {layers} layers per stage{in_chunks}",
+        f"step: {train.global_batch_size} samples, {tokens:,} tokens; each rank "
+        f"{num_micro_batches} micro-batches of {train.micro_batch_size}, {describe_mix(config)}",
+        f"run: {train.num_steps:,} steps, {float(tokens * train.num_steps):.4g} tokens",
+    ]
+
+
+def describe_mix(config: Config) -> str:
+    """How micro-batches hold the phases."""
+    split, size = config.objective.batch_split, config.train.micro_batch_size
+    if split in (0, 1):
+        return "all diffusion" if split else "all sequential"
+    if (split * size).is_integer():
+        diffusion = round(split * size)
+        return f"{diffusion} diffusion and {size - diffusion} sequential samples each"
+    return "of one phase each"
+
+
+def describe_model(config: Config, vocab_size: int) -> list[str]:
+    """Parameters and FLOPs."""
+    counts = count_parameters(config.model, vocab_size)
+    num_tokens = config.data.sequence_length
+    phases = {
+        "diffusion": expect_diffusion_rows(num_tokens, config.objective),
+        "sequential": expect_sequential_rows(num_tokens, config.objective),
+    }
+    by_phase = ", ".join(
+        f"{BACKWARD_AND_FORWARD * forward_flops(config.model, vocab_size, rows) / num_tokens:.4g} "
+        f"{phase}"
+        for phase, rows in phases.items()
+    )
+    per_token = training_flops_per_token(config, vocab_size)
+    tokens = config.train.num_steps * config.train.global_batch_size * num_tokens
+    return [
+        f"parameters: {counts.total:,} = embedding {counts.embedding:,} + layers "
+        f"{counts.layers:,} + final norm {counts.final_norm:,} + head {counts.head:,}",
+        f"FLOPs per token, forward and backward: {per_token:.4g} ({by_phase})",
+        f"FLOPs of the run: {per_token * tokens:.4g}",
+    ]
+
+
+def describe_memory(config: Config, vocab_size: int, world_size: int) -> list[str]:
+    """Memory of the fullest rank, and checkpoints."""
+    memory = estimate_memory(config, vocab_size, world_size)
+    checkpoint = estimate_checkpoint(config, vocab_size)
+    keep_last = config.checkpoint.keep_last
+    return [
+        f"memory of the fullest rank, GiB: {memory.total / GIB:.3g} = weights "
+        f"{memory.weights / GIB:.3g} + gradients {memory.gradients / GIB:.3g} + optimizer "
+        f"{memory.optimizer / GIB:.3g} + EMA {memory.ema / GIB:.3g} + activations about "
+        f"{memory.activations / GIB:.3g}",
+        f"checkpoint: {checkpoint / GIB:.3g} GiB; {keep_last} are kept, so up to "
+        f"{(keep_last + 1) * checkpoint / GIB:.3g} GiB while one is saved",
+    ]

@@ -1,0 +1,1 @@
+"""What an objective is: orders, noise, rows, losses. No megatron, no files."""

@@ -1,0 +1,1 @@
+"""Random bits as a function of (seed, purpose, index), and the one list of purposes."""

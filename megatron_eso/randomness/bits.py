@@ -1,0 +1,43 @@
+"""Randomness as a function of (seed, purpose, index).
+
+It is counter-based: the same on every rank, machine and layout, in any order of drawing. Raw
+Philox-4x64 blocks are used and nothing of numpy's distributions, since only the former are
+promised to stay as they are from one numpy release to the next.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .purposes import Purpose
+
+
+def random_bits(
+    seed: int, purpose: Purpose, index: int, count: int, second_index: int = 0
+) -> NDArray[np.uint64]:
+    """Draw 64-bit words.
+
+    Args:
+        seed: The run's seed, in [0, 2**64).
+        purpose: What the words are for.
+        index: Global index of the sample (or of the step's first sample), in [0, 2**64).
+        count: Number of words; a longer draw begins with the shorter one.
+        second_index: For purposes whose draws have two numbers, such as row and slot.
+
+    Returns:
+        uint64 `[count]`.
+    """
+    # Arrays with a type: numpy turns a list that holds an integer from 2^63 up into floats.
+    generator = np.random.Philox(
+        key=np.array([seed, purpose], dtype=np.uint64),
+        counter=np.array([0, 0, index, second_index], dtype=np.uint64),
+    )
+    words: NDArray[np.uint64] = generator.random_raw(count)
+    return words
+
+
+def uniform(
+    seed: int, purpose: Purpose, index: int, count: int, second_index: int = 0
+) -> NDArray[np.float64]:
+    """Draw float64 `[count]` in [0, 1): the upper 53 bits of each word of `random_bits`."""
+    upper_bits = random_bits(seed, purpose, index, count, second_index) >> np.uint64(11)
+    return upper_bits.astype(np.float64) * 2.0**-53

@@ -1,0 +1,46 @@
+"""The one registry of random streams: what each draw of training, data and sampler is for.
+
+A purpose is half of a generator's key, the seed is the other. A value never changes its meaning:
+runs and datasets that exist depend on it. Whoever needs a new stream adds a line here.
+"""
+
+from enum import IntEnum
+
+# Changes when any value that an objective draws changes.
+NOISE_VERSION = 1
+
+
+class Purpose(IntEnum):
+    """What a stream of random bits is for."""
+
+    # Training: by global index of the sample, or of the step's first sample.
+    TIME = 1
+    STRATUM = 2
+    DIFFUSION_MASK = 3
+    DIFFUSION_ORDER = 4
+    SEQUENTIAL_MASK = 5
+    SEQUENTIAL_ORDER = 6
+    DROPOUT = 13
+    LENGTH = 15
+
+    # Validation: by index of the sample in the set.
+    VALIDATION_TIME = 7
+    VALIDATION_STRATUM = 8
+    VALIDATION_DIFFUSION_MASK = 9
+    VALIDATION_DIFFUSION_ORDER = 10
+    VALIDATION_SEQUENTIAL_MASK = 11
+    VALIDATION_SEQUENTIAL_ORDER = 12
+    ANY_ORDER = 14
+
+    # Generation: by row of the batch, and slot.
+    GENERATION_SCHEDULE = 1001
+    GENERATION_ORDER = 1002
+    GENERATION_TOKEN = 1003
+    # Texts that two networks are compared on, by number.
+    PROBE = 1004
+
+    # Data: keys of permutations. The values spell "blend", "docum", "order", "quarant" in ASCII.
+    BLEND = 0x626C656E64
+    DOCUMENTS = 0x646F63756D
+    SAMPLE_ORDER = 0x6F72646572
+    QUARANTINE = 0x71756172616E74

@@ -1,0 +1,1 @@
+"""The run directory and its checkpoint format, for all who read or write one. No megatron."""

@@ -1,0 +1,1 @@
+"""Checkpoints of a run that trains: what to write, when, and how to continue from it."""

@@ -1,0 +1,217 @@
+"""How a run starts: from its own newest checkpoint, from the weights of another, or fresh.
+
+What a checkpoint fixes may not change; what may is logged, old -> new.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from megatron_eso.config.loading import config_to_dict, read_config
+from megatron_eso.config.sections import Config
+from megatron_eso.data.shards.manifest import TokenizerFingerprint
+from megatron_eso.errors import CheckpointError, ConfigError
+from megatron_eso.runs.run_directory import list_checkpoints
+from megatron_eso.training.checkpointing.checkpoints import Checkpoints
+from megatron_eso.training.checkpointing.files import find_damaged_files
+from megatron_eso.training.checkpointing.state import (
+    load_training_state,
+    load_weights,
+    read_state_json,
+)
+from megatron_eso.training.train_state import TrainState
+
+# What may not change: of weights, and of a run that goes on.
+WEIGHTS_KEYS = ("model.", "data.vocab_size", "data.mask_token_id")
+RUN_KEYS = ("model.", "run.seed", "data.sequence_length", "data.framing")
+# These shape neither tensors nor what they mean.
+FREE_MODEL_KEYS = (
+    "model.hidden_dropout",
+    "model.init_method_std",
+    "model.zero_init_head",
+    "model.fp32_residual_connection",
+)
+# Raised for longer contexts.
+FREE_WEIGHTS_KEYS = (*FREE_MODEL_KEYS, "model.rotary_base")
+# Of another run's configuration, what is worth comparing.
+INITIAL_KEYS = ("model.", "objective.", "data.sequence_length", "data.framing")
+
+logger = logging.getLogger(__name__)
+
+
+def restore(
+    state: TrainState, config: Config, checkpoints: Checkpoints, *, init_from: Path | None = None
+) -> None:
+    """Continue from the run's newest checkpoint, or start as configured; collective over the world.
+
+    Args:
+        state: Fresh, filled in place.
+        config: The run's.
+        checkpoints: The run's.
+        init_from: Where the weights of a new run come from; by default `checkpoint.init_from`.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or of another format.
+        ConfigError: It is of another model, seed or data than the configuration.
+    """
+    newest = checkpoints.find_valid()
+    if newest is not None:
+        resume(newest, state, config, checkpoints)
+    elif config.checkpoint.init_from is not None:
+        source = find_checkpoint(init_from or Path(config.checkpoint.init_from))
+        start_from(source, state, config, checkpoints.batches.data.tokenizer)
+    else:
+        logger.info("starting from fresh weights, seed %d", config.run.seed)
+
+
+def resume(checkpoint: Path, state: TrainState, config: Config, checkpoints: Checkpoints) -> None:
+    """Continue a run; collective over the world, errors as for `restore`."""
+    record = read_state_json(checkpoint)
+    is_training = record["kind"] == "training"
+    if is_training:
+        remedy = "a resumed run keeps it; restore the value or choose another run.directory"
+        check_same(checkpoint, config, RUN_KEYS, remedy)
+        checkpoints.batches.resume(record, str(checkpoint))
+    else:
+        check_weights(checkpoint, config, WEIGHTS_KEYS)
+    load_training_state(checkpoint, state)
+    state.scheduler.step(state.counters.step)
+    has_average = record.get("ema_updates") is not None
+    average = "moving average" if has_average else "a FRESH moving average, it has none"
+    if state.ema is None:
+        average = "its moving average LEFT OUT" if has_average else "no moving average"
+    logger.info(
+        "resuming from %s, step %d, sample %d: weights, %s, %s; learning rate and schedule as "
+        "configured now",
+        checkpoint,
+        state.counters.step,
+        state.counters.consumed_samples,
+        "Adam's moments, counters" if is_training else "FRESH moments and counters, it has none",
+        average,
+    )
+
+
+def start_from(
+    source: Path, state: TrainState, config: Config, tokenizer: TokenizerFingerprint
+) -> None:
+    """Start a new run from weights; collective over the world, errors as for `restore`."""
+    refuse_damage(source)
+    check_initial_weights(source, config, tokenizer)
+    load_weights(source, state)
+    if state.ema is not None:
+        state.ema.restart()
+    record = read_state_json(source)
+    logger.info(
+        "starting from %s: loaded are its weights of step %d%s; fresh are Adam's moments, %sthe "
+        "learning-rate schedule, the counters and the order of the samples",
+        source,
+        record["step"],
+        "" if record.get("ema_updates") is None else " (not their moving average)",
+        "" if state.ema is None else "the moving average (it starts at these weights), ",
+    )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` names: itself, or the newest of a run directory.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if (path / "state.json").exists():
+        return path
+    found = list_checkpoints(path / "checkpoints")
+    if not found:
+        raise ConfigError(
+            f"checkpoint.init_from = {path}: holds no checkpoint; name a run directory, one of its "
+            f"checkpoints/step_* folders, or a sampler directory"
+        )
+    return found[-1]
+
+
+def refuse_damage(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose files are not those of its index; collective over the world.
+
+    Raises:
+        CheckpointError: Names the first damaged file.
+    """
+    problems = find_damaged_files(checkpoint)
+    if problems:
+        raise CheckpointError(f"{problems[0]}; take another checkpoint than {checkpoint}")
+
+
+def check_initial_weights(
+    checkpoint: Path, config: Config, tokenizer: TokenizerFingerprint
+) -> None:
+    """Refuse weights of another model, or of another tokenizer unless that is deliberate.
+
+    Raises:
+        CheckpointError: The checkpoint's state cannot be read.
+        ConfigError: One line with key, both values and the remedy.
+    """
+    if config.checkpoint.init_other_tokenizer:
+        check_weights(checkpoint, config, ("model.", "data.vocab_size"))
+        return
+    data = read_state_json(checkpoint).get("data")
+    if data is not None and data["tokenizer"] != tokenizer.identity:
+        raise ConfigError(
+            f"checkpoint.init_from = {checkpoint}: these weights were trained with another "
+            f"tokenizer (pieces {data['tokenizer']['pieces_sha256'][:12]}, not "
+            f"{tokenizer.pieces_sha256[:12]}): name shards of theirs, or set "
+            f"checkpoint.init_other_tokenizer = true if their embeddings may mean other tokens"
+        )
+    check_weights(checkpoint, config, WEIGHTS_KEYS)
+
+
+def check_weights(checkpoint: Path, config: Config, fixed: tuple[str, ...]) -> None:
+    """Refuse weights of another model, and log what else of what shaped them changes.
+
+    Raises:
+        ConfigError: As for `check_same`.
+    """
+    remedy = "set that, or start from other weights"
+    check_same(checkpoint, config, fixed, remedy, free=FREE_WEIGHTS_KEYS, compared=INITIAL_KEYS)
+
+
+def check_same(
+    checkpoint: Path,
+    config: Config,
+    fixed: tuple[str, ...],
+    remedy: str,
+    *,
+    free: tuple[str, ...] = FREE_MODEL_KEYS,
+    compared: tuple[str, ...] = ("",),
+) -> None:
+    """Refuse a configuration that changes what a checkpoint fixes, and log what else it changes.
+
+    Args:
+        checkpoint: Holds the configuration that it was written with.
+        config: To compare with it.
+        fixed: Beginnings of the keys that may not change.
+        remedy: For the error.
+        free: Of the fixed ones those that may change after all.
+        compared: Beginnings of the keys whose change is logged.
+
+    Raises:
+        ConfigError: One line with key, both values and the remedy.
+    """
+    old = _flatten(config_to_dict(read_config(checkpoint / "config.json")))
+    new = _flatten(config_to_dict(config))
+    for key in sorted(new):
+        before, after = old.get(key), new[key]
+        if before == after:
+            continue
+        if key.startswith(fixed) and key not in free:
+            raise ConfigError(
+                f"{key} = {after!r}, but {checkpoint} was written with {before!r}: {remedy}"
+            )
+        if key.startswith(compared):
+            logger.info("changed since %s: %s: %r -> %r", checkpoint.name, key, before, after)
+
+
+def _flatten(sections: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{name}.{key}": value
+        for name, section in sections.items()
+        if isinstance(section, dict)
+        for key, value in section.items()
+    }

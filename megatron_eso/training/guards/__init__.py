@@ -1,0 +1,1 @@
+"""What watches a run: hangs, stops, memory, stragglers, ranks that disagree."""

@@ -1,0 +1,88 @@
+"""Checks that ranks train on the same data: the same corpora everywhere, within a model one batch.
+
+Every rank plans its batch by itself. Should two tensor-parallel or pipeline ranks ever hold
+different tokens (another file under the same name, memory that lies, a defect), training would go
+on with gradients that mean nothing, and no number would show it.
+"""
+
+import json
+import socket
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import xxhash
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_eso.errors import DataError
+from megatron_eso.training.batches import MicroBatch
+
+
+def check_batches(
+    step: int, micro_batches: Iterable[MicroBatch], groups: ProcessGroupCollection
+) -> None:
+    """Compare the batches of all ranks of each data-parallel rank; collective over the world.
+
+    Args:
+        step: Named in the error.
+        micro_batches: This rank's.
+        groups: Groups of this rank.
+
+    Raises:
+        DataError: Ranks differ; on every rank of the world, and the same error.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    table = torch.zeros(world_size, 2, dtype=torch.int64, device=torch.cuda.current_device())
+    own_hash = np.uint64(hash_batches(micro_batches)).view(np.int64)
+    table[rank] = torch.tensor([groups.dp.rank(), int(own_hash)])
+    dist.all_reduce(table)
+    ranks_by_hash: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for number, (data_parallel_rank, value) in enumerate(table.tolist()):
+        ranks_by_hash[data_parallel_rank][value % 2**64].append(number)
+    different = [found for found in ranks_by_hash.values() if len(found) > 1]
+    if different:
+        parts = [
+            f"ranks {', '.join(map(str, ranks))} hold {value:016x}"
+            for found in different
+            for value, ranks in found.items()
+        ]
+        raise DataError(
+            f"step {step}: ranks of one copy of the model have different batches: "
+            f"{'; '.join(parts)}; compare their files with python -m data_tools verify, and "
+            "look at these ranks' machines"
+        )
+
+
+def check_data(state: Mapping[str, Any]) -> None:
+    """Refuse to start on nodes whose copies of the shards differ; collective over the world.
+
+    Args:
+        state: What this rank's batches would record in a checkpoint.
+
+    Raises:
+        DataError: Ranks differ; on every rank, and the same error.
+    """
+    encoded = json.dumps(state, sort_keys=True).encode("utf-8")
+    found: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
+    dist.all_gather_object(found, (socket.gethostname(), xxhash.xxh3_64_intdigest(encoded)))
+    for rank, (host, value) in enumerate(found):
+        if value != found[0][1]:
+            raise DataError(
+                f"rank {rank} on {host} has opened other shards than rank 0 on {found[0][0]}: "
+                "give all nodes the same data.train and data.quarantine; compare the dataset ids "
+                "with python -m data_tools inspect"
+            )
+
+
+def hash_batches(micro_batches: Iterable[MicroBatch]) -> int:
+    """xxh3_64 of samples, tokens (given and to predict) and positions, in order."""
+    hasher = xxhash.xxh3_64()
+    for micro_batch in micro_batches:
+        plan = micro_batch.plan
+        hasher.update(micro_batch.indices.tobytes())
+        for tensor in (plan.tokens_R, plan.positions_R, plan.targets_E):
+            hasher.update(tensor.numpy().tobytes())
+    return hasher.intdigest()
