@@ -20,6 +20,16 @@ SWIGLU_MULTIPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Vocabulary:
+    """The token ids of a run."""
+
+    size: int
+    """Ids of the tokenizer, the mask token among them; a model pads its embedding beyond."""
+    mask_token_id: int
+    """The mask token; it never occurs in a text and is never predicted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """Where the run lives and what it draws its randomness from."""
 
@@ -155,6 +165,13 @@ class DataConfig:
     def train_corpora(self) -> tuple[str, ...]:
         """The training shards as a list, of one where there is no blend."""
         return (self.train,) if isinstance(self.train, str) else self.train
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary of the shards, once they are open."""
+        assert self.vocab_size is not None, "the shards are not open yet"
+        assert self.mask_token_id is not None, "the shards are not open yet"
+        return Vocabulary(size=self.vocab_size, mask_token_id=self.mask_token_id)
 
     @property
     def row_tokens(self) -> int:
