@@ -16,7 +16,7 @@ from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import ConfigError, DataError
 
-CONFIGS = Path(__file__).parents[1] / "pretrain" / "configs"
+CONFIGS = Path(__file__).parents[2] / "pretrain" / "configs"
 
 _MAX_CHARACTERS = 300
 
