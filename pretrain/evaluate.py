@@ -115,10 +115,11 @@ def evaluate_checkpoint(
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.batches import count_validation_samples
+    from megatron_eso.objectives.build import build_objective
+    from megatron_eso.training.batches import ValidationBatches
     from megatron_eso.training.checkpointing.restore import refuse_damage
     from megatron_eso.training.checkpointing.state import PREFIXES, load_weights, read_state_json
-    from megatron_eso.training.evaluation import evaluate, evaluate_any_order
+    from megatron_eso.training.evaluation import evaluate, evaluate_orders
     from megatron_eso.training.parallel import model_parallel_groups, process_group
     from megatron_eso.training.train_state import build_train_state
 
@@ -138,19 +139,23 @@ def evaluate_checkpoint(
         state = build_train_state(config, groups)
         refuse_damage(checkpoint)
         load_weights(checkpoint, state, prefix=PREFIXES["ema" if weights == "ema" else "param"])
-        estimate = evaluate(config, state, dataset, groups, use_ema=False)
+        mask_token_id = config.data.vocabulary.mask_token_id
+        objective = build_objective(
+            config.objective, seed=config.run.seed, mask_token_id=mask_token_id
+        )
+        batches = ValidationBatches(config, objective, dataset)
+        estimate = evaluate(state, batches, groups, use_ema=False)
         answer = {
             "step": record["step"],
             "weights": weights,
-            "num_samples": count_validation_samples(config, dataset),
+            "num_samples": batches.num_samples,
             "nelbo": estimate.nelbo,
             "nelbo_stderr": estimate.standard_error,
             "perplexity": estimate.perplexity,
-            "nelbo_diffusion": estimate.diffusion,
-            "nelbo_sequential": estimate.sequential,
+            **{f"nelbo_{phase}": value for phase, value in estimate.phases.items()},
         }
         if num_orders > 0:
-            nats = evaluate_any_order(config, state, dataset, groups, num_orders)
+            nats = evaluate_orders(state, batches, groups, num_orders)
             answer |= {
                 "any_order_orders": num_orders,
                 "any_order_nats_per_token": nats,

@@ -158,10 +158,11 @@ def test_a_violation_is_found(tmp_path: Path, file: str, line: str, violation: s
     ("blocked", "modules"),
     [
         ("megatron torch numpy", "megatron_eso.config.loading megatron_eso.errors"),
-        ("megatron torch", "megatron_eso.data.shards.shard_format megatron_eso.estimates.dry_run"),
+        ("megatron torch", "megatron_eso.data.shards.shard_format megatron_eso.runs.file_index"),
         (
             "megatron",
-            "megatron_eso.objectives.rows megatron_eso.data.samples.training_data "
+            "megatron_eso.objectives.build megatron_eso.data.samples.training_data "
+            "megatron_eso.estimates.dry_run "
             "megatron_eso.sampler megatron_eso.runs.torch_dist "
             "checkpoints_conversion.parameter_map",
         ),

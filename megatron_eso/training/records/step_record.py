@@ -50,8 +50,7 @@ def list_values(
     values = {
         "train/loss": result.loss,
         "train/nelbo": result.nelbo,
-        "train/loss_diffusion": result.loss_diffusion,
-        "train/loss_sequential": result.loss_sequential,
+        **{f"train/loss_{phase}": loss for phase, loss in result.losses.items()},
         "train/grad_norm": result.grad_norm,
         "train/learning_rate": result.learning_rate,
         "train/deviations": result.deviations,
@@ -137,4 +136,4 @@ def format_seconds(seconds: float) -> str:
 
 
 def _describe_phases(result: StepResult) -> str:
-    return f"diffusion {result.loss_diffusion:.4f}, sequential {result.loss_sequential:.4f}"
+    return ", ".join(f"{phase} {loss:.4f}" for phase, loss in result.losses.items())
