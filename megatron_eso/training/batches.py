@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_eso.config.sections import Config
-from megatron_eso.data.samples.framing import Framing
 from megatron_eso.data.samples.training_data import TrainingData
-from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import ConfigError
 from megatron_eso.objectives.dealing import Dealing
 from megatron_eso.objectives.loss import PhaseTokens, count_phase_tokens
@@ -77,8 +76,7 @@ class TrainingBatches:
         data_parallel_size: Number of data-parallel ranks.
 
     Raises:
-        ConfigError: The global batch cannot be dealt evenly, or the tokenizer lacks the tokens of
-            the framing.
+        ConfigError: The global batch cannot be dealt evenly.
     """
 
     def __init__(self, config: Config, data: TrainingData, data_parallel_size: int) -> None:
@@ -86,7 +84,6 @@ class TrainingBatches:
         self.config = config
         self.data = data
         self.length = config.data.sequence_length
-        self.framing = Framing.resolve(config.data, data.tokenizer)
         self.dealing = Dealing(
             train.global_batch_size,
             train.micro_batch_size,
@@ -119,7 +116,6 @@ class TrainingBatches:
         self.data.resume(
             record["data"],
             consumed_samples=record["consumed_samples"],
-            phase=self.config.data.phase,
             source=source,
         )
 
@@ -156,11 +152,11 @@ class TrainingBatches:
         alpha_0 = config.objective.alpha_0
         noise = draw_noise(seed, indices, is_sequential, t, alpha_0, self.length, length_B=length_B)
         plan = plan_rows(
-            self.framing.frame(self.data.rows(indices)),
+            self.data.samples(indices),
             noise,
             schedule=LogLinearSchedule(alpha_0),
             loss_type=config.objective.loss_type,
-            mask_token_id=self.data.mask_token_id,
+            mask_token_id=self.data.vocabulary.mask_token_id,
             row_multiple=row_multiple(config),
         )
         return MicroBatch(plan=plan, indices=indices, is_sequential=is_sequential)
@@ -168,7 +164,7 @@ class TrainingBatches:
 
 def plan_validation(
     config: Config,
-    dataset: TokenDataset,
+    data: ValidationData,
     *,
     data_parallel_rank: int,
     data_parallel_size: int,
@@ -178,7 +174,7 @@ def plan_validation(
     Each sample goes through both phases (through one where alpha_0 is 0 or 1) with ELBO weights;
     times are stratified over the set.
     """
-    num_samples = count_validation_samples(config, dataset)
+    num_samples = count_validation_samples(config, data)
     length, alpha_0 = config.data.sequence_length, config.objective.alpha_0
     phases = [is_sequential for is_sequential in (False, True) if alpha_0 != float(is_sequential)]
     for samples in _split_set(config, num_samples, data_parallel_rank, data_parallel_size):
@@ -195,12 +191,12 @@ def plan_validation(
             length,
             is_validation=True,
         )
-        yield _plan_samples(config, dataset, indices, noise)
+        yield _plan_samples(config, data, indices, noise)
 
 
 def plan_any_order(
     config: Config,
-    dataset: TokenDataset,
+    data: ValidationData,
     number: int,
     *,
     data_parallel_rank: int,
@@ -210,16 +206,16 @@ def plan_any_order(
 
     Args:
         config: The resolved configuration.
-        dataset: The validation shards.
+        data: The validation set.
         number: Which of each sample's independent orders.
         data_parallel_rank: This rank.
         data_parallel_size: Number of ranks that share the set.
     """
     length, alpha_0 = config.data.sequence_length, config.objective.alpha_0
-    num_samples = count_validation_samples(config, dataset)
+    num_samples = count_validation_samples(config, data)
     for samples in _split_set(config, num_samples, data_parallel_rank, data_parallel_size):
         noise = draw_any_order(VALIDATION_SEED, samples, number, alpha_0, length)
-        yield _plan_samples(config, dataset, samples, noise)
+        yield _plan_samples(config, data, samples, noise)
 
 
 def _split_set(
@@ -233,25 +229,23 @@ def _split_set(
 
 
 def _plan_samples(
-    config: Config, dataset: TokenDataset, indices: NDArray[np.int64], noise: Noise
+    config: Config, data: ValidationData, indices: NDArray[np.int64], noise: Noise
 ) -> MicroBatch:
     """A micro-batch of samples of the set, with ELBO weights."""
-    framing = Framing.resolve(config.data, dataset.manifest.tokenizer)
     plan = plan_rows(
-        framing.frame(dataset.rows(indices, config.data.row_tokens)),
+        data.samples(indices),
         noise,
         schedule=LogLinearSchedule(config.objective.alpha_0),
         loss_type="elbo",
-        mask_token_id=dataset.mask_token_id,
+        mask_token_id=data.vocabulary.mask_token_id,
         row_multiple=row_multiple(config),
     )
     return MicroBatch(plan=plan, indices=indices, is_sequential=noise.is_sequential_B)
 
 
-def count_validation_samples(config: Config, dataset: TokenDataset) -> int:
+def count_validation_samples(config: Config, data: ValidationData) -> int:
     """Rows that validation reads: `validation.num_samples`, or all where it is 0."""
-    num_rows = dataset.num_rows(config.data.row_tokens)
-    return min(config.validation.num_samples or num_rows, num_rows)
+    return min(config.validation.num_samples or data.num_samples, data.num_samples)
 
 
 def row_multiple(config: Config) -> int:

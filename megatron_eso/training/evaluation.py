@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_eso.config.sections import Config
-from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.objectives.loss import (
     NelboEstimate,
     estimate_nelbo,
@@ -35,7 +35,7 @@ from megatron_eso.training.train_state import TrainState
 def evaluate(
     config: Config,
     state: TrainState,
-    dataset: TokenDataset,
+    dataset: ValidationData,
     groups: ProcessGroupCollection,
     *,
     use_ema: bool,
@@ -78,7 +78,7 @@ def evaluate(
 def evaluate_any_order(
     config: Config,
     state: TrainState,
-    dataset: TokenDataset,
+    dataset: ValidationData,
     groups: ProcessGroupCollection,
     num_orders: int,
 ) -> float:

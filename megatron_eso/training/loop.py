@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_eso.config.sections import Config
-from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import CheckpointError, TrainingError
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.training.batches import StepPlan
@@ -56,7 +56,7 @@ class Trainer:
     groups: ProcessGroupCollection
     state: TrainState
     prefetcher: StepPrefetcher
-    validation: TokenDataset | None
+    validation: ValidationData | None
     checkpoints: Checkpoints
     metrics: MetricsLog | None
     watchdog: Watchdog

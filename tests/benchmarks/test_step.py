@@ -36,7 +36,9 @@ def time_steps(run: Path, data: Path, overrides: Overrides) -> float:
     seconds = []
     with model_parallel_groups(config.parallel) as groups:
         state = build_train_state(config, groups)
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = TrainingBatches(
+            config, TrainingData.open(config.data, config.run.seed), groups.dp.size()
+        )
         for _ in range(NUM_STEPS + 1):
             began = time.perf_counter()
             plan = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())

@@ -13,9 +13,9 @@ import pytest
 import xxhash
 
 from megatron_eso.data.samples.order import SampleOrder
+from megatron_eso.data.shards.format import BLOCK_BYTES, MANIFEST_FILE, numpy_dtype
 from megatron_eso.data.shards.manifest import read_manifest
 from megatron_eso.data.shards.reader import hash_file
-from megatron_eso.data.shards.shard_format import BLOCK_BYTES, MANIFEST_FILE, numpy_dtype
 from tests.support.training import PP2, TINY, TP2, Overrides, tiny_arguments, tiny_config
 from tests.support.world import World
 
@@ -95,7 +95,9 @@ def compare_steps(run: Path, data_by_rank: Path, overrides: Overrides) -> list[s
     config = tiny_config(run, data_by_rank / str(dist.get_rank()), overrides)
     messages = []
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = TrainingBatches(
+            config, TrainingData.open(config.data, config.run.seed), groups.dp.size()
+        )
         for step in range(STEP + 2):
             plan = batches.plan_step(step * BATCH, groups.dp.rank())
             try:

@@ -66,7 +66,9 @@ def build(run: Path, data: Path, overrides: Overrides, groups):  # type: ignore[
     from tests.support.training import tiny_config
 
     config = tiny_config(run, data, overrides)
-    batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+    batches = TrainingBatches(
+        config, TrainingData.open(config.data, config.run.seed), groups.dp.size()
+    )
     state = build_train_state(config, groups)
     return config, batches, state, Checkpoints(run / "checkpoints", config.checkpoint, batches)
 

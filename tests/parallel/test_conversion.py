@@ -104,7 +104,9 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
         answers += map(torch.from_numpy, (x_0, noise.is_masked_BT, noise.permutation_BT))
 
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = TrainingBatches(
+            config, TrainingData.open(config.data, config.run.seed), groups.dp.size()
+        )
         state = build_train_state(config, groups)
         restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
         captured: list[Tensor] = []

@@ -46,7 +46,7 @@ def test_no_micro_batch_is_larger(case: str, tiny_data: Path, tmp_path: Path) ->
     from megatron_eso.training.guards.dry_batch import plan_largest
 
     config = tiny_config(tmp_path, tiny_data, PLANS[case])
-    batches = TrainingBatches(config, TrainingData.open(config), 1)
+    batches = TrainingBatches(config, TrainingData.open(config.data, config.run.seed), 1)
     largest = count_rows(plan_largest(config, 1).plan)
     draw, seen = np.random.default_rng(0), 0
     while seen < NUM_MICRO_BATCHES:
@@ -87,7 +87,9 @@ def run_dry(run: Path, data: Path, overrides: Overrides, tries: bool) -> tuple[A
 
     config = tiny_config(run, data, overrides)
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = TrainingBatches(
+            config, TrainingData.open(config.data, config.run.seed), groups.dp.size()
+        )
         state = build_train_state(config, groups)
         before, counters = copy(state), state.counters
         if tries:

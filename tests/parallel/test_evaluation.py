@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_eso.data.samples.training_data import TrainingData
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.objectives.noise import draw_noise, validation_times
 from megatron_eso.sampler import EsoLM
@@ -47,9 +48,12 @@ def evaluate_tiny(run: Path, data: Path, overrides: Overrides) -> tuple[Any, Any
     from megatron_eso.training.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
-    validation = TokenDataset.open(data / "validation")
+    validation = ValidationData.open(config.data)
+    assert validation is not None
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = TrainingBatches(
+            config, TrainingData.open(config.data, config.run.seed), groups.dp.size()
+        )
         state = build_train_state(config, groups)
         restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
         ema = evaluate(config, state, validation, groups, use_ema=True)

@@ -74,7 +74,9 @@ def compute_gradients(
         for parameter, sharded in shard_parameters(model):
             index = _index(sharded)
             parameter.data.copy_(megatron_tensors[sharded.key][index])
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = TrainingBatches(
+            config, TrainingData.open(config.data, config.run.seed), groups.dp.size()
+        )
         plan = batches.plan_step(0, groups.dp.rank())
         step = partial(
             forward_step,

@@ -109,7 +109,9 @@ def resave(run: Path, data: Path, overrides: Overrides, to: Path) -> None:
 
     config = tiny_config(run, data, overrides)
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = TrainingBatches(
+            config, TrainingData.open(config.data, config.run.seed), groups.dp.size()
+        )
         state = build_train_state(config, groups)
         restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
         Checkpoints(to, config.checkpoint, batches).save(state, config, groups)

@@ -243,7 +243,9 @@ def go_on_elsewhere(run: Path, data: Path, overrides: Overrides, consumed: int) 
     config = tiny_config(run, data, overrides)
     losses = []
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = TrainingBatches(
+            config, TrainingData.open(config.data, config.run.seed), groups.dp.size()
+        )
         state = build_train_state(config, groups)
         restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
         state.counters = dataclasses.replace(state.counters, consumed_samples=consumed)

@@ -62,7 +62,9 @@ def train_through_damage(run: Path, data: Path, overrides: Overrides, rank: int)
         return torch.full_like(gradient, math.nan)
 
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = TrainingBatches(
+            config, TrainingData.open(config.data, config.run.seed), groups.dp.size()
+        )
         state = build_train_state(config, groups)
         weight = next(p for p in state.parameters if "linear_fc2.weight" in p.sharded.key).model
 

@@ -106,7 +106,9 @@ def train_tiny(run: Path, data: Path, overrides: Overrides, num_steps: int) -> T
     config = tiny_config(run, data, overrides)
     losses, grad_norms = [], []
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = TrainingBatches(
+            config, TrainingData.open(config.data, config.run.seed), groups.dp.size()
+        )
         state = build_train_state(config, groups)
         checkpoints = Checkpoints(run / "checkpoints", config.checkpoint, batches)
         restore(state, config, checkpoints)

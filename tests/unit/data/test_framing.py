@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from megatron_eso.config.sections import Config
 from megatron_eso.data.samples.framing import Framing
 from megatron_eso.data.samples.training_data import TrainingData
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError
 from megatron_eso.training.batches import (
@@ -55,6 +56,12 @@ def assert_framed(
     assert {row.tobytes() for row in samples[:, 1:-1]} == {row.tobytes() for row in text}
 
 
+def open_validation(config: Config) -> ValidationData:
+    validation = ValidationData.open(config.data)
+    assert validation is not None
+    return validation
+
+
 @pytest.fixture
 def config(tiny_data: Path, tmp_path: Path) -> Config:
     # Every sample has masked tokens.
@@ -62,27 +69,28 @@ def config(tiny_data: Path, tmp_path: Path) -> Config:
 
 
 def test_every_sample_has_bos_text_and_eos(config: Config, tiny_data: Path) -> None:
-    train = TrainingData.open(config)
-    validation = TokenDataset.open(tiny_data / "validation")
-    mask = train.mask_token_id
+    train = TrainingData.open(config.data, config.run.seed)
+    validation = open_validation(config)
+    dataset = TokenDataset.open(tiny_data / "validation")
+    mask = train.vocabulary.mask_token_id
     batches = TrainingBatches(config, train, 1)
     samples = samples_of(batches.plan_step(80, 0).micro_batches, mask)
-    assert_framed(samples, train.rows(80 + np.arange(8)), validation)
+    assert_framed(samples, train.rows(80 + np.arange(8)), dataset)
 
     num_samples = count_validation_samples(config, validation)
-    assert num_samples == validation.num_rows(T - 2) > validation.num_rows(T)
-    text = validation.rows(np.arange(num_samples), T - 2)
+    assert num_samples == dataset.num_rows(T - 2) > dataset.num_rows(T)
+    text = dataset.rows(np.arange(num_samples), T - 2)
     samples = samples_of(plan_validation(config, validation, **ONE_RANK), mask)
     assert len(samples) == 2 * num_samples
-    assert_framed(samples, text, validation)
+    assert_framed(samples, text, dataset)
     samples = samples_of(plan_any_order(config, validation, 0, **ONE_RANK), mask)
     assert len(samples) == num_samples
-    assert_framed(samples, text, validation)
+    assert_framed(samples, text, dataset)
 
 
-def test_both_tokens_are_masked_like_any_other(config: Config, tiny_data: Path) -> None:
+def test_both_tokens_are_masked_like_any_other(config: Config) -> None:
     """At a rate of at least 1 - alpha_0 in either phase, here 3/4, of 2 phases x 190 samples."""
-    validation = TokenDataset.open(tiny_data / "validation")
+    validation = open_validation(config)
     targets = [
         (plan.positions_R[plan.loss_rows_E], plan.num_loss_rows)
         for plan in (batch.plan for batch in plan_validation(config, validation, **ONE_RANK))
@@ -92,9 +100,9 @@ def test_both_tokens_are_masked_like_any_other(config: Config, tiny_data: Path) 
     assert counts[[0, T - 1]].min() > 0.6 * 2 * count_validation_samples(config, validation)
 
 
-def test_validation_samples_are_never_cut(config: Config, tiny_data: Path) -> None:
+def test_validation_samples_are_never_cut(config: Config) -> None:
     data = dataclasses.replace(config.data, ssl_ratio=1.0)
-    validation = TokenDataset.open(tiny_data / "validation")
+    validation = open_validation(config)
     for plan in (plan_validation, lambda *a, **k: plan_any_order(*a, 0, **k)):
         whole, cut = (
             [batch.plan.stream_lengths for batch in plan(some, validation, **ONE_RANK)]
