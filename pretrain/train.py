@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 from megatron_eso.config.combinations import check_layout, with_vocabulary
 from megatron_eso.config.loading import LoadedConfig, config_to_dict, config_to_toml, load_config
 from megatron_eso.config.sections import Config, WatchdogConfig
-from megatron_eso.data.remote.remote_folder import is_remote
+from megatron_eso.data.remote.folder import is_remote
 from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.samples.training_data import TrainingData, open_run_data
-from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import ConfigError, DataError, UserError, run_command
 from megatron_eso.estimates.dry_run import format_dry_run
 from megatron_eso.estimates.flops import training_flops_per_token
@@ -67,8 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         start_logging(rank)
         for warning in loaded.warnings:
             logger.warning("%s", warning)
-        opened = [*train_data.datasets.values(), *filter(None, [validation_data])]
-        stage_shards([dataset.shards for dataset in opened])
+        stage_shards(train_data.sources + (validation_data.sources if validation_data else []))
         run_training(config, train_data, validation_data)
     except UserError as error:
         if rank == 0:
@@ -95,7 +94,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def open_data(loaded: LoadedConfig) -> tuple[TrainingData, TokenDataset | None, Config]:
+def open_data(loaded: LoadedConfig) -> tuple[TrainingData, ValidationData | None, Config]:
     """Open the shards, and complete the configuration by their vocabulary."""
     data, config = loaded.config.data, loaded.config
     named = [("data.train", corpus) for corpus in data.train_corpora]
@@ -107,11 +106,11 @@ def open_data(loaded: LoadedConfig) -> tuple[TrainingData, TokenDataset | None, 
                 f"{origin}: {key} = {folder}: there is no such folder; build the shards with "
                 f"python -m data_tools build"
             )
-    train, validation = open_run_data(config)
+    train, validation = open_run_data(config.data, config.run.seed)
     config = with_vocabulary(
         config,
-        vocab_size=train.vocab_size,
-        mask_token_id=train.mask_token_id,
+        vocab_size=train.vocabulary.size,
+        mask_token_id=train.vocabulary.mask_token_id,
         source=data.train_corpora[0],
         origins=loaded.origins,
     )
@@ -133,7 +132,7 @@ def start_logging(rank: int) -> None:
 
 
 def run_training(
-    config: Config, train_data: TrainingData, validation_data: TokenDataset | None
+    config: Config, train_data: TrainingData, validation_data: ValidationData | None
 ) -> None:
     """Build everything on this rank and train; collective over the world.
 
@@ -173,7 +172,7 @@ def open_run(config: Config) -> "RunDirectory":
 def build_trainer(
     config: Config,
     train_data: TrainingData,
-    validation_data: TokenDataset | None,
+    validation_data: ValidationData | None,
     run: "RunDirectory",
     stop: "StopRequests",
     stack: ExitStack,

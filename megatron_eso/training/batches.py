@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_eso.config.sections import Config, ParallelConfig
-from megatron_eso.data.samples.framing import Framing
 from megatron_eso.data.samples.lengths import draw_lengths
 from megatron_eso.data.samples.training_data import TrainingData
-from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import ConfigError
 from megatron_eso.objectives.dealing import Dealing
 from megatron_eso.objectives.objective import Objective, Samples, Step
@@ -52,8 +51,7 @@ class TrainingBatches:
         data_parallel_size: Number of data-parallel ranks.
 
     Raises:
-        ConfigError: The global batch cannot be dealt evenly, or the tokenizer lacks the tokens of
-            the framing.
+        ConfigError: The global batch cannot be dealt evenly.
     """
 
     def __init__(
@@ -69,7 +67,6 @@ class TrainingBatches:
         )
         self._seed = config.run.seed
         self._config = config.data
-        self._framing = Framing.resolve(config.data, data.tokenizer)
         self._row_multiple = row_multiple(config.parallel)
 
     @property
@@ -97,7 +94,6 @@ class TrainingBatches:
         self.data.resume(
             record["data"],
             consumed_samples=record["consumed_samples"],
-            phase=self._config.phase,
             source=source,
         )
 
@@ -125,7 +121,7 @@ class TrainingBatches:
         for places in self.dealing.micro_batches(data_parallel_rank):
             indices = step.first_index + places
             samples = Samples(
-                tokens_BT=self._framing.frame(self.data.rows(indices)),
+                tokens_BT=self.data.samples(indices),
                 indices_B=indices,
                 length_B=length_N[places],
             )
@@ -142,7 +138,7 @@ class TrainingBatches:
         return self._pad(max(plans, key=lambda plan: plan.rows.num_rows))
 
     def _pad(self, micro_batch: MicroBatch) -> MicroBatch:
-        return micro_batch.pad(self._row_multiple, self.data.mask_token_id)
+        return micro_batch.pad(self._row_multiple, self.data.vocabulary.mask_token_id)
 
 
 class ValidationBatches:
@@ -151,21 +147,18 @@ class ValidationBatches:
     Args:
         config: The resolved configuration.
         objective: Plans the rows, always with the weights of the NELBO.
-        dataset: The validation shards.
+        data: The validation set.
 
     Attributes:
         num_samples: N, the samples that a validation reads: `validation.num_samples`, or all.
         sequence_length: T.
     """
 
-    def __init__(self, config: Config, objective: Objective, dataset: TokenDataset) -> None:
+    def __init__(self, config: Config, objective: Objective, data: ValidationData) -> None:
         self.objective = objective
         self.sequence_length = config.data.sequence_length
-        num_rows = dataset.num_rows(config.data.row_tokens)
-        self.num_samples = min(config.validation.num_samples or num_rows, num_rows)
-        self._dataset = dataset
-        self._row_tokens = config.data.row_tokens
-        self._framing = Framing.resolve(config.data, dataset.manifest.tokenizer)
+        self.num_samples = min(config.validation.num_samples or data.num_samples, data.num_samples)
+        self._data = data
         self._micro_batch_size = config.validation.micro_batch_size
         self._row_multiple = row_multiple(config.parallel)
 
@@ -193,13 +186,13 @@ class ValidationBatches:
         for start in range(0, len(mine), self._micro_batch_size):
             indices: NDArray[np.int64] = mine[start : start + self._micro_batch_size]
             yield Samples(
-                tokens_BT=self._framing.frame(self._dataset.rows(indices, self._row_tokens)),
+                tokens_BT=self._data.samples(indices),
                 indices_B=indices,
                 length_B=np.full(len(indices), self.sequence_length),
             )
 
     def _pad(self, micro_batch: MicroBatch) -> MicroBatch:
-        return micro_batch.pad(self._row_multiple, self._dataset.mask_token_id)
+        return micro_batch.pad(self._row_multiple, self._data.vocabulary.mask_token_id)
 
 
 def row_multiple(parallel: ParallelConfig) -> int:

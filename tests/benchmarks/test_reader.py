@@ -19,7 +19,7 @@ import pytest
 import webdataset
 
 from megatron_eso.data.shards.reader import TokenDataset
-from megatron_eso.data.shards.shard_writer import DatasetWriter
+from megatron_eso.data.shards.writer import DatasetWriter
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.objectives.objective import Step
 from megatron_eso.training.prefetch import StepPrefetcher

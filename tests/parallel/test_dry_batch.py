@@ -53,7 +53,9 @@ def test_no_micro_batch_is_larger(case: str, tiny_data: Path, tmp_path: Path) ->
     from megatron_eso.training.batches import TrainingBatches
 
     config = tiny_config(tmp_path, tiny_data, PLANS[case])
-    batches = TrainingBatches(config, objective_of(config), TrainingData.open(config), 1)
+    batches = TrainingBatches(
+        config, objective_of(config), TrainingData.open(config.data, config.run.seed), 1
+    )
     largest = count_rows(batches.plan_largest())
     draw, seen = np.random.default_rng(0), 0
     while seen < NUM_MICRO_BATCHES:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.objectives.noise import draw_noise, validation_times
 from megatron_eso.objectives.objective import VALIDATION_SEED
@@ -48,7 +49,8 @@ def evaluate_tiny(run: Path, data: Path, overrides: Overrides) -> tuple[Any, Any
     from megatron_eso.training.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
-    validation = TokenDataset.open(data / "validation")
+    validation = ValidationData.open(config.data)
+    assert validation is not None
     with model_parallel_groups(config.parallel) as groups:
         batches = open_batches(config, groups)
         state = build_train_state(config, groups)

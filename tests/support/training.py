@@ -123,7 +123,7 @@ def open_batches(config: Config, groups: Any) -> Any:
     """The batches of a small run, with its objective."""
     from megatron_eso.training.batches import TrainingBatches
 
-    data = TrainingData.open(config)
+    data = TrainingData.open(config.data, config.run.seed)
     return TrainingBatches(config, objective_of(config), data, groups.dp.size())
 
 

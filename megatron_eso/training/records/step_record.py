@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_eso.quantities import format_seconds
 from megatron_eso.training.guards.stragglers import Straggler
 from megatron_eso.training.step import StepResult
 from megatron_eso.training.train_state import Counters
@@ -126,13 +127,6 @@ def published_peak() -> float | None:
         return None
     name = torch.cuda.get_device_name()
     return next((peak for part, peak in PUBLISHED_PEAKS.items() if part in name), None)
-
-
-def format_seconds(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 def _describe_phases(result: StepResult) -> str:

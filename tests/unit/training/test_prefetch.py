@@ -45,7 +45,9 @@ def make_batches(data: Path, folder: Path) -> RecordedBatches:
     overrides = {"data.ssl_ratio": 0.5, "train.global_batch_size": BATCH}
     config = tiny_config(folder / "run", data, overrides)
     dataset = TokenDataset.open(data / "train", retry_seconds=())
-    return RecordedBatches(config, objective_of(config), TrainingData(config, (dataset,)), 2)
+    return RecordedBatches(
+        config, objective_of(config), TrainingData(config.data, config.run.seed, (dataset,)), 2
+    )
 
 
 def assert_equal(first: StepPlan, second: StepPlan) -> None:
