@@ -18,16 +18,11 @@ from checkpoints_conversion.sampler_directory import (
     new_directory,
     write_json,
 )
+from megatron_eso.config.data import DataConfig
 from megatron_eso.config.loading import config_to_dict, read_config
-from megatron_eso.config.sections import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megatron_eso.config.model import ModelConfig
+from megatron_eso.config.objective import ObjectiveConfig
+from megatron_eso.config.sections import Config, OptimizerConfig, RunConfig, TrainConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.runs.file_index import INDEX_FILE as FILE_INDEX
 from megatron_eso.runs.file_index import describe_file, find_damage, write_index

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_eso.config.combinations import check_layout
-from megatron_eso.config.sections import Config, ModelConfig, ObjectiveConfig
+from megatron_eso.config.model import ModelConfig
+from megatron_eso.config.objective import ObjectiveConfig
+from megatron_eso.config.sections import Config
 from megatron_eso.objectives.schedule import EPSILON
 
 BACKWARD_AND_FORWARD = 3
