@@ -8,10 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_eso.config.data import DataConfig
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.objective import ObjectiveConfig
-from megatron_eso.config.sections import KEYS, Config, OptimizerConfig, RunConfig, TrainConfig
+from megatron_eso.config.sections import (
+    KEYS,
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron_eso.errors import CheckpointError
 from megatron_eso.sampler.network_eso_lm import NetworkConfig
 

@@ -9,11 +9,10 @@ import dataclasses
 import json
 import re
 
-from megatron_eso.config.batch_sizes import check_dealing
-from megatron_eso.config.divisors import even_layout, nearest_divisors, round_up
+from megatron_eso.config.divisibility import check_dealing, even_layout, nearest_divisors, round_up
+from megatron_eso.config.keys import describe_interval, is_inside
 from megatron_eso.config.objective_rules import check_objective, list_objective_warnings
 from megatron_eso.config.origins import Origins, TracedConfig
-from megatron_eso.config.ranges import describe_interval, is_inside
 from megatron_eso.config.sections import KEYS, Config
 from megatron_eso.errors import ConfigError
 

@@ -10,14 +10,14 @@ say what a change of the key means to a checkpoint, and which objectives have th
 """
 
 import dataclasses
+import operator
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
-
-from megatron_eso.config.ranges import read_interval
 
 DERIVED: Any = None
 """Default of a value that follows from others; `dataclasses.replace` keeps what was derived."""
@@ -25,6 +25,9 @@ DERIVED: Any = None
 Start = Literal["run", "weights"]
 """What a checkpoint is read for: `run`: the run that wrote it continues; `weights`: its weights
 alone are taken, by `checkpoint.init_from` or from a converted run directory."""
+
+BOUNDS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
+"""How a number is compared with a bound, by the bound's name in annotated-types."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,3 +141,37 @@ def _describe(path: str, hint: Any, default: Any) -> Key:
         hint, *found = typing.get_args(hint)
         markers = tuple(found)
     return Key(path=path, type=hint, default=default, markers=markers)
+
+
+def read_interval(markers: Iterable[Any]) -> Interval:
+    """The interval that the bounds among `markers` make; other markers are left out."""
+    bounds = {
+        name: getattr(marker, name)
+        for marker in markers
+        for name in BOUNDS
+        if getattr(marker, name, None) is not None
+    }
+    return Interval(**bounds)
+
+
+def is_inside(value: Any, interval: Interval) -> bool:
+    """Whether a number is in the interval."""
+    bounds = {name: getattr(interval, name) for name in BOUNDS}
+    return all(bound is None or BOUNDS[name](value, bound) for name, bound in bounds.items())
+
+
+def describe_interval(interval: Interval) -> str:
+    """The interval in words, such as "at least 0 and below 1"; empty without bounds."""
+    if interval.ge is not None and interval.le is not None:
+        return f"between {interval.ge} and {interval.le}"
+    words = []
+    if interval.gt is not None:
+        words.append(f"greater than {interval.gt}")
+    if interval.ge is not None:
+        has_end = interval.lt is not None
+        words.append(f"at least {interval.ge}" if has_end else f"{interval.ge} or greater")
+    if interval.lt is not None:
+        words.append(f"below {interval.lt}")
+    if interval.le is not None:
+        words.append(f"at most {interval.le}")
+    return " and ".join(words)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt, Interval
 
-from megatron_eso.config.divisors import round_up
+from megatron_eso.config.divisibility import round_up
 from megatron_eso.config.keys import DERIVED, Frozen, Logged
 
 SWIGLU_MULTIPLE = 64

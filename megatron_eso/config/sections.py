@@ -4,7 +4,7 @@ Keys have Megatron-Core's names or the Eso-LM paper's (arXiv 2506.01928); `keys.
 one is written down. A value that depends on others where the user leaves it out (`DERIVED`) is
 filled in when its section, or for `validation.micro_batch_size` the whole, is built: a `Config`
 never holds an open choice. `combinations.py` checks which values may stand together, `loading.py`
-reads files. The largest sections have a file each: objective, model, data, parallel.
+reads files. The sections of the objective and of the model have files of their own.
 """
 
 import dataclasses
@@ -14,11 +14,9 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from megatron_eso.config.data import DataConfig
-from megatron_eso.config.keys import DERIVED, Frozen, Key, list_keys
+from megatron_eso.config.keys import DERIVED, Frozen, Key, Logged, list_keys
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.objective import ObjectiveConfig
-from megatron_eso.config.parallel import ParallelConfig
 
 FORMAT_VERSION = 1
 
@@ -33,6 +31,67 @@ class RunConfig:
     """Key of everything random: sample order, noise, initial weights, dropout."""
     wandb_project: str | None = None
     """Project of Weights & Biases to send the curves to as well; left out: none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vocabulary:
+    """The token ids of a run."""
+
+    size: int
+    """Ids of the tokenizer, the mask token among them; a model pads its embedding beyond."""
+    mask_token_id: int
+    """The mask token; it never occurs in a text and is never predicted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Token shards."""
+
+    train: str | tuple[str, ...]
+    """Directory or URL of the training shards, or a list of them: a blend of corpora."""
+    train_weights: tuple[float, ...] | None = None
+    """Shares of the corpora in the samples, in any unit; left out: by their numbers of rows."""
+    phase: Annotated[int, Gt(0)] = 1
+    """Number of the blend within the run: raise it by one to change the blend on resume."""
+    validation: str | None = None
+    """Directory or URL of the validation shards."""
+    sequence_length: Annotated[int, Gt(0), Frozen("run"), Logged()]
+    """Tokens of a sample."""
+    framing: Annotated[Literal["none", "bos_eos"], Frozen("run"), Logged()] = "none"
+    """`bos_eos`: BOS first and EOS last in every sample, in place of two tokens of text."""
+    ssl_ratio: Annotated[float, Interval(ge=0, lt=1)] = 0.0
+    """Share of the training samples that are cut to a random length."""
+    vocab_size: Annotated[int | None, Gt(0), Frozen("weights")] = None
+    """Tokens of the vocabulary, the mask token among them; left out: that of the shards."""
+    mask_token_id: Annotated[int | None, Ge(0), Frozen("weights")] = None
+    """The mask token; left out: that of the shards."""
+    quarantine: str | None = None
+    """JSON file that lists damaged records; rows of other records stand in for theirs."""
+    cache_directory: str | None = None
+    """Folder on a local disk for copies of shards that have a URL; left out: a temporary one."""
+    cache_gib: Annotated[float, Gt(0)] = 100.0
+    """Largest size of these copies together, in GiB."""
+    prefetch_steps: Annotated[int, Ge(0)] = 2
+    """Steps that a thread reads ahead; 0: none."""
+    batch_check_interval: Annotated[int, Ge(0)] = 100
+    """Steps between checks that all ranks of a copy of the model hold the same batch; 0: never."""
+
+    @property
+    def train_corpora(self) -> tuple[str, ...]:
+        """The training shards as a list, of one where there is no blend."""
+        return (self.train,) if isinstance(self.train, str) else self.train
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary of the shards, once they are open."""
+        assert self.vocab_size is not None, "the shards are not open yet"
+        assert self.mask_token_id is not None, "the shards are not open yet"
+        return Vocabulary(size=self.vocab_size, mask_token_id=self.mask_token_id)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of text in a sample: what its framing leaves."""
+        return self.sequence_length - (2 if self.framing == "bos_eos" else 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +160,49 @@ class OptimizerConfig:
     """Largest norm of the whole gradient; 0: no clipping."""
     ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Decay of the moving average of the weights; 0: none is kept."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """Layout over ranks; data parallelism takes what tensor and pipeline parallelism leave."""
+
+    tensor_model_parallel_size: Annotated[int, Gt(0)] = 1
+    """Ranks that share each layer."""
+    pipeline_model_parallel_size: Annotated[int, Gt(0)] = 1
+    """Stages of the pipeline."""
+    virtual_pipeline_model_parallel_size: Annotated[int | None, Ge(2)] = None
+    """Model chunks per stage of an interleaved pipeline; left out: not interleaved."""
+    pipeline_model_parallel_layout: str | None = None
+    """Layers of each pipeline part in Megatron-Core's notation, where they do not divide evenly."""
+    sequence_parallel: bool = False
+    """Split norms and dropout over the tensor-parallel ranks by rows."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients during the backward pass."""
+    overlap_param_gather: bool = False
+    """Gather the distributed optimizer's parameters during the forward pass."""
+    overlap_p2p_comm: bool = False
+    """Overlap the pipeline's sends with computation; an interleaved pipeline needs it."""
+    batch_p2p_comm: bool = True
+    """Batch the pipeline's sends and receives; an interleaved pipeline needs it off."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+
+    @property
+    def num_pipeline_parts(self) -> int:
+        """Parts that the pipeline cuts the model into: stages, times chunks where interleaved."""
+        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+
+    def count_stage_layers(self, num_layers: int, stage: int) -> int:
+        """Layers on the ranks of a pipeline stage, all chunks together."""
+        if self.pipeline_model_parallel_layout is None:
+            return num_layers // self.pipeline_model_parallel_size
+        parts = self.pipeline_model_parallel_layout.split("|")
+        return sum(part.count("t") for part in parts[stage :: self.pipeline_model_parallel_size])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_eso.config.parallel import ParallelConfig
+from megatron_eso.config.sections import ParallelConfig
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 

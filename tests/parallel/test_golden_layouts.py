@@ -26,7 +26,7 @@ def compute_losses(run: Path, overrides: Overrides, golden: dict[str, Tensor]) -
 
     install_cpu_backend()
     from megatron_eso.config.loading import read_config
-    from megatron_eso.config.parallel import ParallelConfig
+    from megatron_eso.config.sections import ParallelConfig
     from megatron_eso.objectives.noise import Noise
     from megatron_eso.objectives.rows import plan_rows
     from megatron_eso.objectives.schedule import LogLinearSchedule

@@ -3,9 +3,8 @@
 import dataclasses
 from typing import Any
 
-from megatron_eso.config.data import DataConfig
 from megatron_eso.config.model import ModelConfig
-from megatron_eso.config.sections import Config, OptimizerConfig, RunConfig, TrainConfig
+from megatron_eso.config.sections import Config, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 
 
 def make_config(**changes: object) -> Config:

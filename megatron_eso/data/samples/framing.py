@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_eso.config.data import DataConfig
+from megatron_eso.config.sections import DataConfig
 from megatron_eso.data.shards.manifest import TokenizerFingerprint
 from megatron_eso.errors import ConfigError
 

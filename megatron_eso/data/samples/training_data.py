@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_eso.config.data import DataConfig
-from megatron_eso.config.sections import Config
+from megatron_eso.config.sections import Config, DataConfig
 from megatron_eso.data.remote.shard_cache import ShardCache
 from megatron_eso.data.samples.blend import (
     BLOCK_SAMPLES,

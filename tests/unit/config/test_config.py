@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eso.config.batch_sizes import check_dealing
 from megatron_eso.config.combinations import check_config, check_layout, with_vocabulary
+from megatron_eso.config.divisibility import check_dealing
 from megatron_eso.config.loading import config_from_dict, config_to_dict, load_config
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.objective import ObjectiveConfig

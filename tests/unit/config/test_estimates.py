@@ -6,11 +6,16 @@ import math
 import numpy as np
 import pytest
 
-from megatron_eso.config.data import DataConfig
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.objective import ObjectiveConfig
-from megatron_eso.config.parallel import ParallelConfig
-from megatron_eso.config.sections import Config, OptimizerConfig, RunConfig, TrainConfig
+from megatron_eso.config.sections import (
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron_eso.estimates.costs import (
     RowCounts,
     count_diffusion_rows,

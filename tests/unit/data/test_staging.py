@@ -21,9 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megatron_eso.config.data import DataConfig
 from megatron_eso.config.model import ModelConfig
-from megatron_eso.config.sections import Config, OptimizerConfig, RunConfig, TrainConfig
+from megatron_eso.config.sections import Config, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from megatron_eso.data.remote import remote_folder
 from megatron_eso.data.remote.shard_cache import ShardCache
 from megatron_eso.data.remote.staging import find_remote_datasets, stage_shards

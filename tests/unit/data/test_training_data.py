@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megatron_eso.config.data import DataConfig
 from megatron_eso.config.model import ModelConfig
-from megatron_eso.config.sections import Config, OptimizerConfig, RunConfig, TrainConfig
+from megatron_eso.config.sections import Config, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from megatron_eso.data.samples.blend import BLOCK_SAMPLES
 from megatron_eso.data.samples.training_data import TrainingData, open_run_data
 from megatron_eso.data.shards.reader import TokenDataset
