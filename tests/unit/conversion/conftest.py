@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints_conversion.__main__ import main
-from megatron_eso.sampler import EsoLM
+from megatron_eso.sampler.model import EsoLM
 from megatron_eso.sampler.network_eso_lm import EsoNetwork, NetworkConfig
 from tests.support.networks import make_network_config
 

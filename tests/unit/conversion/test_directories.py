@@ -25,8 +25,8 @@ from checkpoints_conversion.sampler_directory import write_sampler_directory
 from megatron_eso.errors import CheckpointError, ConfigError, DataError
 from megatron_eso.runs.file_index import INDEX_FILE
 from megatron_eso.runs.torch_dist import read_index, read_tensors, write_tensors
-from megatron_eso.sampler import EsoLM
 from megatron_eso.sampler.directory import read_config, read_weights
+from megatron_eso.sampler.model import EsoLM
 from megatron_eso.sampler.network_eso_lm import NetworkConfig
 
 ROOT = Path(__file__).parents[3]
