@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_eso.sampler.directory import load_network, read_config
-from megatron_eso.sampler.generation import Generation, TokenChoice, run_schedule
+from megatron_eso.sampler.directory import load_network, read_description
+from megatron_eso.sampler.generation import Generation, TokenChoice, reveal_tokens
 from megatron_eso.sampler.network_eso_lm import EsoNetwork, check_permutation, check_tokens
 from megatron_eso.sampler.ordering import RevealPlan, draw_order, plan_ancestral, plan_given
 
@@ -51,7 +51,7 @@ class EsoLM:
         Raises:
             CheckpointError: a file is missing or damaged, or its version is unknown.
         """
-        alpha_0 = float(read_config(directory)["alpha_0"])
+        alpha_0 = float(read_description(directory)["alpha_0"])
         return cls(load_network(directory, dtype, str(device)), alpha_0=alpha_0)
 
     @property
@@ -158,7 +158,7 @@ class EsoLM:
         tokens = prompt.gather(1, permutation)
         choice = TokenChoice(temperature=temperature, top_p=top_p, seed=seed, gumbel=gumbel)
         schedules = [plan.schedule for plan in plans]
-        nfe = run_schedule(self.network, tokens, permutation, schedules, choice)
+        nfe = reveal_tokens(self.network, tokens, permutation, schedules, choice)
         rows_agree = all(row == schedules[0] for row in schedules)
         return Generation(
             sequences=torch.empty_like(tokens).scatter_(1, permutation, tokens),

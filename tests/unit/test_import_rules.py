@@ -46,8 +46,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.model": ERRORS + CONFIG + OBJECTIVES,
     "megatron_eso.training": BASE
     + (CONFIG + RANDOMNESS + OBJECTIVES + RUNS + ESTIMATES + SHARDS + SAMPLES + MODEL),
-    "megatron_eso.sampler": BASE + RANDOMNESS + ("megatron_eso.objectives.schedule",),
-    "megatron_eso.sampler.__main__": BASE + SAMPLER + ("megatron_eso.data.tokenizers",),
+    "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.schedule",),
+    "megatron_eso.sampler.texts": ERRORS + SAMPLER + ("megatron_eso.data.tokenizers",),
     "data_tools": BASE + CONFIG + RANDOMNESS + RUNS + SHARDS + SAMPLES,
     "data_tools.text": BASE + ("megatron_eso.data.tokenizers",),
     "data_tools.build": BASE + SHARDS + RANDOMNESS + ("data_tools.text", "data_tools.progress"),
