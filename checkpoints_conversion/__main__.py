@@ -18,8 +18,8 @@ from checkpoints_conversion.sampler_directory import write_sampler_directory
 from checkpoints_conversion.verify import Comparison, compare, load_any, recorded_weights
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
 from megatron_eso.errors import ConfigError, run_command
-from megatron_eso.sampler.directory import build_network, read_config, read_weights
-from megatron_eso.sampler.network_eso_lm import NetworkConfig
+from megatron_eso.sampler.directory import build_network, read_description, read_weights
+from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
@@ -72,7 +72,7 @@ def choose_mask_token(told: int | None, tokenizer: Path | None, vocab_size: int)
 
 def convert_to_megatron(args: argparse.Namespace) -> None:
     """A sampler directory to a run directory that training starts from."""
-    description = read_config(args.sampler_dir)
+    description = read_description(args.sampler_dir)
     tensors = {name: tensor.float() for name, tensor in read_weights(args.sampler_dir).items()}
     build_network(NetworkConfig.from_dict(description), tensors, torch.float32, "cpu")
     write_run_directory(args.run_dir, description, tensors, Path(args.sampler_dir))

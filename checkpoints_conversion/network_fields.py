@@ -19,7 +19,7 @@ from megatron_eso.config.sections import (
     TrainConfig,
 )
 from megatron_eso.errors import CheckpointError
-from megatron_eso.sampler.network_eso_lm import NetworkConfig
+from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 
 def keep(value: Any) -> Any:

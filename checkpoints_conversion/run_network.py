@@ -32,7 +32,7 @@ from megatron_eso.runs.torch_dist import (
     read_tensors,
     write_tensors,
 )
-from megatron_eso.sampler.network_eso_lm import NetworkConfig
+from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 FORMAT_VERSION = 1
 STEP_PATTERN = re.compile(r"step_\d{8}")

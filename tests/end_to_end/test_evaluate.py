@@ -15,7 +15,7 @@ from checkpoints_conversion.__main__ import main as convert
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.objectives.noise import draw_any_order
 from megatron_eso.objectives.objective import VALIDATION_SEED
-from megatron_eso.sampler.model import EsoLM
+from megatron_eso.sampler import EsoLM
 from tests.support.training import TINY, tiny_arguments
 
 NELBO_TOLERANCE = 1e-6  # relative

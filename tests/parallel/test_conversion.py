@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from checkpoints_conversion.__main__ import main as convert
-from megatron_eso.sampler.model import EsoLM
+from megatron_eso.sampler import EsoLM
 from tests.parallel.test_resume import resave
 from tests.support.training import (
     DISTRIBUTED,

@@ -13,7 +13,7 @@ from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.objectives.noise import draw_noise, validation_times
 from megatron_eso.objectives.objective import VALIDATION_SEED
 from megatron_eso.objectives.schedule import LogLinearSchedule
-from megatron_eso.sampler.model import EsoLM
+from megatron_eso.sampler import EsoLM
 from tests.support.dense_oracle import OracleConfig, dense_losses
 from tests.support.training import (
     LAYOUTS,

@@ -9,8 +9,8 @@ from torch import Tensor
 from checkpoints_conversion.__main__ import main
 from checkpoints_conversion.official import fold_official, infer_config, read_official
 from megatron_eso.errors import CheckpointError
+from megatron_eso.sampler import EsoLM
 from megatron_eso.sampler.directory import build_network
-from megatron_eso.sampler.model import EsoLM
 
 LOGITS_TOLERANCE = 1e-4
 SUM_TOLERANCE = 1e-3

@@ -15,7 +15,7 @@ from megatron_eso.config.combinations import check_config
 from megatron_eso.config.sections import KEYS
 from megatron_eso.errors import CheckpointError
 from megatron_eso.sampler.configuration_eso_lm import EsoLMConfig
-from megatron_eso.sampler.network_eso_lm import NetworkConfig
+from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 from tests.support.configs import make_config
 from tests.support.networks import make_network_config
 

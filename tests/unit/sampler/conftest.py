@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_eso.sampler.model import EsoLM
+from megatron_eso.sampler import EsoLM
 from megatron_eso.sampler.network_eso_lm import EsoNetwork
 from tests.support.networks import make_network_config
 

@@ -15,8 +15,8 @@ import torch
 from checkpoints_conversion.sampler_directory import write_sampler_directory
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import CheckpointError, ConfigError, DataError
+from megatron_eso.sampler import EsoLM
 from megatron_eso.sampler.__main__ import main
-from megatron_eso.sampler.model import EsoLM
 
 ROOT = Path(__file__).parents[3]
 TEXT = "the cat sat on the mat and the dog ate the cat's hat. " * 20

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_eso.sampler import EsoLM
 from megatron_eso.sampler.generation import TokenChoice, choose_tokens
-from megatron_eso.sampler.model import EsoLM
 from megatron_eso.sampler.ordering import plan_ancestral
 
 CACHE_TOLERANCE = 1e-5

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_eso.sampler.model import EsoLM
+from megatron_eso.sampler import EsoLM
 
 EXACT = 1e-10
 """float64; the two ways sum in another order."""
