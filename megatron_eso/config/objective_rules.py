@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from megatron_eso.config.keys import list_keys
+from megatron_eso.config.keys import describe_keys
 from megatron_eso.config.origins import TracedConfig
 
 
@@ -29,7 +29,7 @@ def find_foreign_keys(objective: Any) -> list[str]:
     default = type(objective)(name=objective.name)
     return [
         key.name
-        for key in list_keys("objective", type(objective))
+        for key in describe_keys("objective", type(objective))
         if key.objectives
         and objective.name not in key.objectives
         and getattr(objective, key.name) != getattr(default, key.name)
