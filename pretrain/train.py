@@ -240,14 +240,14 @@ def convert_initial_weights(init_from: str | None, run: "RunDirectory") -> None:
 
     Made anew until the run has a checkpoint of its own, then removed. On rank 0.
     """
-    from checkpoints_conversion.__main__ import main as convert
+    from checkpoints_conversion.conversions import convert_to_megatron
     from checkpoints_conversion.sampler_directory import is_sampler_directory
     from megatron_eso.runs.run_directory import list_checkpoints
 
     shutil.rmtree(run.initial, ignore_errors=True)
     is_new = not list_checkpoints(run.checkpoints)
     if is_new and init_from is not None and is_sampler_directory(Path(init_from)):
-        convert(["to-megatron", init_from, str(run.initial)])
+        convert_to_megatron(Path(init_from), run.initial)
 
 
 def train_to_the_end(trainer: "Trainer") -> None:
