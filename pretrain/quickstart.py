@@ -19,11 +19,12 @@ import numpy as np
 
 from megatron_eso.config.loading import load_config
 from megatron_eso.config.sections import Config
+from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import UserError, run_command
 from megatron_eso.runs.run_directory import RunDirectory
 
-CONFIG = Path(__file__).parent / "configs" / "quickstart.toml"
+CONFIG = SHIPPED_CONFIGS / "quickstart.toml"
 VOCAB_SIZE = 2048
 VALIDATION_SHARE = 0.05
 NUM_PROCESSES = 2

@@ -27,7 +27,7 @@ from megatron_eso.training.batches import (
     plan_any_order,
     plan_validation,
 )
-from megatron_eso.training.main_parameters import synchronize_parameters
+from megatron_eso.training.optimization.main_parameters import synchronize_parameters
 from megatron_eso.training.step import reduce_over_world, run_schedule
 from megatron_eso.training.train_state import TrainState
 
