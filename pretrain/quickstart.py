@@ -23,6 +23,7 @@ from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import UserError, run_command
 from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.training.records.tags import VAL_PERPLEXITY
 
 CONFIG = SHIPPED_CONFIGS / "quickstart.toml"
 VOCAB_SIZE = 2048
@@ -125,7 +126,7 @@ def run_stage(title: str, stage: Stage) -> None:
 def report(config: Config, run: Path, sampler: Path, seconds: float) -> None:
     """Print perplexities, samples and where everything is."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    validations = [line["val/perplexity"] for line in lines if "val/perplexity" in line]
+    validations = [line[VAL_PERPLEXITY] for line in lines if VAL_PERPLEXITY in line]
     validation = TokenDataset.open(str(config.data.validation))
     unigram = unigram_perplexity(validation, config.data.sequence_length)
     say("\nvalidation perplexity (of the NELBO, EMA weights)")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eso.errors import ConfigError, run_command
+from megatron_eso.quantities import format_seconds
 
 _CLEAR_SCREEN = "\033[H\033[2J"
 _TAIL_BYTES = 64 * 1024
@@ -138,13 +139,6 @@ def to_json(status: Status) -> Status:
         for tag, value in status.get("metrics", {}).items()
     }
     return status | {"metrics": metrics}
-
-
-def format_seconds(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 def _read_tail(path: Path) -> Iterator[dict[str, float]]:

@@ -22,7 +22,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data_tools.locations import find_datasets
-from data_tools.progress import Progress
 from megatron_eso.data.remote.remote_folder import is_remote
 from megatron_eso.data.remote.shard_cache import ShardCache
 from megatron_eso.data.remote.staging import RemoteShards
@@ -42,6 +41,7 @@ from megatron_eso.data.shards.shard_format import (
 from megatron_eso.data.shards.shard_writer import hash_blocks
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import DataError
+from megatron_eso.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

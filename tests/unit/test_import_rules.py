@@ -17,7 +17,15 @@ PACKAGES = ("megatron_eso", "pretrain", "data_tools", "checkpoints_conversion")
 OUTSIDE = ("tests", "slurm", "setup")
 
 ERRORS = ("megatron_eso.errors",)
-BASE = (*ERRORS, "megatron_eso.files")
+BASE = (
+    *ERRORS,
+    "megatron_eso.files",
+    "megatron_eso.locks",
+    "megatron_eso.progress",
+    "megatron_eso.quantities",
+    "megatron_eso.ranks",
+    "megatron_eso.retries",
+)
 CONFIG = ("megatron_eso.config",)
 RANDOMNESS = ("megatron_eso.randomness",)
 OBJECTIVES = ("megatron_eso.objectives",)
@@ -26,13 +34,30 @@ ESTIMATES = ("megatron_eso.estimates",)
 SHARDS = ("megatron_eso.data.shards", "megatron_eso.data.remote", "megatron_eso.data.tokenizers")
 SAMPLES = ("megatron_eso.data.samples",)
 MODEL = ("megatron_eso.model",)
-TRAINING = ("megatron_eso.training",)
+# The floors of training, from below: what a step is made of, what watches it, records, saves.
+STEP = tuple(
+    f"megatron_eso.training.{name}"
+    for name in (
+        *("parallel", "cpu_backend", "optimization", "counters", "train_state"),
+        *("batches", "prefetch", "step", "evaluation"),
+    )
+)
+GUARDS = ("megatron_eso.training.guards",)
+RECORDS = ("megatron_eso.training.records",)
+BELOW_TRAINING = (
+    BASE + CONFIG + RANDOMNESS + OBJECTIVES + RUNS + ESTIMATES + SHARDS + SAMPLES + MODEL
+)
 SAMPLER = ("megatron_eso.sampler",)
 
 # Room -> what of ours it may import beside itself; the longest name that fits a module counts.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.errors": (),
-    "megatron_eso.files": (),
+    "megatron_eso.quantities": (),
+    "megatron_eso.ranks": (),
+    "megatron_eso.retries": (),
+    "megatron_eso.locks": ERRORS,
+    "megatron_eso.files": (*ERRORS, "megatron_eso.locks"),
+    "megatron_eso.progress": ("megatron_eso.quantities",),
     "megatron_eso.config": ERRORS,
     "megatron_eso.randomness": (),
     "megatron_eso.objectives": ERRORS + CONFIG + RANDOMNESS,
@@ -44,22 +69,20 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.data.shards": BASE + CONFIG + RANDOMNESS + SHARDS,
     "megatron_eso.data.samples": BASE + CONFIG + RANDOMNESS + SHARDS,
     "megatron_eso.model": ERRORS + CONFIG + OBJECTIVES,
-    "megatron_eso.training": BASE
-    + (CONFIG + RANDOMNESS + OBJECTIVES + RUNS + ESTIMATES + SHARDS + SAMPLES + MODEL),
+    **dict.fromkeys(STEP, BELOW_TRAINING + STEP),
+    "megatron_eso.training.guards": BELOW_TRAINING + STEP,
+    "megatron_eso.training.records": BELOW_TRAINING + STEP + GUARDS,
+    "megatron_eso.training.records.tags": (),
+    "megatron_eso.training.checkpointing": BELOW_TRAINING + STEP + GUARDS + RECORDS,
+    "megatron_eso.training": BELOW_TRAINING,
     "megatron_eso.sampler": BASE + RANDOMNESS + ("megatron_eso.objectives.schedule",),
     "megatron_eso.sampler.__main__": BASE + SAMPLER + ("megatron_eso.data.tokenizers",),
     "data_tools": BASE + CONFIG + RANDOMNESS + RUNS + SHARDS + SAMPLES,
     "data_tools.text": BASE + ("megatron_eso.data.tokenizers",),
-    "data_tools.build": BASE + SHARDS + RANDOMNESS + ("data_tools.text", "data_tools.progress"),
-    "data_tools.imports": BASE + SHARDS + ("data_tools.build", "data_tools.progress"),
+    "data_tools.build": BASE + SHARDS + RANDOMNESS + ("data_tools.text",),
+    "data_tools.imports": BASE + SHARDS + ("data_tools.build",),
     "data_tools.reports": BASE
-    + (
-        CONFIG
-        + RUNS
-        + SHARDS
-        + SAMPLES
-        + ("data_tools.locations", "data_tools.progress", "data_tools.build")
-    ),
+    + (CONFIG + RUNS + SHARDS + SAMPLES + ("data_tools.locations", "data_tools.build")),
     "checkpoints_conversion": BASE + CONFIG + RANDOMNESS + RUNS + SHARDS + SAMPLER,
     "checkpoints_conversion.parameter_map": ERRORS + SAMPLER,
     "pretrain": ("megatron_eso", "data_tools", "checkpoints_conversion"),
@@ -140,6 +163,9 @@ def test_imports_point_one_way() -> None:
         ("megatron_eso/model/block.py", "from megatron.core import parallel_state", "parallel_st"),
         ("megatron_eso/training/loop.py", "import megatron.training.x", "megatron.training"),
         ("megatron_eso/training/loop.py", "import pretrain.train", "imports pretrain.train"),
+        ("megatron_eso/training/step.py", "import megatron_eso.training.loop", "imports"),
+        ("megatron_eso/training/guards/x.py", "import megatron_eso.training.records", "imports"),
+        ("megatron_eso/training/records/x.py", "import megatron_eso.training.job", "imports"),
         ("pretrain/train.py", "from tests.support import world", "imports tests.support"),
         ("megatron_eso/data/shards/utils.py", "", "a name that says nothing"),
         ("megatron_eso/extra.py", "", "has no rule"),
@@ -157,8 +183,16 @@ def test_a_violation_is_found(tmp_path: Path, file: str, line: str, violation: s
 @pytest.mark.parametrize(
     ("blocked", "modules"),
     [
-        ("megatron torch numpy", "megatron_eso.config.loading megatron_eso.errors"),
-        ("megatron torch", "megatron_eso.data.shards.shard_format megatron_eso.estimates.dry_run"),
+        (
+            "megatron torch numpy",
+            "megatron_eso.config.loading megatron_eso.errors megatron_eso.files "
+            "megatron_eso.progress megatron_eso.retries megatron_eso.training.records.tags "
+            "megatron_eso.training.records.log megatron_eso.training.records.wandb_log",
+        ),
+        (
+            "megatron torch",
+            "megatron_eso.data.shards.shard_format megatron_eso.estimates.dry_run pretrain.train",
+        ),
         (
             "megatron",
             "megatron_eso.objectives.rows megatron_eso.data.samples.training_data "

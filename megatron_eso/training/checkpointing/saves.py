@@ -4,11 +4,13 @@ import logging
 import math
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_eso.config.sections import Config
 from megatron_eso.errors import CheckpointError
+from megatron_eso.retries import retry
 from megatron_eso.training.checkpointing.checkpoints import Checkpoints
 from megatron_eso.training.guards.watchdog import Watchdog
 from megatron_eso.training.records.log import log_once
@@ -17,10 +19,8 @@ from megatron_eso.training.train_state import TrainState
 
 RETRY_SECONDS = 60.0
 """Between a failed save that training does not wait for and the next one."""
-SAVE_TRIES = 3
-"""Of a save that the run waits for."""
-SAVE_TRY_SECONDS = 5.0
-"""Between two of these tries."""
+SAVE_PAUSES_SECONDS = (5.0, 5.0)
+"""Between the tries of a save that the run waits for."""
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +96,19 @@ class Saves:
         self.records.flush()
         in_background = self.config.checkpoint.async_save and not wait
         with self.watchdog.deadline("checkpoint", str(state.counters.step)):
-            for tries_left in reversed(range(SAVE_TRIES if wait else 1)):
-                if self._try(state, val_nelbo, in_background, is_last=wait and not tries_left):
-                    break
-                if wait:
-                    time.sleep(SAVE_TRY_SECONDS)
+            if wait:
+                retry(
+                    partial(self._write, state, val_nelbo, in_background=False),
+                    errors=CheckpointError,
+                    pauses=SAVE_PAUSES_SECONDS,
+                    on_error=_log_failure,
+                )
+            else:
+                try:
+                    self._write(state, val_nelbo, in_background=in_background)
+                except CheckpointError as error:
+                    _log_failure(error)
+                    self._retry_at = time.monotonic() + RETRY_SECONDS
         held = time.monotonic() - began
         self._held_seconds += held
         self._is_writing, self._written_seconds = in_background, None if in_background else held
@@ -120,19 +128,12 @@ class Saves:
         self._held_seconds, self._written_seconds = 0.0, None
         return times
 
-    def _try(
-        self, state: TrainState, val_nelbo: float | None, in_background: bool, *, is_last: bool
-    ) -> bool:
-        """Try to save once; returns whether that went well, or raises on the last try."""
-        try:
-            path = self.checkpoints.save(
-                state, self.config, self.groups, val_nelbo=val_nelbo, in_background=in_background
-            )
-        except CheckpointError as error:
-            if is_last:
-                raise
-            log_once(logger, logging.ERROR, f"{error}; trying again")
-            self._retry_at = time.monotonic() + RETRY_SECONDS
-            return False
+    def _write(self, state: TrainState, val_nelbo: float | None, *, in_background: bool) -> None:
+        path = self.checkpoints.save(
+            state, self.config, self.groups, val_nelbo=val_nelbo, in_background=in_background
+        )
         log_once(logger, logging.INFO, f"{'saving' if in_background else 'saved'} {path}")
-        return True
+
+
+def _log_failure(error: Exception, _pause_seconds: float = 0.0) -> None:
+    log_once(logger, logging.ERROR, f"{error}; trying again")

@@ -4,7 +4,7 @@ import resource
 
 import torch
 
-GIBI = 2**30
+from megatron_eso.quantities import GIB
 
 # Dense bf16 peaks that the makers publish, FLOP/s, by a part of the device's name.
 PUBLISHED_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -13,8 +13,8 @@ PUBLISHED_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e
 def used_memory_gib() -> float:
     """Most memory that this process held, in GiB: of its GPU, or of the machine without one."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / GIBI
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIBI
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def published_peak() -> float | None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_eso.objectives.loss import NelboEstimate
+from megatron_eso.quantities import format_seconds
 from megatron_eso.training.counters import Counters
 from megatron_eso.training.guards.stragglers import Straggler
 from megatron_eso.training.records.curve_values import StepTimes
@@ -61,13 +62,6 @@ def describe_validation(step: int, estimate: NelboEstimate, *, has_ema: bool) ->
         f"step {step} | validation NELBO {estimate.nelbo:.4f} +- {estimate.standard_error:.4f} "
         f"nats per token, perplexity {estimate.perplexity:.2f}{' (EMA weights)' * has_ema}"
     )
-
-
-def format_seconds(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 def _describe_phases(result: StepResult) -> str:
