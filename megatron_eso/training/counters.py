@@ -1,7 +1,7 @@
-"""The numbers that a run carries from step to step, and a checkpoint keeps beside the tensors.
+"""The numbers of a run that a checkpoint keeps besides its tensors.
 
-They say how far the run has come, and how large losses and gradients of its steps were, so that a
-resumed run judges every step as the uninterrupted one does.
+How far the run has come, and how large the losses and gradients of its steps were. With the second
+a resumed run judges every step as the uninterrupted one does.
 """
 
 import math

@@ -60,7 +60,7 @@ def run_job(
             with `checkpoint.init_from` and the run's directory, which it holds.
     """
     install_cpu_backend()
-    run = open_run(config)
+    run = locate_run(config)
     with ExitStack() as stack:
         if is_first_rank():
             stack.enter_context(run.locked())
@@ -76,8 +76,8 @@ def run_job(
         train_to_the_end(trainer)
 
 
-def open_run(config: Config) -> RunDirectory:
-    """The run directory, with what every status says of this job."""
+def locate_run(config: Config) -> RunDirectory:
+    """The run directory, with the facts of this job that every status holds."""
     run = RunDirectory(Path(config.run.directory))
     restarts = run.read_status().get("restarts", -1) + 1
     return RunDirectory(run.path, {"restarts": restarts, "num_steps": config.train.num_steps})
@@ -215,7 +215,7 @@ def gather_hosts() -> list[str]:
 
 
 def with_hosts(run: RunDirectory, hosts: list[str]) -> RunDirectory:
-    """The run directory, whose status also says which nodes this job runs on."""
+    """The run directory, with the nodes of this job among the facts of its status."""
     nodes = {"num_ranks": len(hosts), "hosts": sorted(set(hosts))}
     return dataclasses.replace(run, facts={**run.facts, **nodes})
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_eso.errors import UserError, run_command
 from megatron_eso.quantities import MIB
-from pretrain.preflight.measurement import Measurement, measure
+from pretrain.preflight.measurement import Measurement, measure_together
 from pretrain.preflight.meeting import World, meet
 from pretrain.preflight.node_facts import Facts, find_facts
 from pretrain.preflight.verdict import Limits, judge_facts, judge_measurements
@@ -57,7 +57,7 @@ def check(world: World, run: Path, limits: Limits, megabytes: int | None) -> lis
     faults = judge_facts(facts, limits)
     if not faults:
         size = (megabytes or (256 if mine.num_gpus else 4)) * MIB
-        measured = measure(world, mine.node, run, size)
+        measured = measure_together(world, mine.node, run, size)
         measurements = [
             Measurement(**each) for each in world.exchange("measurements", asdict(measured))
         ]

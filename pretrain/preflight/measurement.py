@@ -37,7 +37,7 @@ class Measurement:
     error: str = ""
 
 
-def measure(world: World, node: str, run: Path, num_bytes: int) -> Measurement:
+def measure_together(world: World, node: str, run: Path, num_bytes: int) -> Measurement:
     """Compare clocks and all-reduce; collective over the world."""
     # A collective that hangs raises instead of ending the process, so that its node can be named.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")

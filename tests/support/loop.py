@@ -50,7 +50,7 @@ def run_loop(
 
     config = load_config(tiny_arguments(run, data, overrides))
     train_data, validation, resolved = open_data(config)
-    directory = job.open_run(config.config)
+    directory = job.locate_run(config.config)
     error, gathered = None, []
     with ExitStack() as stack:
         stack.enter_context(as_launched(dist.get_rank(), dist.get_world_size()))

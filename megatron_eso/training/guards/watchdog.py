@@ -64,7 +64,7 @@ class WatchedWork:
     since: float
     """Seconds since the epoch."""
     overdue_at: float
-    """By the monotonic clock, which nobody can set."""
+    """By the monotonic clock, which cannot be set."""
 
 
 class Watchdog:
