@@ -14,15 +14,16 @@ from megatron_eso.config.combinations import check_layout, with_vocabulary
 from megatron_eso.config.loading import LoadedConfig, load_config
 from megatron_eso.config.sections import Config
 from megatron_eso.config.shipped import SHIPPED_CONFIGS
-from megatron_eso.data.remote.remote_folder import is_remote
+from megatron_eso.data.remote.folder import is_remote
 from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.samples.training_data import TrainingData, open_run_data
-from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import ConfigError, UserError, run_command
 from megatron_eso.estimates.dry_run import format_dry_run
 from megatron_eso.ranks import is_first_rank, launched_world_size
 from megatron_eso.training.records.log import start_logging
 from megatron_eso.training.records.wandb_log import check_wandb
+from pretrain.initial_weights import convert_initial_weights
 
 logger = logging.getLogger("pretrain")
 
@@ -41,9 +42,11 @@ def main(argv: list[str] | None = None) -> int:
         start_logging()
         for warning in loaded.warnings:
             logger.warning("%s", warning)
-        opened = [*train_data.datasets.values(), *filter(None, [validation_data])]
-        stage_shards([dataset.shards for dataset in opened])
-        train(config, train_data, validation_data)
+        stage_shards(train_data.sources + (validation_data.sources if validation_data else []))
+        # Imported once the configuration is known to be sound: importing takes seconds.
+        from megatron_eso.training.job import run_job
+
+        run_job(config, train_data, validation_data, convert_initial_weights)
     except UserError as error:
         if is_first_rank():
             raise
@@ -79,7 +82,7 @@ def print_plan(loaded: LoadedConfig, world_size: int | None) -> None:
     sys.stdout.write(format_dry_run(loaded, world_size) + "\n" + samples)
 
 
-def open_data(loaded: LoadedConfig) -> tuple[TrainingData, TokenDataset | None, Config]:
+def open_data(loaded: LoadedConfig) -> tuple[TrainingData, ValidationData | None, Config]:
     """Open the shards, and complete the configuration by their vocabulary."""
     data, config = loaded.config.data, loaded.config
     named = [("data.train", corpus) for corpus in data.train_corpora]
@@ -91,24 +94,15 @@ def open_data(loaded: LoadedConfig) -> tuple[TrainingData, TokenDataset | None, 
                 f"{origin}: {key} = {folder}: there is no such folder; build the shards with "
                 f"python -m data_tools build"
             )
-    train, validation = open_run_data(config)
+    train, validation = open_run_data(config.data, config.run.seed)
     config = with_vocabulary(
         config,
-        vocab_size=train.vocab_size,
-        mask_token_id=train.mask_token_id,
+        vocab_size=train.vocabulary.size,
+        mask_token_id=train.vocabulary.mask_token_id,
         source=data.train_corpora[0],
         origins=loaded.origins,
     )
     return train, validation, config
-
-
-def train(config: Config, train_data: TrainingData, validation_data: TokenDataset | None) -> None:
-    """Train on this rank; collective over the world."""
-    # Imported once the configuration is known to be sound: importing takes seconds.
-    from megatron_eso.training.job import run_job
-    from pretrain.initial_weights import convert_initial_weights
-
-    run_job(config, train_data, validation_data, convert_initial_weights)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_eso.config.loading import config_to_dict, config_to_toml
 from megatron_eso.config.sections import Config
 from megatron_eso.data.samples.training_data import TrainingData
-from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import DataError
-from megatron_eso.estimates.costs import training_flops_per_token
+from megatron_eso.estimates.flops import training_flops_per_token
+from megatron_eso.objectives.build import build_objective
 from megatron_eso.ranks import is_first_rank
 from megatron_eso.runs.run_directory import RunDirectory
-from megatron_eso.training.batches import TrainingBatches
+from megatron_eso.training.batches import TrainingBatches, ValidationBatches
 from megatron_eso.training.checkpointing.checkpoints import Checkpoints
 from megatron_eso.training.checkpointing.restore import restore
 from megatron_eso.training.checkpointing.rollbacks import Rollbacks
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 def run_job(
     config: Config,
     train_data: TrainingData,
-    validation_data: TokenDataset | None,
+    validation_data: ValidationData | None,
     prepare_weights: Callable[[str | None, RunDirectory], None],
 ) -> None:
     """Build everything on this rank and train; collective over the world.
@@ -86,7 +87,7 @@ def locate_run(config: Config) -> RunDirectory:
 def build_trainer(
     config: Config,
     train_data: TrainingData,
-    validation_data: TokenDataset | None,
+    validation_data: ValidationData | None,
     run: RunDirectory,
     stop: StopRequests,
     stack: ExitStack,
@@ -102,12 +103,20 @@ def build_trainer(
         stack: Takes down what is built, when it is closed.
     """
     groups, watchdog = join_world(config, run, stack)
+    vocabulary, train = config.data.vocabulary, config.train
+    objective = build_objective(
+        config.objective, seed=config.run.seed, mask_token_id=vocabulary.mask_token_id
+    )
+
+    # The state that training continues from.
     with watchdog.deadline("start"):
-        batches = TrainingBatches(config, train_data, groups.dp.size())
+        batches = TrainingBatches(config, objective, train_data, groups.dp.size())
         check_data(batches.state)
         hosts = gather_hosts()
         state, checkpoints = restore_state(config, batches, run, groups)
     logger.info("samples: %s", train_data.describe())
+
+    # What is recorded of it; rank 0 writes.
     metrics = None
     run = with_hosts(run, hosts)
     if is_first_rank():
@@ -116,23 +125,33 @@ def build_trainer(
     records = RunRecords(
         run=run,
         metrics=metrics,
-        train=config.train,
+        train=train,
         data=train_data,
         timer=WorkTimer(state.chunks),
         hosts=hosts,
-        flops_per_token=training_flops_per_token(config, config.data.vocabulary.size),
+        flops_per_token=training_flops_per_token(
+            config.model, vocabulary.size, objective, config.data.sequence_length
+        ),
         watchdog=watchdog,
     )
+
+    # The loop and what it works with.
+    validation = None
+    if validation_data is not None:
+        validation = ValidationBatches(config, objective, validation_data)
     prefetcher = StepPrefetcher(batches, groups.dp.rank(), config.data.prefetch_steps)
     return Trainer(
-        config=config,
+        train_config=train,
+        batch_check_interval=config.data.batch_check_interval,
+        dropout_seed=config.run.seed if config.model.hidden_dropout > 0 else None,
         state=state,
         groups=groups,
+        batches=batches,
         prefetcher=stack.enter_context(prefetcher),
         records=records,
-        validations=Validations(config, validation_data, groups, records, watchdog),
+        validations=Validations(train, config.validation, validation, groups, records, watchdog),
         saves=Saves(checkpoints, config, groups, records, watchdog),
-        rollbacks=Rollbacks(checkpoints, config.train, config.optimizer, watchdog),
+        rollbacks=Rollbacks(checkpoints, train, config.optimizer, watchdog),
         stop=stop,
         watchdog=watchdog,
     )
@@ -163,7 +182,7 @@ def restore_state(
     logger.info("%s", describe_parts(config, state))
     initial = run.initial if run.initial.exists() else None
     restore(state, config, checkpoints, init_from=initial)
-    try_largest_batch(config, state, groups)
+    try_largest_batch(config, state, batches, groups)
     return state, checkpoints
 
 

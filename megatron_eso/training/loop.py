@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_eso.config.sections import Config
-from megatron_eso.data.shards.reader import TokenDataset
-from megatron_eso.training.batches import StepPlan
+from megatron_eso.config.sections import TrainConfig, ValidationConfig
+from megatron_eso.training.batches import StepPlan, TrainingBatches, ValidationBatches
 from megatron_eso.training.checkpointing.rollbacks import Rollbacks
 from megatron_eso.training.checkpointing.saves import Saves
 from megatron_eso.training.evaluation import evaluate
@@ -27,15 +26,17 @@ class Validations:
     """The validations of a run: at its start, at its end, and at the interval.
 
     Attributes:
-        config: The run's.
-        dataset: The validation shards; None: the run has no validation.
+        train: Length of the run.
+        validation: The interval.
+        batches: The validation set; None: the run has no validation.
         groups: Of the layout.
         records: Where the estimates go.
         watchdog: Watches the validations.
     """
 
-    config: Config
-    dataset: TokenDataset | None
+    train: TrainConfig
+    validation: ValidationConfig
+    batches: ValidationBatches | None
     groups: ProcessGroupCollection
     records: RunRecords
     watchdog: Watchdog
@@ -55,16 +56,16 @@ class Validations:
             The NELBO with the EMA weights where there are any; None where no validation is due.
         """
         step = state.counters.step
-        is_due = step in (0, self.config.train.num_steps)
-        is_due |= is_multiple(step, self.config.validation.interval)
-        if self.dataset is None or not is_due or self._last_step >= step:
+        is_due = step in (0, self.train.num_steps)
+        is_due |= is_multiple(step, self.validation.interval)
+        if self.batches is None or not is_due or self._last_step >= step:
             return None
-        config, groups, raw = self.config, self.groups, None
+        raw = None
         has_ema = state.ema is not None
         with self.watchdog.deadline("validation", str(step)):
-            estimate = evaluate(config, state, self.dataset, groups, use_ema=has_ema)
+            estimate = evaluate(state, self.batches, self.groups, use_ema=has_ema)
             if has_ema:
-                raw = evaluate(config, state, self.dataset, groups, use_ema=False)
+                raw = evaluate(state, self.batches, self.groups, use_ema=False)
         self._last_step = step
         self.records.record_validation(estimate, raw, state.counters)
         return estimate.nelbo
@@ -76,11 +77,30 @@ class Validations:
 
 @dataclass(kw_only=True, slots=True)
 class Trainer:
-    """A run on this rank, and the loop that trains it; `training/job.py` builds it."""
+    """A run on this rank, and the loop that trains it; `training/job.py` builds it.
 
-    config: Config
+    Attributes:
+        train_config: Length and batch of the run, limits of its updates.
+        batch_check_interval: Steps between checks that the ranks hold the same batch; 0: never.
+        dropout_seed: The run's seed; None where nothing is dropped out.
+        state: What the steps change.
+        groups: Groups of this rank.
+        batches: The samples of each step.
+        prefetcher: Plans them ahead.
+        records: Curves, status and log.
+        validations: What estimates the NELBO now and then.
+        saves: What writes checkpoints.
+        rollbacks: What goes back to one.
+        stop: Requests to end before the last step.
+        watchdog: Ends the job when a rank hangs.
+    """
+
+    train_config: TrainConfig
+    batch_check_interval: int
+    dropout_seed: int | None
     state: TrainState
     groups: ProcessGroupCollection
+    batches: TrainingBatches
     prefetcher: StepPrefetcher
     records: RunRecords
     validations: Validations
@@ -99,7 +119,7 @@ class Trainer:
             TrainingError: Updates cannot be applied, and going back has not helped.
             CheckpointError: The last checkpoint could not be written.
         """
-        state, num_steps = self.state, self.config.train.num_steps
+        state, num_steps = self.state, self.train_config.num_steps
         first_step, started = state.counters.step, time.monotonic()
         with self.watchdog.deadline("start", "of the loop"):
             self.validations.prepare()
@@ -136,14 +156,20 @@ class Trainer:
         is_first = before.step == first_step
         work = "first step" if is_first else "train step"
         with self.watchdog.deadline(work, str(before.step + 1)):
-            plan = self.prefetcher.take(before.consumed_samples)
+            plan = self.prefetcher.take(self.batches.step(before.step, before.consumed_samples))
             data_seconds = time.monotonic() - began
             self.check_batches(plan, is_first=is_first)
             self.records.timer.begin()
             result = train_step(
-                self.config, self.state, plan, self.groups, self.records.flops_per_token
+                self.state,
+                plan,
+                self.batches.objective,
+                self.train_config,
+                self.groups,
+                flops_per_token=self.records.flops_per_token,
+                dropout_seed=self.dropout_seed,
             )
-        now, counters, train = time.monotonic(), self.state.counters, self.config.train
+        now, counters, train = time.monotonic(), self.state.counters, self.train_config
         self.records.record_oddity(result, before, counters)
         self.saves.note_end()
         is_last = counters.step == train.num_steps
@@ -160,7 +186,7 @@ class Trainer:
 
     def check_batches(self, plan: StepPlan, *, is_first: bool) -> None:
         """Compare the batches within each copy of the model, now and then; collective."""
-        step, interval = self.state.counters.step, self.config.data.batch_check_interval
+        step, interval = self.state.counters.step, self.batch_check_interval
         if interval > 0 and (is_first or is_multiple(step, interval)):
             check_batches(step, plan.micro_batches, self.groups)
 
@@ -173,7 +199,7 @@ class Trainer:
         """
         step = self.state.counters.step
         # After going back, fewer steps may have been gained than taken.
-        return (self.config.train.num_steps - step) * seconds / max(step - first_step, 1)
+        return (self.train_config.num_steps - step) * seconds / max(step - first_step, 1)
 
 
 def is_multiple(step: int, interval: int) -> bool:

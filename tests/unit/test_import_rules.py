@@ -23,15 +23,18 @@ BASE = (
     "megatron_eso.locks",
     "megatron_eso.progress",
     "megatron_eso.quantities",
-    "megatron_eso.ranks",
     "megatron_eso.retries",
 )
 CONFIG = ("megatron_eso.config",)
+SECTIONS = ("megatron_eso.config.sections",)
 RANDOMNESS = ("megatron_eso.randomness",)
 OBJECTIVES = ("megatron_eso.objectives",)
 RUNS = ("megatron_eso.runs",)
 ESTIMATES = ("megatron_eso.estimates",)
-SHARDS = ("megatron_eso.data.shards", "megatron_eso.data.remote", "megatron_eso.data.tokenizers")
+TOKENIZERS = ("megatron_eso.data.tokenizers",)
+FINGERPRINT = ("megatron_eso.data.tokenizers.fingerprint",)
+SHARDS = ("megatron_eso.data.shards", *FINGERPRINT)
+REMOTE = ("megatron_eso.data.remote", *SHARDS)
 SAMPLES = ("megatron_eso.data.samples",)
 MODEL = ("megatron_eso.model",)
 # The floors of training, from below: what a step is made of, what watches it, records, saves.
@@ -45,7 +48,9 @@ STEP = tuple(
 GUARDS = ("megatron_eso.training.guards",)
 RECORDS = ("megatron_eso.training.records",)
 BELOW_TRAINING = (
-    BASE + CONFIG + RANDOMNESS + OBJECTIVES + RUNS + ESTIMATES + SHARDS + SAMPLES + MODEL
+    BASE
+    + ("megatron_eso.ranks",)
+    + (CONFIG + RANDOMNESS + OBJECTIVES + RUNS + ESTIMATES + SAMPLES + FINGERPRINT + MODEL)
 )
 SAMPLER = ("megatron_eso.sampler",)
 
@@ -64,10 +69,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.runs": BASE + CONFIG,
     "megatron_eso.estimates": ERRORS + CONFIG + OBJECTIVES,
     "megatron_eso.data": (),
-    "megatron_eso.data.tokenizers": BASE + SHARDS,
-    "megatron_eso.data.remote": BASE + CONFIG + SHARDS,
-    "megatron_eso.data.shards": BASE + CONFIG + RANDOMNESS + SHARDS,
-    "megatron_eso.data.samples": BASE + CONFIG + RANDOMNESS + SHARDS,
+    "megatron_eso.data.tokenizers": ERRORS,
+    "megatron_eso.data.shards": BASE + RANDOMNESS + FINGERPRINT,
+    "megatron_eso.data.remote": BASE + SHARDS,
+    "megatron_eso.data.samples": ERRORS + SECTIONS + RANDOMNESS + REMOTE,
     "megatron_eso.model": ERRORS + CONFIG + OBJECTIVES,
     **dict.fromkeys(STEP, BELOW_TRAINING + STEP),
     "megatron_eso.training.guards": BELOW_TRAINING + STEP,
@@ -77,13 +82,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.training": BELOW_TRAINING,
     "megatron_eso.sampler": BASE + RANDOMNESS + ("megatron_eso.objectives.schedule",),
     "megatron_eso.sampler.__main__": BASE + SAMPLER + ("megatron_eso.data.tokenizers",),
-    "data_tools": BASE + CONFIG + RANDOMNESS + RUNS + SHARDS + SAMPLES,
-    "data_tools.text": BASE + ("megatron_eso.data.tokenizers",),
-    "data_tools.build": BASE + SHARDS + RANDOMNESS + ("data_tools.text",),
-    "data_tools.imports": BASE + SHARDS + ("data_tools.build",),
+    "data_tools": BASE + REMOTE + TOKENIZERS,
+    "data_tools.text": BASE + TOKENIZERS,
+    "data_tools.build": BASE + SHARDS + TOKENIZERS + RANDOMNESS + ("data_tools.text",),
+    "data_tools.imports": BASE + SHARDS + TOKENIZERS + ("data_tools.build",),
     "data_tools.reports": BASE
-    + (CONFIG + RUNS + SHARDS + SAMPLES + ("data_tools.locations", "data_tools.build")),
-    "checkpoints_conversion": BASE + CONFIG + RANDOMNESS + RUNS + SHARDS + SAMPLER,
+    + (CONFIG + RUNS + REMOTE + TOKENIZERS + SAMPLES + ("data_tools.build",)),
+    "checkpoints_conversion": BASE + CONFIG + RANDOMNESS + RUNS + TOKENIZERS + SAMPLER,
     "checkpoints_conversion.parameter_map": ERRORS + SAMPLER,
     "pretrain": ("megatron_eso", "data_tools", "checkpoints_conversion"),
 }
@@ -186,16 +191,13 @@ def test_a_violation_is_found(tmp_path: Path, file: str, line: str, violation: s
         (
             "megatron torch numpy",
             "megatron_eso.config.loading megatron_eso.errors megatron_eso.files "
-            "megatron_eso.progress megatron_eso.retries megatron_eso.training.records.tags "
-            "megatron_eso.training.records.log megatron_eso.training.records.wandb_log",
+            "megatron_eso.progress megatron_eso.retries megatron_eso.training.records.tags",
         ),
-        (
-            "megatron torch",
-            "megatron_eso.data.shards.shard_format megatron_eso.estimates.dry_run pretrain.train",
-        ),
+        ("megatron torch", "megatron_eso.data.shards.format megatron_eso.runs.file_index"),
         (
             "megatron",
-            "megatron_eso.objectives.rows megatron_eso.data.samples.training_data "
+            "megatron_eso.objectives.build megatron_eso.data.samples.training_data "
+            "megatron_eso.estimates.dry_run "
             "megatron_eso.sampler megatron_eso.runs.torch_dist "
             "checkpoints_conversion.parameter_map",
         ),

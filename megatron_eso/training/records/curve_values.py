@@ -45,8 +45,7 @@ def list_step_values(
     values = {
         tags.LOSS: result.loss,
         tags.NELBO: result.nelbo,
-        tags.loss_of_phase("diffusion"): result.loss_diffusion,
-        tags.loss_of_phase("sequential"): result.loss_sequential,
+        **{tags.loss_of_phase(phase): loss for phase, loss in result.losses.items()},
         tags.GRAD_NORM: result.grad_norm,
         tags.LEARNING_RATE: result.learning_rate,
         tags.DEVIATIONS: result.deviations,
@@ -75,13 +74,12 @@ def list_step_values(
 
 def list_validation_values(estimate: NelboEstimate) -> dict[str, float]:
     """The values of a validation."""
-    return {
+    values = {
         tags.VAL_NELBO: estimate.nelbo,
         tags.VAL_PERPLEXITY: estimate.perplexity,
-        tags.val_nelbo_of_phase("diffusion"): estimate.diffusion,
-        tags.val_nelbo_of_phase("sequential"): estimate.sequential,
+        **{tags.val_nelbo_of_phase(phase): value for phase, value in estimate.phases.items()},
         tags.VAL_NELBO_STDERR: estimate.standard_error,
-    } | {
-        tags.val_nelbo_by_time("diffusion", t): value
-        for t, value in estimate.diffusion_by_t.items()
     }
+    for phase, by_time in estimate.by_time.items():
+        values |= {tags.val_nelbo_by_time(phase, t): value for t, value in by_time.items()}
+    return values

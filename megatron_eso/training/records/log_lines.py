@@ -65,4 +65,4 @@ def describe_validation(step: int, estimate: NelboEstimate, *, has_ema: bool) ->
 
 
 def _describe_phases(result: StepResult) -> str:
-    return f"diffusion {result.loss_diffusion:.4f}, sequential {result.loss_sequential:.4f}"
+    return ", ".join(f"{phase} {loss:.4f}" for phase, loss in result.losses.items())
