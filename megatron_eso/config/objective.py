@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from megatron_eso.config.keys import DERIVED, Frozen, Logged, Only
+from megatron_eso.config.keys import DERIVED, Frozen, Logged, Only, list_keys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +26,14 @@ class ObjectiveConfig:
     """Diffusion times are drawn from [sampling_eps, 1]."""
 
     def __post_init__(self) -> None:
-        """Derive the split from the edges of alpha_0, where a phase is empty."""
+        """Derive the split: all samples for one phase where there is only one."""
         if self.batch_split is None:
-            split = self.alpha_0 if self.alpha_0 in (0, 1) else 0.5
+            split = 1.0
+            if self.has_key("batch_split"):
+                split = self.alpha_0 if self.alpha_0 in (0, 1) else 0.5
             object.__setattr__(self, "batch_split", float(split))
+
+    def has_key(self, name: str) -> bool:
+        """Whether the objective has this key; under another one it keeps its default."""
+        (key,) = (key for key in list_keys("objective", type(self)) if key.name == name)
+        return key.belongs_to(self.name)
