@@ -12,8 +12,8 @@ from megatron_eso.config.keys import DERIVED, Frozen, Logged, Only, list_keys
 class ObjectiveConfig:
     """The training objective."""
 
-    name: Annotated[Literal["eso_lm"], Frozen("run"), Logged()] = "eso_lm"
-    """What the model is trained for: `eso_lm`, diffusion and sequential generation."""
+    name: Annotated[Literal["eso_lm", "any_order_ar"], Frozen("run"), Logged()] = "eso_lm"
+    """What is trained: diffusion and sequential generation, or the tokens in any order."""
     variant: Annotated[Literal["b"], Frozen("run"), Logged(), Only("eso_lm")] = "b"
     """Eso-LM variant: `b` has causal attention over slots."""
     alpha_0: Annotated[float, Interval(ge=0, le=1), Logged(), Only("eso_lm")] = 0.125
@@ -24,6 +24,10 @@ class ObjectiveConfig:
     """Weight of a masked token in the diffusion phase: of the bound, or 1."""
     sampling_eps: Annotated[float, Interval(ge=0, lt=1), Logged(), Only("eso_lm")] = 1e-3
     """Diffusion times are drawn from [sampling_eps, 1]."""
+    order: Annotated[Literal["uniform", "left_to_right"], Logged(), Only("any_order_ar")] = (
+        "uniform"
+    )
+    """Order of generation: of each sample its own, uniformly random, or left to right."""
 
     def __post_init__(self) -> None:
         """Derive the split: all samples for one phase where there is only one."""

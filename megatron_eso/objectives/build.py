@@ -3,11 +3,13 @@
 from collections.abc import Callable
 
 from megatron_eso.config.objective import ObjectiveConfig
+from megatron_eso.objectives.any_order_ar import AnyOrderArObjective
 from megatron_eso.objectives.eso_lm import EsoLmObjective
 from megatron_eso.objectives.objective import Objective
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "eso_lm": EsoLmObjective.from_config,
+    "any_order_ar": AnyOrderArObjective.from_config,
 }
 
 
