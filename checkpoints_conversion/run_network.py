@@ -37,6 +37,8 @@ from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 FORMAT_VERSION = 1
 STEP_PATTERN = re.compile(r"step_\d{8}")
 TOKENIZER = "tokenizer"
+SAMPLER_OBJECTIVES = ("eso_lm",)
+"""Objectives whose network the sampler has."""
 EMA_PREFIX = "ema."
 MAIN_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.", "")
 """Where the float32 main parameters may be; the model's own tensors come last."""
@@ -132,6 +134,21 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def check_objective(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint of an objective whose network the sampler does not have.
+
+    Raises:
+        CheckpointError: `objective.name` is another one.
+    """
+    name = checkpoint.config.objective.name
+    if name not in SAMPLER_OBJECTIVES:
+        raise CheckpointError(
+            f"{checkpoint.directory / 'config.json'}: objective.name = {name}: the sampler knows "
+            f"{', '.join(SAMPLER_OBJECTIVES)} only; evaluate this run with python -m "
+            f"pretrain.evaluate"
+        )
+
+
 def read_network(
     checkpoint: Checkpoint, weights: str | None
 ) -> tuple[NetworkConfig, dict[str, Tensor], dict[str, Any]]:
@@ -144,9 +161,10 @@ def read_network(
         weights: `ema` or `raw`; by default EMA where there is one.
 
     Raises:
-        CheckpointError: there are no such weights, or a tensor is missing, damaged or of another
-            shape.
+        CheckpointError: there are no such weights, a tensor is missing, damaged or of another
+            shape, or the sampler does not know the run's objective.
     """
+    check_objective(checkpoint)
     config = describe_network(checkpoint.config, checkpoint.directory / "config.json")
     if weights is None:
         weights = "ema" if checkpoint.has_ema else "raw"

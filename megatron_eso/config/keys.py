@@ -114,6 +114,10 @@ class Key:
         """The objectives that have the key; none: all of them."""
         return next((mark.objectives for mark in self.markers if isinstance(mark, Only)), ())
 
+    def belongs_to(self, objective: str) -> bool:
+        """Whether an objective, by its name, has the key."""
+        return not self.objectives or objective in self.objectives
+
     def is_frozen(self, start: Start) -> bool:
         """Whether the key keeps the value of the checkpoint that is read for `start`."""
         return any(

@@ -1,7 +1,6 @@
 """Which values of the section `objective` may stand together."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from megatron_eso.config.keys import describe_keys
@@ -16,12 +15,12 @@ def check_objective(traced: TracedConfig) -> None:
             f"objective.{name}",
             f"objective.name = {json.dumps(objective.name)} has no such key; leave it out",
         )
-    if objective.name in RULES:
-        RULES[objective.name](traced)
+    if objective.has_key("batch_split"):
+        check_split(traced)
 
 
 def find_foreign_keys(objective: Any) -> list[str]:
-    """The keys that were changed from their defaults, but that belong to other objectives only.
+    """Return the keys that were changed from their defaults but belong to other objectives.
 
     Args:
         objective: An `ObjectiveConfig`.
@@ -30,13 +29,12 @@ def find_foreign_keys(objective: Any) -> list[str]:
     return [
         key.name
         for key in describe_keys("objective", type(objective))
-        if key.objectives
-        and objective.name not in key.objectives
+        if not key.belongs_to(objective.name)
         and getattr(objective, key.name) != getattr(default, key.name)
     ]
 
 
-def check_eso_lm(traced: TracedConfig) -> None:
+def check_split(traced: TracedConfig) -> None:
     """Refuse a split between the phases that alpha_0 leaves no samples for."""
     alpha_0, split = traced.config.objective.alpha_0, traced.config.objective.batch_split
     key = "objective.batch_split"
@@ -49,10 +47,6 @@ def check_eso_lm(traced: TracedConfig) -> None:
     else:
         remedy = f"objective.alpha_0 = {json.dumps(alpha_0)} needs both phases; use 0.5"
         traced.require(0 < split < 1, key, remedy)
-
-
-RULES: dict[str, Callable[[TracedConfig], None]] = {"eso_lm": check_eso_lm}
-"""Rules of combination by objective; one without rules of its own is not listed."""
 
 
 def list_objective_warnings(traced: TracedConfig) -> list[str]:
