@@ -4,16 +4,15 @@
 alone on torch.
 """
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.structure.modules import PACKAGES, find_imports, find_modules, is_in
+
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("megatron_eso", "pretrain", "data_tools", "checkpoints_conversion")
 OUTSIDE = ("tests", "slurm", "setup")
 
 ERRORS = ("megatron_eso.errors",)
@@ -80,8 +79,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.training.records.tags": (),
     "megatron_eso.training.checkpointing": BELOW_TRAINING + STEP + GUARDS + RECORDS,
     "megatron_eso.training": BELOW_TRAINING,
-    "megatron_eso.sampler": BASE + RANDOMNESS + ("megatron_eso.objectives.schedule",),
-    "megatron_eso.sampler.__main__": BASE + SAMPLER + ("megatron_eso.data.tokenizers",),
+    "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.schedule",),
+    "megatron_eso.sampler.texts": ERRORS + SAMPLER + ("megatron_eso.data.tokenizers",),
     "data_tools": BASE + REMOTE + TOKENIZERS,
     "data_tools.text": BASE + TOKENIZERS,
     "data_tools.build": BASE + SHARDS + TOKENIZERS + RANDOMNESS + ("data_tools.text",),
@@ -97,49 +96,17 @@ HOLDS_PARALLEL_STATE = "megatron_eso.training.parallel"
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc"}
 
 
-def is_in(module: str, parts: tuple[str, ...]) -> bool:
-    return any(module == part or module.startswith(part + ".") for part in parts)
-
-
-def find_modules(root: Path) -> dict[str, Path]:
-    files = {path for name in PACKAGES for path in (root / name).rglob("*.py")}
-    modules = {}
-    for path in sorted(path for path in files if path.stat().st_size):
-        parts = path.relative_to(root).with_suffix("").parts
-        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return modules
-
-
-def find_imports(module: str, path: Path, modules: dict[str, Path]) -> Iterator[str]:
-    """Every imported module, names that are modules of ours or of megatron.core included."""
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            source = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
-                source = ".".join([*above, source] if source else above)
-            named = [f"{source}.{alias.name}" for alias in node.names]
-            ours = [name for name in named if name in modules]
-            if len(ours) < len(named):
-                yield source
-            yield from ours
-            yield from (name for name in named if name.startswith("megatron."))
-
-
 def find_violations(root: Path) -> list[str]:
     modules = find_modules(root)
     found = []
-    for module, path in modules.items():
+    for module, source in modules.items():
         part = max((part for part in ALLOWED if is_in(module, (part,))), key=len, default=None)
         if part is None:
             found.append(f"{module}: has no rule in {Path(__file__).name}")
             continue
         if module.rpartition(".")[2] in VAGUE_NAMES:
             found.append(f"{module}: a name that says nothing")
-        for target in find_imports(module, path, modules):
+        for target in (found.target for found in find_imports(source, modules)):
             if is_in(target, PACKAGES) and not is_in(target, (part, *ALLOWED[part])):
                 found.append(f"{module}: imports {target}")
             if is_in(target, OUTSIDE) or is_in(target, ("megatron.training",)):
