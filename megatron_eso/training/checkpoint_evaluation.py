@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from megatron.core.process_groups_config import ProcessGroupCollection
+
 from megatron_eso.config.sections import Config
 from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import CheckpointError
@@ -15,7 +17,7 @@ from megatron_eso.training.checkpointing.state import PREFIXES, load_weights, re
 from megatron_eso.training.cpu_backend import install_cpu_backend
 from megatron_eso.training.evaluation import evaluate, evaluate_orders
 from megatron_eso.training.parallel import model_parallel_groups, process_group
-from megatron_eso.training.train_state import build_train_state
+from megatron_eso.training.train_state import TrainState, build_train_state
 
 
 def evaluate_checkpoint(
@@ -49,19 +51,11 @@ def evaluate_checkpoint(
     weights = weights or ("ema" if has_ema else "raw")
     if weights == "ema" and not has_ema:
         raise CheckpointError(f"{checkpoint}: holds no EMA weights; use --weights raw")
-    # The weights that are evaluated stand alone: no average is kept beside them.
-    config = dataclasses.replace(
-        config, optimizer=dataclasses.replace(config.optimizer, ema_decay=0.0)
-    )
+    mask_token_id = config.data.vocabulary.mask_token_id
+    objective = build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id)
+    batches = ValidationBatches(config, objective, validation)
     with process_group(), model_parallel_groups(config.parallel) as groups:
-        state = build_train_state(config, groups)
-        refuse_damage(checkpoint)
-        load_weights(checkpoint, state, prefix=PREFIXES["ema" if weights == "ema" else "param"])
-        mask_token_id = config.data.vocabulary.mask_token_id
-        objective = build_objective(
-            config.objective, seed=config.run.seed, mask_token_id=mask_token_id
-        )
-        batches = ValidationBatches(config, objective, validation)
+        state = load_state(checkpoint, config, weights, groups)
         estimate = evaluate(state, batches, groups, use_ema=False)
         answer = {
             "step": record["step"],
@@ -80,3 +74,15 @@ def evaluate_checkpoint(
                 "any_order_perplexity": to_perplexity(nats),
             }
     return answer
+
+
+def load_state(
+    checkpoint: Path, config: Config, weights: str, groups: ProcessGroupCollection
+) -> TrainState:
+    """A state with the weights of a checkpoint, raw or EMA, and nothing else; collective."""
+    # No average is kept with the weights that are evaluated.
+    optimizer = dataclasses.replace(config.optimizer, ema_decay=0.0)
+    state = build_train_state(dataclasses.replace(config, optimizer=optimizer), groups)
+    refuse_damage(checkpoint)
+    load_weights(checkpoint, state, prefix=PREFIXES["ema" if weights == "ema" else "param"])
+    return state

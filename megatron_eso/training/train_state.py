@@ -19,13 +19,8 @@ from megatron.core.pipeline_parallel.utils import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
-from megatron_eso.config.sections import (
-    Config,
-    ModelConfig,
-    ParallelConfig,
-    TrainConfig,
-    Vocabulary,
-)
+from megatron_eso.config.model import ModelConfig
+from megatron_eso.config.sections import Config, ParallelConfig, TrainConfig, Vocabulary
 from megatron_eso.model.eso_model import EsoModel
 from megatron_eso.model.initialization import initialize_parameters
 from megatron_eso.model.transformer_config import build_transformer_config
