@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from megatron_eso.config.loading import load_config
 from megatron_eso.errors import ConfigError, run_command
-from megatron_eso.files import write_atomically
+from megatron_eso.files import write_text
 from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
 from pretrain.train import CONFIGS
 
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     outcome = judge(run, job=os.environ.get("SLURM_JOB_ID"))
     lines = [json.dumps(each) + "\n" for each in (*read_restarts(run), asdict(outcome))]
-    write_atomically(run.path / "restarts.jsonl", "".join(lines))
+    write_text(run.path / "restarts.jsonl", "".join(lines))
     sys.stderr.write(f"{outcome.decision}: {outcome.reason}\n")
     sys.stdout.write(f"{outcome.decision}\n")
 

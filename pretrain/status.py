@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eso.errors import ConfigError, run_command
+from megatron_eso.quantities import format_seconds
 
 _CLEAR_SCREEN = "\033[H\033[2J"
 _TAIL_BYTES = 64 * 1024
@@ -97,10 +98,13 @@ def describe(run: Path, status: Status, now: float) -> Iterator[str]:
     share = f"/{num_steps} ({100 * status['step'] / num_steps:.1f} %)" if num_steps else ""
     yield f"step         {status['step']}{share}"
     if "train/loss" in metrics:
+        phases = ", ".join(
+            f"{tag.removeprefix('train/loss_')} {value:.4f}"
+            for tag, value in metrics.items()
+            if tag.startswith("train/loss_")
+        )
         yield (
-            f"loss         {metrics['train/loss']:.4f} (diffusion "
-            f"{metrics['train/loss_diffusion']:.4f}, sequential "
-            f"{metrics['train/loss_sequential']:.4f}), skipped steps "
+            f"loss         {metrics['train/loss']:.4f} ({phases}), skipped steps "
             f"{metrics['train/skipped_steps']:.0f}, times gone back "
             f"{metrics['train/rollbacks']:.0f}"
         )
@@ -138,13 +142,6 @@ def to_json(status: Status) -> Status:
         for tag, value in status.get("metrics", {}).items()
     }
     return status | {"metrics": metrics}
-
-
-def format_seconds(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 def _read_tail(path: Path) -> Iterator[dict[str, float]]:

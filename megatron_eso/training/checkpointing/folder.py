@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_eso.config.sections import CheckpointConfig
 from megatron_eso.errors import CheckpointError
-from megatron_eso.files import sync_path, write_atomically
+from megatron_eso.files import sync_path, write_text
 from megatron_eso.runs.run_directory import list_checkpoints
 from megatron_eso.training.checkpointing.state import read_state_json
 
@@ -49,7 +49,7 @@ def publish(partial: Path, final: Path, config: CheckpointConfig) -> None:
     """Give a written checkpoint its name, and take those away that are not to be kept."""
     partial.replace(final)
     sync_path(final.parent)
-    write_atomically(final.parent / LATEST, final.name + "\n")
+    write_text(final.parent / LATEST, final.name + "\n")
     try:
         remove(set(list_checkpoints(final.parent)) - list_kept(final.parent, config))
     except OSError as error:
@@ -105,7 +105,7 @@ def make_newest(valid: Path, damaged: Iterable[Path], unwanted: Iterable[Path]) 
     """
     latest = valid.parent / LATEST
     if not latest.exists() or latest.read_text().strip() != valid.name:
-        write_atomically(latest, valid.name + "\n")
+        write_text(latest, valid.name + "\n")
     for checkpoint in damaged:
         shutil.rmtree(checkpoint.with_suffix(".damaged"), ignore_errors=True)
         checkpoint.replace(checkpoint.with_suffix(".damaged"))
