@@ -22,14 +22,14 @@ from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import CheckpointError, ConfigError, UserError, run_command
 from megatron_eso.objectives.loss import to_perplexity
 from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
-from pretrain.train import start_logging
+from megatron_eso.training.records.log import start_logging
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns the exit code."""
     arguments = parse_arguments(argv)
     rank = int(os.environ.get("RANK", "0"))
-    start_logging(rank)
+    start_logging()
     logging.getLogger().setLevel(logging.WARNING)
     try:
         checkpoint = find_step(Path(arguments.run_dir), arguments.step)

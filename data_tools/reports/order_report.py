@@ -12,11 +12,10 @@ from data_tools.reports.inspect_shards import decode_row
 from data_tools.reports.row_places import RowPlace, locate_row
 from megatron_eso.config.loading import load_config, read_config
 from megatron_eso.config.sections import Config
+from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import ConfigError, DataError
-
-CONFIGS = Path(__file__).parents[2] / "pretrain" / "configs"
 
 _MAX_CHARACTERS = 300
 
@@ -89,7 +88,7 @@ def open_run(arguments: Sequence[str]) -> tuple[Config, TrainingData]:
         config = read_config(Path(arguments[0]) / "config.json")
         run = Path(arguments[0])
     else:
-        config = load_config(arguments, folder=CONFIGS).config
+        config = load_config(arguments, folder=SHIPPED_CONFIGS).config
         run = Path(config.run.directory)
     data = TrainingData.open(config.data, config.run.seed)
     try:

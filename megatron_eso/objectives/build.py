@@ -1,6 +1,6 @@
 """The table of objectives: a new objective is a file beside this one and a line here."""
 
-from megatron_eso.config.sections import ObjectiveConfig
+from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.objectives.eso_lm import EsoLmObjective
 from megatron_eso.objectives.objective import Objective
 

@@ -23,32 +23,10 @@ from megatron_eso.config.sections import Config
 from megatron_eso.model.eso_model import EsoModel
 from megatron_eso.model.initialization import initialize_parameters
 from megatron_eso.model.transformer_config import build_transformer_config
-from megatron_eso.training.ema import ExponentialMovingAverage
-from megatron_eso.training.main_parameters import MainParameter, list_main_parameters
-from megatron_eso.training.optimizer import build_optimizer, build_scheduler
-from megatron_eso.training.records.moving_statistics import MovingStatistics
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Counters:
-    """How far a run has come; with the parameters, all that a checkpoint needs."""
-
-    step: int = 0
-    """Steps taken, skipped ones included."""
-    consumed_samples: int = 0
-    """Samples taken from the training order: the whole state of the data."""
-    tokens: int = 0
-    """Real tokens of these samples."""
-    flops: float = 0.0
-    """Floating-point operations that the objective needed for them."""
-    skipped_steps: int = 0
-    """Steps whose update was not applied, since loss or gradient was not finite, or exploded."""
-    skipped_in_row: int = 0
-    """Of these, the last ones without a step between them that was applied."""
-    spikes: int = 0
-    """Steps whose loss or gradient norm was flagged."""
-    rollbacks: int = 0
-    """Times that the run went back to a checkpoint and left the samples since out."""
+from megatron_eso.training.counters import Counters, MovingStatistics
+from megatron_eso.training.optimization.ema import ExponentialMovingAverage
+from megatron_eso.training.optimization.main_parameters import MainParameter, list_main_parameters
+from megatron_eso.training.optimization.optimizer import build_optimizer, build_scheduler
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -71,14 +49,15 @@ class TrainState:
 def build_train_state(config: Config, groups: ProcessGroupCollection) -> TrainState:
     """Build a fresh state on this rank; collective over the world."""
     chunks = build_model_chunks(config, groups)
-    optimizer = build_optimizer(config, chunks, groups)
+    precision, num_steps = config.train.precision, config.train.num_steps
+    optimizer = build_optimizer(config.optimizer, config.parallel, precision, chunks, groups)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     parameters = list_main_parameters(chunks, optimizer)
     decay = config.optimizer.ema_decay
     return TrainState(
         chunks=chunks,
         optimizer=optimizer,
-        scheduler=build_scheduler(config, optimizer),
+        scheduler=build_scheduler(config.optimizer, num_steps, optimizer),
         parameters=parameters,
         ema=ExponentialMovingAverage(parameters, decay) if decay > 0 else None,
         counters=Counters(),

@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
-from megatron_eso.training.records.moving_statistics import WARMUP_STEPS
+from megatron_eso.training.counters import WARMUP_STEPS
 from tests.support.loop import Ran, run_loop
 from tests.support.torchrun import read_records
 from tests.support.training import LAYOUTS, OVERLAPPED, Overrides, open_batches, take_step

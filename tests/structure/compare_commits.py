@@ -22,7 +22,7 @@ from tests.structure.commands import Command, list_products, plan_everything
 from tests.structure.same_bytes import compare
 
 NUM_DOCUMENTS = 60
-COMMAND_SECONDS = 300
+COMMAND_SECONDS = 600
 TIMED_OUT = 124
 
 

@@ -36,13 +36,28 @@ SHARDS = ("megatron_eso.data.shards", *FINGERPRINT)
 REMOTE = ("megatron_eso.data.remote", *SHARDS)
 SAMPLES = ("megatron_eso.data.samples",)
 MODEL = ("megatron_eso.model",)
-TRAINING = ("megatron_eso.training",)
+# The floors of training, from below: what a step is made of, what watches it, records, saves.
+STEP = tuple(
+    f"megatron_eso.training.{name}"
+    for name in (
+        *("parallel", "cpu_backend", "optimization", "counters", "train_state"),
+        *("batches", "prefetch", "step", "evaluation"),
+    )
+)
+GUARDS = ("megatron_eso.training.guards",)
+RECORDS = ("megatron_eso.training.records",)
+BELOW_TRAINING = (
+    BASE
+    + ("megatron_eso.ranks",)
+    + (CONFIG + RANDOMNESS + OBJECTIVES + RUNS + ESTIMATES + SAMPLES + FINGERPRINT + MODEL)
+)
 SAMPLER = ("megatron_eso.sampler",)
 
 # Room -> what of ours it may import beside itself; the longest name that fits a module counts.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.errors": (),
     "megatron_eso.quantities": (),
+    "megatron_eso.ranks": (),
     "megatron_eso.retries": (),
     "megatron_eso.locks": ERRORS,
     "megatron_eso.files": (*ERRORS, "megatron_eso.locks"),
@@ -58,8 +73,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.data.remote": BASE + SHARDS,
     "megatron_eso.data.samples": ERRORS + SECTIONS + RANDOMNESS + REMOTE,
     "megatron_eso.model": ERRORS + CONFIG + OBJECTIVES,
-    "megatron_eso.training": BASE
-    + (CONFIG + RANDOMNESS + OBJECTIVES + RUNS + ESTIMATES + SAMPLES + FINGERPRINT + MODEL),
+    **dict.fromkeys(STEP, BELOW_TRAINING + STEP),
+    "megatron_eso.training.guards": BELOW_TRAINING + STEP,
+    "megatron_eso.training.records": BELOW_TRAINING + STEP + GUARDS,
+    "megatron_eso.training.records.tags": (),
+    "megatron_eso.training.checkpointing": BELOW_TRAINING + STEP + GUARDS + RECORDS,
+    "megatron_eso.training": BELOW_TRAINING,
     "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.schedule",),
     "megatron_eso.sampler.texts": ERRORS + SAMPLER + TOKENIZERS,
     "data_tools": BASE + REMOTE + TOKENIZERS,
@@ -116,6 +135,9 @@ def test_imports_point_one_way() -> None:
         ("megatron_eso/model/block.py", "from megatron.core import parallel_state", "parallel_st"),
         ("megatron_eso/training/loop.py", "import megatron.training.x", "megatron.training"),
         ("megatron_eso/training/loop.py", "import pretrain.train", "imports pretrain.train"),
+        ("megatron_eso/training/step.py", "import megatron_eso.training.loop", "imports"),
+        ("megatron_eso/training/guards/x.py", "import megatron_eso.training.records", "imports"),
+        ("megatron_eso/training/records/x.py", "import megatron_eso.training.job", "imports"),
         ("pretrain/train.py", "from tests.support import world", "imports tests.support"),
         ("megatron_eso/data/shards/utils.py", "", "a name that says nothing"),
         ("megatron_eso/extra.py", "", "has no rule"),
@@ -136,7 +158,7 @@ def test_a_violation_is_found(tmp_path: Path, file: str, line: str, violation: s
         (
             "megatron torch numpy",
             "megatron_eso.config.loading megatron_eso.errors megatron_eso.files "
-            "megatron_eso.progress megatron_eso.retries",
+            "megatron_eso.progress megatron_eso.retries megatron_eso.training.records.tags",
         ),
         ("megatron torch", "megatron_eso.data.shards.format megatron_eso.runs.file_index"),
         (

@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_eso.config.sections import Config
 from megatron_eso.errors import ConfigError
 from megatron_eso.training.batches import TrainingBatches
-from megatron_eso.training.checkpointing.state import MOMENTS
+from megatron_eso.training.optimization.optimizer import MOMENTS
 from megatron_eso.training.step import clear_gradients, forward_step, run_schedule
 from megatron_eso.training.train_state import TrainState
 

@@ -1,5 +1,6 @@
 """Sampler directories and run directories: round trips, choice of weights, atomicity, refusals."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,14 +21,14 @@ from transformers import AutoTokenizer
 from checkpoints_conversion import sampler_directory
 from checkpoints_conversion.__main__ import main
 from checkpoints_conversion.parameter_map import map_to_megatron
-from checkpoints_conversion.run_network import open_checkpoint, write_run_directory
+from checkpoints_conversion.run_network import open_checkpoint, read_network, write_run_directory
 from checkpoints_conversion.sampler_directory import write_sampler_directory
 from megatron_eso.errors import CheckpointError, ConfigError, DataError
 from megatron_eso.runs.file_index import INDEX_FILE
 from megatron_eso.runs.torch_dist import read_index, read_tensors, write_tensors
 from megatron_eso.sampler import EsoLM
 from megatron_eso.sampler.directory import read_description, read_weights
-from megatron_eso.sampler.network_eso_lm import NetworkConfig
+from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 ROOT = Path(__file__).parents[3]
 STEP_0 = Path("checkpoints/step_00000000")
@@ -380,6 +381,14 @@ def test_a_configuration_of_another_model_is_refused(
     )
     with pytest.raises(CheckpointError, match="layers.0.mlp.down_proj.weight"):
         convert(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_run_of_another_objective_is_refused(tmp_path: Path, run_directory: Path) -> None:
+    checkpoint = open_checkpoint(run_directory)
+    objective = dataclasses.replace(checkpoint.config.objective, name="any_order_ar")
+    config = dataclasses.replace(checkpoint.config, objective=objective)
+    with pytest.raises(CheckpointError, match=r"objective\.name = any_order_ar: the sampler knows"):
+        read_network(dataclasses.replace(checkpoint, config=config), None)
 
 
 def test_exit_codes_and_one_line_errors(tmp_path: Path) -> None:
