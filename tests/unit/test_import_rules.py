@@ -89,6 +89,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     + (CONFIG + RUNS + REMOTE + TOKENIZERS + SAMPLES + ("data_tools.build",)),
     "checkpoints_conversion": BASE + CONFIG + RANDOMNESS + RUNS + TOKENIZERS + SAMPLER,
     "checkpoints_conversion.parameter_map": ERRORS + SAMPLER,
+    "checkpoints_conversion.network_fields": ERRORS
+    + CONFIG
+    + ("megatron_eso.sampler.layers_eso_lm",),
     "pretrain": ("megatron_eso", "data_tools", "checkpoints_conversion"),
 }
 USES_MEGATRON = ("megatron_eso.model", "megatron_eso.training", "pretrain")
