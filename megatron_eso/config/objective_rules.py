@@ -13,7 +13,8 @@ def check_objective(traced: TracedConfig) -> None:
     for name in find_foreign_keys(objective):
         traced.refuse(
             f"objective.{name}",
-            f"objective.name = {json.dumps(objective.name)} has no such key; leave it out",
+            f"objective.name = {json.dumps(objective.name)} has no such key; leave it out, or set "
+            f"its default",
         )
     if objective.has_key("batch_split"):
         check_split(traced)

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_eso.errors import CheckpointError
-from megatron_eso.sampler.layers_eso_lm import NetworkConfig
-from megatron_eso.sampler.network_eso_lm import EsoNetwork
+
+from .layers_eso_lm import NetworkConfig
+from .network_eso_lm import EsoNetwork
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"

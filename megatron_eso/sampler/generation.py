@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..randomness.bits import uniform
 from ..randomness.purposes import Purpose
-from .network_eso_lm import EsoNetworkMixin, NetworkConfig
+from .layers_eso_lm import NetworkConfig
+from .network_eso_lm import EsoNetworkMixin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

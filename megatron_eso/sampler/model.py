@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_eso.sampler.directory import load_network, read_description
-from megatron_eso.sampler.generation import Generation, TokenChoice, reveal_tokens
-from megatron_eso.sampler.network_eso_lm import EsoNetwork, check_permutation, check_tokens
-from megatron_eso.sampler.ordering import RevealPlan, draw_order, plan_ancestral, plan_given
+from .directory import load_network, read_description
+from .generation import Generation, TokenChoice, reveal_tokens
+from .network_eso_lm import EsoNetwork, check_permutation, check_tokens
+from .ordering import RevealPlan, draw_order, plan_ancestral, plan_given
 
 Schedule = Sequence[int] | Sequence[Sequence[int]]
 

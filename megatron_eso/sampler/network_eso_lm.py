@@ -22,8 +22,6 @@ from .layers_eso_lm import (
     rotary_tables,
 )
 
-__all__ = ["EsoNetwork", "EsoNetworkMixin", "NetworkConfig", "check_permutation", "check_tokens"]
-
 
 class EsoNetworkMixin:
     """The network and its two kinds of logits, for a class that is an `nn.Module` as well."""

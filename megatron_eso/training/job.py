@@ -103,43 +103,20 @@ def build_trainer(
         stack: Takes down what is built, when it is closed.
     """
     groups, watchdog = join_world(config, run, stack)
-    vocabulary, train = config.data.vocabulary, config.train
-    objective = build_objective(
-        config.objective, seed=config.run.seed, mask_token_id=vocabulary.mask_token_id
-    )
-
-    # The state that training continues from.
+    mask_token_id = config.data.vocabulary.mask_token_id
+    objective = build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id)
     with watchdog.deadline("start"):
         batches = TrainingBatches(config, objective, train_data, groups.dp.size())
         check_data(batches.state)
         hosts = gather_hosts()
         state, checkpoints = restore_state(config, batches, run, groups)
     logger.info("samples: %s", train_data.describe())
-
-    # What is recorded of it; rank 0 writes.
-    metrics = None
-    run = with_hosts(run, hosts)
-    if is_first_rank():
-        run.write_config(config, train_data.tokenizer_directory)
-        metrics = stack.enter_context(open_metrics(config, run, state, hosts))
-    records = RunRecords(
-        run=run,
-        metrics=metrics,
-        train=train,
-        data=train_data,
-        timer=WorkTimer(state.chunks),
-        hosts=hosts,
-        flops_per_token=training_flops_per_token(
-            config.model, vocabulary.size, objective, config.data.sequence_length
-        ),
-        watchdog=watchdog,
-    )
-
-    # The loop and what it works with.
+    records = open_records(config, run, batches, state, hosts, watchdog, stack)
     validation = None
     if validation_data is not None:
         validation = ValidationBatches(config, objective, validation_data)
     prefetcher = StepPrefetcher(batches, groups.dp.rank(), config.data.prefetch_steps)
+    train = config.train
     return Trainer(
         train_config=train,
         batch_check_interval=config.data.batch_check_interval,
@@ -213,17 +190,47 @@ def record_failure(run: RunDirectory, step: int, error: BaseException) -> None:
         logger.error("%s", error)
 
 
-def open_metrics(
-    config: Config, run: RunDirectory, state: TrainState, hosts: list[str]
-) -> MetricsLog:
-    """Where the curves of the run go, with its configuration and layout as texts; on rank 0."""
+def open_records(
+    config: Config,
+    run: RunDirectory,
+    batches: TrainingBatches,
+    state: TrainState,
+    hosts: list[str],
+    watchdog: Watchdog,
+    stack: ExitStack,
+) -> RunRecords:
+    """The records of the run, continued from `state`; rank 0 writes the configuration as well."""
+    nodes = {"num_ranks": len(hosts), "hosts": sorted(set(hosts))}
+    run = dataclasses.replace(run, facts={**run.facts, **nodes})
+    metrics = None
+    if is_first_rank():
+        run.write_config(config, batches.data.tokenizer_directory)
+        metrics = stack.enter_context(open_metrics(config, run, state))
+        layout = f"{describe_parts(config, state)}\n{format_ranks(hosts)}"
+        metrics.log_texts(state.counters, {"config": config_to_toml(config), "layout": layout})
+    return RunRecords(
+        run=run,
+        metrics=metrics,
+        train=config.train,
+        data=batches.data,
+        timer=WorkTimer(state.chunks),
+        hosts=hosts,
+        flops_per_token=training_flops_per_token(
+            config.model,
+            config.data.vocabulary.size,
+            batches.objective,
+            config.data.sequence_length,
+        ),
+        watchdog=watchdog,
+    )
+
+
+def open_metrics(config: Config, run: RunDirectory, state: TrainState) -> MetricsLog:
+    """Where the curves of the run go; on rank 0."""
     wandb = None
     if config.run.wandb_project is not None:
         wandb = WandbLog(run.path, config.run.wandb_project, config_to_dict(config))
-    metrics = MetricsLog(run, state.counters, wandb)
-    layout = f"{describe_parts(config, state)}\n{format_ranks(hosts)}"
-    metrics.log_texts(state.counters, {"config": config_to_toml(config), "layout": layout})
-    return metrics
+    return MetricsLog(run, state.counters, wandb)
 
 
 def gather_hosts() -> list[str]:
@@ -231,12 +238,6 @@ def gather_hosts() -> list[str]:
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
     return hosts
-
-
-def with_hosts(run: RunDirectory, hosts: list[str]) -> RunDirectory:
-    """The run directory, with the nodes of this job among the facts of its status."""
-    nodes = {"num_ranks": len(hosts), "hosts": sorted(set(hosts))}
-    return dataclasses.replace(run, facts={**run.facts, **nodes})
 
 
 def format_ranks(hosts: list[str]) -> str:

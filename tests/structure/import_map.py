@@ -45,6 +45,8 @@ class Structure:
     """Folders that reach one another."""
     circle_imports: list[list[str]]
     """For each circle of folders, the imports from file to file that it is made of."""
+    level_circles: list[list[str]]
+    """Files and folders of one folder that reach one another; a folder stands for all within."""
     file_circles: list[list[str]]
     wide_folders: dict[str, int]
     long_files: dict[str, int]
@@ -71,6 +73,7 @@ def read_structure(root: Path) -> Structure:
         folders=describe_folders(files, early, lazy, find_floors(folder_graph)),
         folder_circles=folder_circles,
         circle_imports=[list_imports_within(circle, file_graph) for circle in folder_circles],
+        level_circles=find_level_circles(file_graph),
         file_circles=find_circles(file_graph),
         wide_folders=limits.list_wide_folders(files),
         long_files=limits.list_long_files(files),
@@ -144,6 +147,28 @@ def find_circles(graph: Graph) -> list[list[str]]:
     return [list(group) for group in sorted(groups)]
 
 
+def find_level_circles(file_graph: Graph) -> list[list[str]]:
+    """Circles between the files and folders that lie in one folder, for every folder.
+
+    This is what a folder's own files may not do that import its subfolders and are imported by
+    them in turn: only the same files count, not the folder as a whole.
+    """
+    folders = {parent for file in file_graph for parent in Path(file).parents}
+    circles = []
+    for folder in sorted(folders):
+        names = {
+            file: (folder / Path(file).relative_to(folder).parts[0]).as_posix()
+            for file in file_graph
+            if Path(file).is_relative_to(folder)
+        }
+        graph: Graph = {name: set() for name in names.values()}
+        for file, name in names.items():
+            inside = {names[target] for target in file_graph[file] if target in names}
+            graph[name] |= inside - {name}
+        circles += find_circles(graph)
+    return circles
+
+
 def list_imports_within(circle: list[str], file_graph: Graph) -> list[str]:
     """The imports between files of different folders of a circle, as `file <- what it imports`."""
     found = []
@@ -181,9 +206,13 @@ def print_structure(structure: Structure) -> None:
         print(f"  {', '.join(circle)}")
         for line in imports:
             print(f"    {line}")
-    print(f"\ncircles of files: {len(structure.file_circles)}")
-    for circle in structure.file_circles:
-        print(f"  {', '.join(circle)}")
+    for title, circles in (
+        ("circles between what lies in one folder", structure.level_circles),
+        ("circles of files", structure.file_circles),
+    ):
+        print(f"\n{title}: {len(circles)}")
+        for circle in circles:
+            print(f"  {', '.join(circle)}")
     print_counts(f"folders of more than {limits.MAX_FILES} files", structure.wide_folders)
     print_counts(f"files of more than {limits.MAX_FILE_LINES} lines", structure.long_files)
     print_counts(

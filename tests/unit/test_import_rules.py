@@ -80,7 +80,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.training.checkpointing": BELOW_TRAINING + STEP + GUARDS + RECORDS,
     "megatron_eso.training": BELOW_TRAINING,
     "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.schedule",),
-    "megatron_eso.sampler.texts": ERRORS + SAMPLER + ("megatron_eso.data.tokenizers",),
+    "megatron_eso.sampler.texts": ERRORS + SAMPLER + TOKENIZERS,
     "data_tools": BASE + REMOTE + TOKENIZERS,
     "data_tools.text": BASE + TOKENIZERS,
     "data_tools.build": BASE + SHARDS + TOKENIZERS + RANDOMNESS + ("data_tools.text",),

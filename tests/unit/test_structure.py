@@ -16,6 +16,10 @@ def test_no_circle_of_files(structure: Structure) -> None:
     assert structure.file_circles == []
 
 
+def test_no_circle_between_what_lies_in_one_folder(structure: Structure) -> None:
+    assert structure.level_circles == []
+
+
 def test_no_circle_of_folders(structure: Structure) -> None:
     assert structure.folder_circles == [], "\n".join(map(str, structure.circle_imports))
 
@@ -54,6 +58,7 @@ def test_circles_and_floors_are_found(tmp_path: Path) -> None:
     found = read_structure(tmp_path)
     assert found.file_circles == []
     assert found.folder_circles == [["megatron_eso/model", "megatron_eso/training"]]
+    assert found.level_circles == found.folder_circles
     assert found.circle_imports == [
         [
             "megatron_eso/model/late.py <- megatron_eso/training/loop.py",
@@ -64,6 +69,24 @@ def test_circles_and_floors_are_found(tmp_path: Path) -> None:
     assert floors == {"megatron_eso": 0, "config": 1, "model": 2, "training": 2, "pretrain": 3}
     assert found.lazy_imports == {"megatron_eso/model/late.py": 1}
     assert find_floors({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": 2, "b": 1, "c": 0}
+
+
+def test_a_room_between_two_files_of_its_folder_is_no_circle_of_one_level(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "megatron_eso/training/step.py": "X = 1\n",
+            "megatron_eso/training/records/tags.py": "import megatron_eso.training.step\n",
+            "megatron_eso/training/loop.py": "from .records import tags\n",
+        },
+    )
+    found = read_structure(tmp_path)
+    assert found.folder_circles == [["megatron_eso/training", "megatron_eso/training/records"]]
+    assert found.level_circles == []
+    write(tmp_path, {"megatron_eso/training/step.py": "from .records.tags import X\n"})
+    assert read_structure(tmp_path).level_circles == [
+        ["megatron_eso/training/records", "megatron_eso/training/step.py"]
+    ]
 
 
 def test_what_is_counted(tmp_path: Path) -> None:

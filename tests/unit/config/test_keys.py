@@ -232,7 +232,7 @@ def test_a_key_of_another_objective_is_refused_in_one_line() -> None:
         check_objective(traced)
     assert str(raised.value) == (
         'command line: objective.alpha_0 = 0.5: objective.name = "second" has no such key; '
-        "leave it out"
+        "leave it out, or set its default"
     )
 
 
