@@ -51,7 +51,7 @@ def check_split(traced: TracedConfig) -> None:
 
 
 def list_objective_warnings(traced: TracedConfig) -> list[str]:
-    """What is legal, and known to train badly; a line each."""
+    """List what is legal but known to train badly; a line each."""
     objective = traced.config.objective
     if not 0 < objective.batch_split < 0.5:
         return []
