@@ -7,7 +7,7 @@ from megatron_eso.config.keys import describe_keys
 from megatron_eso.config.origins import TracedConfig
 
 
-def check_objective(traced: TracedConfig) -> None:
+def check_objective_keys(traced: TracedConfig) -> None:
     """Refuse keys of other objectives, then what the rules of this one refuse."""
     objective = traced.config.objective
     for name in find_foreign_keys(objective):
