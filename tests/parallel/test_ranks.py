@@ -1,4 +1,4 @@
-"""Which rank a process is: the launcher's number first, that of the process group once it exists."""
+"""Which rank a process is: the launcher's number, then that of the process group."""
 
 import os
 from unittest import mock
