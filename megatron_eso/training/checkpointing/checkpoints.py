@@ -22,12 +22,12 @@ from megatron_eso.config.loading import config_to_dict
 from megatron_eso.config.sections import CheckpointConfig, Config
 from megatron_eso.errors import CheckpointError
 from megatron_eso.runs.run_directory import list_checkpoints
-from megatron_eso.training.batches import TrainingBatches
 from megatron_eso.training.checkpointing.files import find_damaged_files, run_on_first, write_files
 from megatron_eso.training.checkpointing.folder import begin, make_newest, publish
 from megatron_eso.training.checkpointing.pieces import Piece
 from megatron_eso.training.checkpointing.state import describe, list_pieces
-from megatron_eso.training.train_state import TrainState
+from megatron_eso.training.steps.batches import TrainingBatches
+from megatron_eso.training.steps.train_state import TrainState
 
 WORTH_TELLING_SECONDS = 1.0
 

@@ -21,7 +21,7 @@ from megatron_eso.training.checkpointing.state import (
     load_weights,
     read_state_json,
 )
-from megatron_eso.training.train_state import TrainState
+from megatron_eso.training.steps.train_state import TrainState
 
 MASK_TOKEN = "data.mask_token_id"
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from megatron_eso.errors import CheckpointError
 from megatron_eso.training.checkpointing.files import read_pieces
 from megatron_eso.training.checkpointing.pieces import Piece, pieces_to_read, pieces_to_write
-from megatron_eso.training.counters import Counters, MovingStatistics
 from megatron_eso.training.optimization.main_parameters import publish_main_parameters
 from megatron_eso.training.optimization.optimizer import MOMENTS
-from megatron_eso.training.train_state import TrainState
+from megatron_eso.training.steps.counters import Counters, MovingStatistics
+from megatron_eso.training.steps.train_state import TrainState
 
 FORMAT_VERSION = 1
 PREFIXES = {"param": "", "ema": "ema."} | {name: f"optimizer.state.{name}." for name in MOMENTS}
