@@ -29,7 +29,7 @@ TRAINING_FILE = "tokenizer_training.json"
 
 _SAMPLE_BYTES = 256 * 2**20
 _NUM_ROUND_TRIPS = 1000
-# Their number decides how SentencePiece sums up scores, hence the pieces: the same on any machine.
+# Fixed, since the order in which SentencePiece sums scores depends on it, and so do the pieces.
 _NUM_THREADS = 8
 # Longer lines are cut: the trainer would leave them out.
 _LINE_CHARACTERS = 1000
@@ -88,8 +88,8 @@ class _Sample:
         self._seen = 0
         # The smallest entry is the segment of the highest hash, of equal ones the last.
         self._heap: list[tuple[int, int, bytes]] = []
-        # Nothing comes back into the room that a large segment has left: what is kept depends on
-        # the segments alone, not on when room was made.
+        # A removed segment's hash bounds all later ones, so that what is kept depends on the
+        # segments alone and not on when room was made.
         self._bound = 2**64
 
     def add(self, segment: bytes) -> None:

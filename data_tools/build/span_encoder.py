@@ -55,7 +55,7 @@ class SpanEncoder:
         """Encode what is missing.
 
         Raises:
-            DataError: the text is damaged, or another process is at one of the spans.
+            DataError: the text is damaged, or another process is writing one of the spans.
         """
         states = [read_state(self._files_of(span)) for span in self._spans]
         progress = Progress(
@@ -87,7 +87,7 @@ class SpanEncoder:
             self._writers[span.number] = writer
             state = writer.state
             if state.is_complete:
-                continue  # by another process, since this one has looked
+                continue  # another process has completed it meanwhile
             for unit in read_units(
                 self._files,
                 span,

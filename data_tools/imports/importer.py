@@ -45,7 +45,7 @@ def import_tokens(options: ImportOptions) -> dict[Split, str]:
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"tokenizer {options.tokenizer}: has no end-of-text token to separate documents; name "
-            "it in a tokenizer_config.json beside it (eos_token)"
+            "it in a tokenizer_config.json in its folder (eos_token)"
         )
     files = open_files(options.kind, options.inputs, tokenizer)
     with new_output(options.out) as building:

@@ -102,7 +102,7 @@ class TokenSource:
         """Open the file for `read`.
 
         Raises:
-            DataError: it cannot be read, or goes on behind what was read.
+            DataError: it cannot be read, or is longer than what was read.
         """
         try:
             with self.path.open("rb") as self._file:

@@ -126,7 +126,7 @@ def _measure(dataset: TokenDataset) -> DocumentLengths:
     layout = dataset.manifest.layout
     num_records = layout.num_records
     if isinstance(dataset.shards, RemoteShards):
-        # Reading a record copies its whole shard: the first one has to do.
+        # Reading a record copies its whole shard, so only the first one is read.
         num_records = max(1, layout.shard_num_records(0) - 1)
     return measure_lengths(dataset, choose_records(num_records))
 

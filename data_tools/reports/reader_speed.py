@@ -19,7 +19,7 @@ from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.shards.reader import TokenDataset
 
 SECONDS = 2.0
-"""Time that each way of reading is given."""
+"""Time for which each way of reading is measured."""
 BATCH_ROWS = 16
 BATCHES_AHEAD = 2
 
@@ -106,7 +106,7 @@ def read_ahead(batches: Iterator[Int64]) -> Iterator[Int64]:
                 ready.put(batch)
                 if is_over.is_set():
                     return
-        except Exception as error:  # whoever takes the batches gets it
+        except Exception as error:  # raised where the batches are taken
             ready.put(error)
 
     threading.Thread(target=fill, daemon=True).start()

@@ -24,7 +24,7 @@ class DocumentPart:
     """First token within the row."""
     stop: int
     source: str | None
-    """File that the text came from, and which of its documents; None where nobody can tell."""
+    """File that the text came from, and which of its documents; None where it is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -46,7 +46,7 @@ from megatron_eso.progress import Progress
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """What became of a dataset's check."""
+    """Result of a dataset's check."""
 
     location: str
     manifest: Manifest | None
@@ -153,7 +153,7 @@ def _check_shards(directory: Path, manifest: Manifest, shards: ShardSource) -> I
     side_files = (manifest.blocks, manifest.documents)
     broken = [problem for file in side_files if (problem := _check_file(directory, file))]
     yield from broken
-    # Without sound side files the shards' own sha256 still tells which of them are whole.
+    # Without sound index files the shards' own sha256 still shows which of them are whole.
     verifier = _ShardVerifier(directory, manifest, shards, has_side_files=not broken)
     progress = Progress("verify", sum(shard.bytes for shard in manifest.shards))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -10,7 +10,7 @@ blend of one corpus is this order.
 
 The permutation is that of `randomness/permutation.py`. Another order needs another version.
 
-Shapes: N samples asked for.
+Shapes: N samples.
 """
 
 import numpy as np

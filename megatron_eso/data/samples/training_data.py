@@ -193,7 +193,7 @@ class TrainingData:
             source: the checkpoint, for errors.
 
         Raises:
-            ConfigError: the data are not those of the checkpoint and no new phase was asked for.
+            ConfigError: the data are not those of the checkpoint, and `data.phase` is not new.
         """
         elsewhere = f"another run.directory with checkpoint.init_from = {source}"
         if state["tokenizer"] != self.tokenizer.identity:
@@ -243,7 +243,7 @@ class TrainingData:
         return changed
 
     def _check_open(self, consumed_samples: int) -> None:
-        """Refuse to go on without a corpus that an earlier phase draws up to its last block."""
+        """Refuse to continue without a corpus that an earlier phase draws up to its last block."""
         stops = [phase.start for phase in self.blend.phases[1:]]
         for phase, stop in zip(self.blend.phases, stops, strict=False):
             for corpus, quota in zip(self.blend.corpora, phase.quotas, strict=False):

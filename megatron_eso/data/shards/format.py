@@ -29,9 +29,9 @@ FORMAT = "megatron_eso.tokens"
 FORMAT_VERSION = 1
 
 RECORD_TOKENS = 2**20
-"""Tokens of a record, unless told otherwise."""
+"""Tokens of a record by default."""
 SHARD_RECORDS = 256
-"""Records of a shard, unless told otherwise: 512 MiB of 16-bit tokens."""
+"""Records of a shard by default: 512 MiB of 16-bit tokens."""
 BLOCK_BYTES = 32 * 1024
 """Bytes that share one hash: the unit in which a read is checked."""
 

@@ -1,4 +1,4 @@
-"""Damaged records that a run goes on without, because a person has listed them.
+"""Damaged records that a run leaves out, because a person has listed them.
 
 The list is a JSON file: `{"format_version": 1, "records": {"<dataset id>": [record, ...]}}`. A row
 of a listed record is replaced by a row of another one, chosen by a hash of the row's number alone:
