@@ -7,96 +7,70 @@ from pathlib import Path
 
 import torch
 
-from checkpoints_conversion.official import (
-    describe_official,
-    fold_official,
-    infer_config,
-    read_official,
+from checkpoints_conversion.conversions import (
+    convert_from_official,
+    convert_to_megatron,
+    convert_to_sampler,
+    verify_checkpoints,
 )
-from checkpoints_conversion.run_network import open_checkpoint, read_network, write_run_directory
-from checkpoints_conversion.sampler_directory import write_sampler_directory
-from checkpoints_conversion.verify import Comparison, compare, load_any, recorded_weights
-from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
+from checkpoints_conversion.verify import Comparison
 from megatron_eso.errors import ConfigError, run_command
-from megatron_eso.sampler.directory import build_network, read_config, read_weights
-from megatron_eso.sampler.network_eso_lm import NetworkConfig
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
-def convert_to_sampler(args: argparse.Namespace) -> None:
+def run_to_sampler(args: argparse.Namespace) -> None:
     """A distributed checkpoint of any layout to a sampler directory."""
-    checkpoint = open_checkpoint(args.run_dir, args.step)
-    config, tensors, description = read_network(checkpoint, args.weights)
-    build_network(config, tensors, torch.float32, "cpu")  # refuses shapes that do not fit
-    write_sampler_directory(
+    done = convert_to_sampler(
+        args.run_dir,
         args.out_dir,
-        description,
-        tensors,
+        step=args.step,
+        weights=args.weights,
         dtype=DTYPES[args.dtype],
-        tokenizer=checkpoint.tokenizer,
-    )
-    weights = description["source"]["weights"]
-    _say(f"{args.out_dir}: step {checkpoint.step}, {weights} weights, {_count(tensors)} parameters")
-
-
-def convert_from_official(args: argparse.Namespace) -> None:
-    """An official Lightning checkpoint to a sampler directory."""
-    official = read_official(args.ckpt, args.weights)
-    tokenizer = None if args.tokenizer is None else Path(args.tokenizer)
-    vocab_size = len(official.tensors["vocab_embed.embedding"])
-    config = infer_config(official, choose_mask_token(args.mask_token_id, tokenizer, vocab_size))
-    description = describe_official(official, config)
-    tensors = fold_official(official)
-    build_network(config, tensors, torch.float32, "cpu")  # refuses shapes that do not fit
-    write_sampler_directory(
-        args.out_dir,
-        description,
-        tensors,
-        dtype=torch.float32,
-        tokenizer=tokenizer,
     )
     _say(
-        f"{args.out_dir}: step {official.step}, {args.weights} weights, "
-        f"{_count(tensors)} parameters"
+        f"{done.directory}: step {done.step}, {done.weights} weights, "
+        f"{done.num_parameters} parameters"
     )
 
 
-def choose_mask_token(told: int | None, tokenizer: Path | None, vocab_size: int) -> int | None:
-    """The mask token that the command line names, or else that of a tokenizer of this size."""
-    if told is None and tokenizer is not None and has_tokenizer(tokenizer):
-        loaded = Tokenizer.load(tokenizer)
-        return loaded.mask_token_id if loaded.vocab_size == vocab_size else None
-    return told
+def run_from_official(args: argparse.Namespace) -> None:
+    """An official Lightning checkpoint to a sampler directory."""
+    done = convert_from_official(
+        args.ckpt,
+        args.out_dir,
+        weights=args.weights,
+        tokenizer=args.tokenizer,
+        mask_token_id=args.mask_token_id,
+    )
+    _say(
+        f"{done.directory}: step {done.step}, {done.weights} weights, "
+        f"{done.num_parameters} parameters"
+    )
 
 
-def convert_to_megatron(args: argparse.Namespace) -> None:
+def run_to_megatron(args: argparse.Namespace) -> None:
     """A sampler directory to a run directory that training starts from."""
-    description = read_config(args.sampler_dir)
-    tensors = {name: tensor.float() for name, tensor in read_weights(args.sampler_dir).items()}
-    build_network(NetworkConfig.from_dict(description), tensors, torch.float32, "cpu")
-    write_run_directory(args.run_dir, description, tensors, Path(args.sampler_dir))
-    _say(f"{args.run_dir}: {_count(tensors)} parameters; start from it by checkpoint.init_from")
+    done = convert_to_megatron(args.sampler_dir, args.run_dir)
+    _say(
+        f"{done.directory}: {done.num_parameters} parameters; start from it by checkpoint.init_from"
+    )
 
 
-def verify(args: argparse.Namespace) -> int:
+def run_verify(args: argparse.Namespace) -> int:
     """Compare two checkpoints; 1 if they differ."""
-    # The default is EMA where there is one; a directory of raw weights asks for raw ones.
-    is_raw = "raw" in (recorded_weights(args.a), recorded_weights(args.b))
-    weights = args.weights or ("raw" if is_raw else None)
-    options = {"step": args.step, "weights": weights, "mask_token_id": args.mask_token_id}
-    a, b = load_any(args.a, **options), load_any(args.b, **options)
-    for side, path, loaded in (("A", args.a, a), ("B", args.b, b)):
-        _say(
-            f"{side}: {path}: {loaded.kind}, {loaded.weights} weights, "
-            f"{len(loaded.tensors)} tensors"
-        )
-    comparison = compare(a, b)
-    return report(comparison, args.tolerance)
+    comparison = verify_checkpoints(
+        args.a, args.b, step=args.step, weights=args.weights, mask_token_id=args.mask_token_id
+    )
+    return report(comparison, (args.a, args.b), args.tolerance)
 
 
-def report(comparison: Comparison, tolerance: float) -> int:
+def report(comparison: Comparison, paths: tuple[Path, Path], tolerance: float) -> int:
     """Print a comparison and return the exit code."""
+    for side, path, loaded in zip("AB", paths, comparison.sides, strict=True):
+        _say(
+            f"{side}: {path}: {loaded.kind}, {loaded.weights} weights, {loaded.num_tensors} tensors"
+        )
     for title, lines in (
         ("configurations differ", comparison.config_differences),
         ("tensors in A only", comparison.only_in_a),
@@ -126,33 +100,35 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     kinds = ("ema", "raw")
 
-    command = commands.add_parser("to-sampler", help=convert_to_sampler.__doc__)
-    command.add_argument("run_dir", metavar="RUN_DIR")
-    command.add_argument("out_dir", metavar="OUT_DIR")
-    command.add_argument("--step", type=int, help="default: the latest complete checkpoint")
+    command = commands.add_parser("to-sampler", help=run_to_sampler.__doc__)
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    command.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    command.add_argument("--step", type=int, help="default: the newest complete checkpoint")
     command.add_argument("--weights", choices=kinds, help="default: ema where there is one")
     command.add_argument("--dtype", choices=DTYPES, default="float32")
-    command.set_defaults(run=convert_to_sampler)
+    command.set_defaults(run=run_to_sampler)
 
-    command = commands.add_parser("from-official", help=convert_from_official.__doc__)
-    command.add_argument("ckpt", metavar="CKPT")
-    command.add_argument("out_dir", metavar="OUT_DIR")
+    command = commands.add_parser("from-official", help=run_from_official.__doc__)
+    command.add_argument("ckpt", type=Path, metavar="CKPT")
+    command.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     command.add_argument("--weights", choices=kinds, default="ema")
-    command.add_argument("--tokenizer", metavar="PATH", help="file or directory; none by default")
+    command.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="file or directory; none by default"
+    )
     command.add_argument(
         "--mask-token-id", type=int, metavar="N", help="default: the tokenizer's, else the last row"
     )
-    command.set_defaults(run=convert_from_official)
+    command.set_defaults(run=run_from_official)
 
-    command = commands.add_parser("to-megatron", help=convert_to_megatron.__doc__)
-    command.add_argument("sampler_dir", metavar="SAMPLER_DIR")
-    command.add_argument("run_dir", metavar="RUN_DIR")
-    command.set_defaults(run=convert_to_megatron)
+    command = commands.add_parser("to-megatron", help=run_to_megatron.__doc__)
+    command.add_argument("sampler_dir", type=Path, metavar="SAMPLER_DIR")
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    command.set_defaults(run=run_to_megatron)
 
-    command = commands.add_parser("verify", help=verify.__doc__)
-    command.add_argument("a", metavar="A")
-    command.add_argument("b", metavar="B")
-    command.add_argument("--step", type=int, help="of run directories; default: the latest")
+    command = commands.add_parser("verify", help=run_verify.__doc__)
+    command.add_argument("a", type=Path, metavar="A")
+    command.add_argument("b", type=Path, metavar="B")
+    command.add_argument("--step", type=int, help="of run directories; default: the newest")
     command.add_argument(
         "--weights", choices=kinds, help="default: as the sampler directory says, else ema"
     )
@@ -160,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--tolerance", type=float, default=1e-4, help="of the logits; default %(default)s"
     )
-    command.set_defaults(run=verify)
+    command.set_defaults(run=run_verify)
     return parser
 
 
@@ -172,10 +148,6 @@ def main(argv: list[str] | None = None) -> int | None:
         raise ConfigError(f"--step {args.step}: is negative; give the step of a checkpoint")
     code: int | None = args.run(args)
     return code
-
-
-def _count(tensors: dict[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def _say(line: str) -> None:

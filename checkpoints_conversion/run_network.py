@@ -1,7 +1,6 @@
 """Run directories: the network of a checkpoint, and a run directory made from a network."""
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
+from checkpoints_conversion.network_fields import build_run_config, describe_network
 from checkpoints_conversion.parameter_map import list_keys, map_to_megatron, map_to_sampler
 from checkpoints_conversion.sampler_directory import (
     copy_tokenizer,
@@ -19,15 +19,7 @@ from checkpoints_conversion.sampler_directory import (
     write_json,
 )
 from megatron_eso.config.loading import config_to_dict, read_config
-from megatron_eso.config.sections import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megatron_eso.config.sections import Config
 from megatron_eso.errors import CheckpointError
 from megatron_eso.runs.file_index import INDEX_FILE as FILE_INDEX
 from megatron_eso.runs.file_index import describe_file, find_damage, write_index
@@ -40,11 +32,13 @@ from megatron_eso.runs.torch_dist import (
     read_tensors,
     write_tensors,
 )
-from megatron_eso.sampler.network_eso_lm import NetworkConfig
+from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 FORMAT_VERSION = 1
 STEP_PATTERN = re.compile(r"step_\d{8}")
 TOKENIZER = "tokenizer"
+SAMPLER_OBJECTIVES = ("eso_lm",)
+"""Objectives whose network the sampler has."""
 EMA_PREFIX = "ema."
 MAIN_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.", "")
 """Where the float32 main parameters may be; the model's own tensors come last."""
@@ -140,37 +134,19 @@ def _read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def describe_network(config: Config, source: Path) -> NetworkConfig:
-    """The network that a run's configuration, read from `source`, describes.
+def check_objective(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint of an objective whose network the sampler does not have.
 
     Raises:
-        CheckpointError: the configuration does not state the vocabulary.
+        CheckpointError: `objective.name` is another one.
     """
-    model, data = config.model, config.data
-    if data.vocab_size is None or data.mask_token_id is None:
+    name = checkpoint.config.objective.name
+    if name not in SAMPLER_OBJECTIVES:
         raise CheckpointError(
-            f"{source}: data.vocab_size and data.mask_token_id are not set; give a checkpoint of "
-            "this version"
+            f"{checkpoint.directory / 'config.json'}: objective.name = {name}: the sampler knows "
+            f"{', '.join(SAMPLER_OBJECTIVES)} only; evaluate this run with python -m "
+            f"pretrain.evaluate"
         )
-    return NetworkConfig(
-        vocab_size=data.vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_query_groups,
-        head_dim=model.head_dim,
-        intermediate_size=model.ffn_hidden_size,
-        activation=model.activation,
-        normalization=model.normalization,
-        norm_epsilon=model.norm_epsilon,
-        rotary_base=float(model.rotary_base),
-        add_bias_linear=model.add_bias_linear,
-        qk_layernorm=model.qk_layernorm,
-        head_bias=model.head_bias,
-        tie_word_embeddings=model.share_embeddings_and_output_weights,
-        mask_token_id=data.mask_token_id,
-        max_length=data.sequence_length,
-    )
 
 
 def read_network(
@@ -185,9 +161,10 @@ def read_network(
         weights: `ema` or `raw`; by default EMA where there is one.
 
     Raises:
-        CheckpointError: there are no such weights, or a tensor is missing, damaged or of another
-            shape.
+        CheckpointError: there are no such weights, a tensor is missing, damaged or of another
+            shape, or the sampler does not know the run's objective.
     """
+    check_objective(checkpoint)
     config = describe_network(checkpoint.config, checkpoint.directory / "config.json")
     if weights is None:
         weights = "ema" if checkpoint.has_ema else "raw"
@@ -254,49 +231,3 @@ def write_run_directory(
             (partial / TOKENIZER).mkdir()
             copy_tokenizer(tokenizer, partial / TOKENIZER, description)
         (partial / "checkpoints" / "latest").write_text(checkpoint.name + "\n", encoding="utf-8")
-
-
-def build_run_config(
-    network: NetworkConfig, description: Mapping[str, Any], directory: str
-) -> Config:
-    """A configuration that describes the network; of training it says the least that is valid.
-
-    Raises:
-        CheckpointError: Megatron-Core has no such network.
-    """
-    if network.head_dim * network.num_attention_heads != network.hidden_size:
-        raise CheckpointError(
-            f"head_dim {network.head_dim} x {network.num_attention_heads} heads is not hidden_size "
-            f"{network.hidden_size}; a run cannot describe such a network"
-        )
-    if not network.rotary_base.is_integer():
-        raise CheckpointError(f"rotary_base {network.rotary_base} is no whole number")
-    activation: Any = network.activation
-    normalization: Any = network.normalization
-    return Config(
-        run=RunConfig(directory=directory),
-        objective=ObjectiveConfig(alpha_0=float(description["alpha_0"])),
-        model=ModelConfig(
-            num_layers=network.num_hidden_layers,
-            hidden_size=network.hidden_size,
-            num_attention_heads=network.num_attention_heads,
-            num_query_groups=network.num_key_value_heads,
-            ffn_hidden_size=network.intermediate_size,
-            normalization=normalization,
-            norm_epsilon=network.norm_epsilon,
-            activation=activation,
-            rotary_base=math.floor(network.rotary_base),
-            qk_layernorm=network.qk_layernorm,
-            add_bias_linear=network.add_bias_linear,
-            share_embeddings_and_output_weights=network.tie_word_embeddings,
-            head_bias=network.head_bias,
-        ),
-        data=DataConfig(
-            train="",
-            sequence_length=network.max_length,
-            vocab_size=network.vocab_size,
-            mask_token_id=network.mask_token_id,
-        ),
-        train=TrainConfig(num_steps=1, global_batch_size=2, micro_batch_size=1),
-        optimizer=OptimizerConfig(learning_rate=1e-4),
-    )

@@ -22,8 +22,8 @@ from checkpoints_conversion.sampler_directory import is_sampler_directory
 from megatron_eso.errors import CheckpointError
 from megatron_eso.randomness.bits import random_bits
 from megatron_eso.randomness.purposes import Purpose
-from megatron_eso.sampler.directory import build_network, read_config, read_weights
-from megatron_eso.sampler.network_eso_lm import NetworkConfig
+from megatron_eso.sampler.directory import build_network, read_description, read_weights
+from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 MAX_TEST_LENGTH = 32
 
@@ -40,9 +40,19 @@ class Loaded:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Side:
+    """What was compared on one side."""
+
+    kind: str
+    weights: str
+    num_tensors: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
     """What two networks have and have not in common."""
 
+    sides: tuple[Side, Side]
     config_differences: list[str]
     only_in_a: list[str]
     only_in_b: list[str]
@@ -64,7 +74,7 @@ def recorded_weights(path: str | Path) -> str | None:
     """Which weights a sampler directory was made of; None for anything else."""
     if not is_sampler_directory(Path(path)):
         return None
-    source = read_config(path).get("source")
+    source = read_description(path).get("source")
     return source.get("weights") if isinstance(source, dict) else None
 
 
@@ -79,7 +89,7 @@ def load_any(
 
     Args:
         path: of any of them.
-        step: of a run directory; default its latest.
+        step: of a run directory; default its newest.
         weights: `ema` or `raw`, where there is a choice; default EMA where there is one.
         mask_token_id: of an official checkpoint; default its last row.
 
@@ -98,7 +108,7 @@ def load_any(
             weights=official.weights,
         )
     if is_sampler_directory(path):
-        config = NetworkConfig.from_dict(read_config(path))
+        config = NetworkConfig.from_dict(read_description(path))
         return Loaded(
             kind="sampler directory",
             config=config,
@@ -126,6 +136,7 @@ def compare(a: Loaded, b: Loaded) -> Comparison:
     shared = [name for name in sorted(a.tensors) if name in b.tensors]
     shapes = {name: (tuple(a.tensors[name].shape), tuple(b.tensors[name].shape)) for name in shared}
     comparison = Comparison(
+        sides=(_describe(a), _describe(b)),
         config_differences=[f"{name}: {x} and {y}" for name, (x, y) in pairs.items() if x != y],
         only_in_a=sorted(a.tensors.keys() - b.tensors.keys()),
         only_in_b=sorted(b.tensors.keys() - a.tensors.keys()),
@@ -140,6 +151,10 @@ def compare(a: Loaded, b: Loaded) -> Comparison:
     if comparison.matches:
         comparison.logits_errors.update(_compare_logits(a, b))
     return comparison
+
+
+def _describe(loaded: Loaded) -> Side:
+    return Side(kind=loaded.kind, weights=loaded.weights, num_tensors=len(loaded.tensors))
 
 
 def _compare_logits(a: Loaded, b: Loaded) -> dict[str, float]:

@@ -98,10 +98,13 @@ def describe(run: Path, status: Status, now: float) -> Iterator[str]:
     share = f"/{num_steps} ({100 * status['step'] / num_steps:.1f} %)" if num_steps else ""
     yield f"step         {status['step']}{share}"
     if "train/loss" in metrics:
+        phases = ", ".join(
+            f"{tag.removeprefix('train/loss_')} {value:.4f}"
+            for tag, value in metrics.items()
+            if tag.startswith("train/loss_")
+        )
         yield (
-            f"loss         {metrics['train/loss']:.4f} (diffusion "
-            f"{metrics['train/loss_diffusion']:.4f}, sequential "
-            f"{metrics['train/loss_sequential']:.4f}), skipped steps "
+            f"loss         {metrics['train/loss']:.4f} ({phases}), skipped steps "
             f"{metrics['train/skipped_steps']:.0f}, times gone back "
             f"{metrics['train/rollbacks']:.0f}"
         )

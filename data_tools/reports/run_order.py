@@ -6,10 +6,9 @@ from pathlib import Path
 
 from megatron_eso.config.loading import load_config, read_config
 from megatron_eso.config.sections import Config
+from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.errors import DataError
-
-CONFIGS = Path(__file__).parents[2] / "pretrain" / "configs"
 
 
 def open_run_order(arguments: Sequence[str]) -> tuple[Config, TrainingData]:
@@ -27,7 +26,7 @@ def open_run_order(arguments: Sequence[str]) -> tuple[Config, TrainingData]:
         config = read_config(Path(arguments[0]) / "config.json")
         run = Path(arguments[0])
     else:
-        config = load_config(arguments, folder=CONFIGS).config
+        config = load_config(arguments, folder=SHIPPED_CONFIGS).config
         run = Path(config.run.directory)
     data = TrainingData.open(config.data, config.run.seed)
     try:

@@ -17,7 +17,7 @@ from torch import Tensor
 from checkpoints_conversion.__main__ import main as convert
 from megatron_eso.errors import CheckpointError, TrainingError
 from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
-from pretrain.train import convert_initial_weights
+from pretrain.initial_weights import convert_initial_weights
 from tests.parallel.test_conversion import LLAMA
 from tests.parallel.test_resume import resave
 from tests.support.loop import run_loop
@@ -27,7 +27,9 @@ from tests.support.training import (
     PP2,
     TP2,
     Overrides,
+    open_batches,
     read_checkpoint,
+    take_step,
     tiny_arguments,
     train_tiny,
 )
@@ -59,16 +61,12 @@ class Saved:
 
 def build(run: Path, data: Path, overrides: Overrides, groups):  # type: ignore[no-untyped-def]
     """The parts that a training command builds: configuration, batches, state, checkpoints."""
-    from megatron_eso.data.samples.training_data import TrainingData
-    from megatron_eso.training.batches import TrainingBatches
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.train_state import build_train_state
     from tests.support.training import tiny_config
 
     config = tiny_config(run, data, overrides)
-    batches = TrainingBatches(
-        config, TrainingData.open(config.data, config.run.seed), groups.dp.size()
-    )
+    batches = open_batches(config, groups)
     state = build_train_state(config, groups)
     return config, batches, state, Checkpoints(run / "checkpoints", config.checkpoint, batches)
 
@@ -79,14 +77,12 @@ def write_and_tell(run: Path, data: Path, overrides: Overrides) -> Saved:
 
     install_cpu_backend()
     from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import train_step
     from tests.support.training import tiny_config
 
     with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
         config, batches, state, checkpoints = build(run, data, overrides, groups)
         for _ in range(2):
-            plan = batches.plan_step(state.counters.consumed_samples, 0)
-            train_step(config, state, plan, groups, 1.0)
+            take_step(config, state, batches, groups)
         checkpoints.save(state, config, groups)
         found = {}
         averages = state.ema.averages
@@ -129,7 +125,6 @@ def save_beside_a_step(run: Path, data: Path, overrides: Overrides) -> None:
     install_cpu_backend()
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import train_step
     from tests.support.training import tiny_config
 
     with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
@@ -137,8 +132,7 @@ def save_beside_a_step(run: Path, data: Path, overrides: Overrides) -> None:
         at_once = Checkpoints(run / "at_once", config.checkpoint, batches)
         beside.prepare(state, groups)
         for _ in range(3):
-            plan = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
-            train_step(config, state, plan, groups, 1.0)
+            take_step(config, state, batches, groups)
             beside.wait()
             at_once.save(state, config, groups)
             beside.save(state, config, groups, in_background=True)
@@ -361,19 +355,19 @@ def test_what_changes_on_resume_is_told(world: World, tiny_data: Path, tmp_path:
 
 def stumble(trainer, _gathered: list[None]) -> None:  # type: ignore[no-untyped-def]
     """Have the third step fail on every rank, while the checkpoint of the second is written."""
-    take, write = trainer.prefetcher.take, trainer.checkpoints._write
+    take, write = trainer.prefetcher.take, trainer.saves.checkpoints._write
 
-    def fail_after_two(consumed_samples: int) -> object:
+    def fail_after_two(step: object) -> object:
         if trainer.state.counters.step == 2:
             raise TrainingError("no third step")
-        return take(consumed_samples)
+        return take(step)
 
     def write_slowly(*arguments: object) -> None:
         time.sleep(1.0)
         write(*arguments)
 
     trainer.prefetcher.take = fail_after_two
-    trainer.checkpoints._write = write_slowly
+    trainer.saves.checkpoints._write = write_slowly
 
 
 def test_a_run_that_fails_ends_the_save_in_the_background(
@@ -387,17 +381,17 @@ def test_a_run_that_fails_ends_the_save_in_the_background(
 
 def stumble_once(trainer, _gathered: list[None]) -> None:  # type: ignore[no-untyped-def]
     """Have the first save fail, as a full disk makes it."""
-    write = trainer.checkpoints._write
+    write = trainer.saves.checkpoints._write
 
     def fail(*_: object) -> None:
-        trainer.checkpoints._write = write
+        trainer.saves.checkpoints._write = write
         raise CheckpointError("no room")
 
-    trainer.checkpoints._write = fail
+    trainer.saves.checkpoints._write = fail
 
 
 def run_with_quick_retries(run: Path, data: Path, overrides: Overrides) -> str | None:
-    with mock.patch("megatron_eso.training.loop.RETRY_SECONDS", 0.0):
+    with mock.patch("megatron_eso.training.checkpointing.saves.RETRY_SECONDS", 0.0):
         return run_loop(run, data, overrides, stumble_once).error
 
 

@@ -9,10 +9,13 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from checkpoints_conversion.official import fold_official, read_official
+from megatron_eso.config.objective import ObjectiveConfig
+from megatron_eso.model.attention_backend import BACKENDS
+from megatron_eso.objectives.build import build_objective
 from megatron_eso.objectives.dealing import Dealing
-from megatron_eso.objectives.loss import count_phase_tokens
 from megatron_eso.objectives.noise import Noise, diffusion_times, draw_noise
-from megatron_eso.objectives.rows import RowPlan, plan_rows
+from megatron_eso.objectives.objective import Samples, Step
+from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.objectives.schedule import LogLinearSchedule
 from tests.support.dense_oracle import (
     OracleConfig,
@@ -24,7 +27,9 @@ from tests.support.dense_oracle import (
     row_losses,
     row_objective,
     sequential_logits,
+    token_losses,
 )
+from tests.support.planning import eso_lm, plan_noise
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # The golden numbers are float32: tests/golden/README.md.
@@ -51,9 +56,9 @@ def draw_batch(
 ) -> tuple[NDArray[np.int64], Noise]:
     indices = np.arange(dealing.global_batch_size)
     x_0 = np.random.default_rng(SEED).integers(0, MASK, (len(indices), length))
-    times = diffusion_times(SEED, 0, dealing, indices)
-    is_sequential = dealing.is_sequential(indices)
-    noise = draw_noise(SEED, indices, is_sequential, times, alpha_0, length, length_B=length_B)
+    times = diffusion_times(SEED, 0, dealing.split, indices)
+    is_sequential, schedule = dealing.split.phases(indices) == 1, LogLinearSchedule(alpha_0)
+    noise = draw_noise(SEED, indices, is_sequential, times, schedule, length, length_B=length_B)
     return x_0, noise
 
 
@@ -101,16 +106,11 @@ def assert_agree(
 ) -> tuple[float, float]:
     """Compares per-token losses, objective and every gradient; returns the largest differences."""
     config, parameters = build_model(**options)
+    objective, backend = eso_lm(MASK, alpha_0=alpha_0, loss_type=loss_type), BACKENDS["torch"]()
 
-    def plan(places: NDArray[np.int64]) -> RowPlan:
-        return plan_rows(
-            x_0[places],
-            pick(noise, places),
-            schedule=LogLinearSchedule(alpha_0),
-            loss_type=loss_type,
-            mask_token_id=MASK,
-            row_multiple=row_multiple,
-        )
+    def plan(places: NDArray[np.int64]) -> MicroBatch:
+        some = pick(noise, places)
+        return plan_noise(objective, x_0[places], some, row_multiple=row_multiple)
 
     batches = [
         places
@@ -122,10 +122,10 @@ def assert_agree(
     )
     loss_difference = 0.0
     for places in batches:
-        rows = plan(places)
-        real = slice(rows.num_loss_rows)
-        nll = row_losses(parameters, config, rows)[real]
-        samples = places[rows.sample_E[real].numpy()]
+        batch = plan(places)
+        real, loss_rows = slice(batch.loss.num_real), batch.loss
+        nll = row_losses(parameters, config, batch, backend)[real]
+        samples = places[loss_rows.sample_E[real].numpy()]
         expected = torch.cat(
             [
                 losses.nll_BT[b, : noise.length_B[b]][-noise.is_masked_BT[b].sum() :]
@@ -134,15 +134,16 @@ def assert_agree(
             or [nll]
         )
         assert len(nll) == noise.is_masked_BT[places].sum()
-        assert torch.equal(losses.weights_B[samples].float(), rows.weights_E[real])
-        assert torch.equal(losses.elbo_weights_B[samples].float(), rows.elbo_weights_E[real])
+        assert torch.equal(losses.weights_B[samples].float(), loss_rows.weights_E[real])
+        assert torch.equal(losses.elbo_weights_B[samples].float(), loss_rows.elbo_weights_E[real])
         if len(nll):
             loss_difference = max(loss_difference, (nll - expected).abs().max().item())
     assert loss_difference < LOSS_TOLERANCE
 
     expected_loss = dense_objective(losses, noise, dealing)
-    tokens = count_phase_tokens(dealing, noise.length_B)
-    loss = row_objective(parameters, config, [plan(p) for p in batches], tokens)
+    tokens = dealing.count_tokens(noise.length_B, 2)
+    planned = [plan(places) for places in batches]
+    loss = row_objective(parameters, config, planned, objective, tokens, backend)
     assert abs((loss - expected_loss).item()) < LOSS_TOLERANCE
     expected_gradients, found_gradients = (gradients(x, parameters) for x in (expected_loss, loss))
     gradient_difference = max(
@@ -215,6 +216,39 @@ def test_samples_that_are_cut_short_are_what_they_are_alone(
     assert_agree(x_0, noise, dealing, alpha_0=alpha_0, row_multiple=4, num_layers=2, num_groups=2)
 
 
+@pytest.mark.parametrize("order", ["uniform", "left_to_right"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_any_order_ar_is_the_likelihood_in_the_orders_that_it_draws(order: str, cut: bool) -> None:
+    """The orders are read from the queries; losses and gradients are the dense model's."""
+    config, parameters = build_model(num_layers=2, num_groups=2)
+    length_B = np.array([12, 1, 7, 2]) if cut else np.full(4, 12)
+    x_0 = np.random.default_rng(SEED).integers(0, MASK, (4, 12))
+    samples = Samples(tokens_BT=x_0, indices_B=40 + np.arange(4), length_B=length_B)
+    section = ObjectiveConfig(name="any_order_ar", order=order)
+    objective = build_objective(section, seed=SEED, mask_token_id=MASK)
+    batch = objective.plan(samples, Step(number=5, first_index=40, batch_size=4)).pad(8, MASK)
+    queries = batch.rows.positions_R[sum(batch.rows.stream_lengths) : batch.rows.num_rows]
+    orders = queries.split(length_B.tolist())
+    assert all(sorted(o.tolist()) == list(range(n)) for o, n in zip(orders, length_B, strict=True))
+    assert (orders[0].tolist() == list(range(12))) == (order == "left_to_right")
+
+    losses = []
+    for tokens, permutation in zip(x_0, orders, strict=True):
+        text = torch.from_numpy(tokens[None, : len(permutation)])
+        masked = torch.full_like(text, MASK)
+        logits = sequential_logits(parameters, config, masked, text, permutation[None])
+        losses.append(token_losses(logits, text.gather(1, permutation[None]), MASK)[0])
+    backend, tokens_P = BACKENDS["torch"](), [int(length_B.sum())]
+    nll = row_losses(parameters, config, batch, backend)[: batch.loss.num_real]
+    assert (nll - torch.cat(losses)).abs().max() < LOSS_TOLERANCE
+    expected = torch.cat(losses).sum() / length_B.sum()
+    loss = row_objective(parameters, config, [batch], objective, tokens_P, backend)
+    assert abs((loss - expected).item()) < LOSS_TOLERANCE
+    expected_gradients, found = (gradients(x, parameters) for x in (expected, loss))
+    for name, gradient in expected_gradients.items():
+        assert (found[name] - gradient).abs().max() < GRADIENT_TOLERANCE, name
+
+
 def test_alpha_0_of_1_masks_nothing_in_the_sequential_phase() -> None:
     dealing = Dealing(4, 2, 1, 0.5)
     x_0, noise = draw_batch(dealing, 1.0, 8)
@@ -257,14 +291,7 @@ def test_oracle_and_rows_give_the_numbers_of_the_reference() -> None:
     assert (weighted - expected).abs().max() < GOLDEN_TOLERANCE
     assert (losses.nll_BT[:num_samples] - diffusion["nll_low_var"]).abs().max() < GOLDEN_TOLERANCE
 
-    plan = plan_rows(
-        both,
-        noise,
-        schedule=LogLinearSchedule(0.25),
-        loss_type="elbo",
-        mask_token_id=mask_token_id,
-        row_multiple=1,
-    )
-    found = row_losses(parameters, config, plan) * plan.weights_E
+    batch = plan_noise(eso_lm(mask_token_id, alpha_0=0.25), both.numpy(), noise)
+    found = row_losses(parameters, config, batch, BACKENDS["torch"]()) * batch.loss.weights_E
     in_slots = is_masked.gather(1, torch.from_numpy(noise.permutation_BT))
     assert (found - expected[in_slots]).abs().max() < GOLDEN_TOLERANCE

@@ -19,12 +19,12 @@ from torch import Tensor
 from megatron_eso.errors import CheckpointError
 from megatron_eso.training.checkpointing.files import read_pieces
 from megatron_eso.training.checkpointing.pieces import Piece, pieces_to_read, pieces_to_write
-from megatron_eso.training.main_parameters import publish_main_parameters
-from megatron_eso.training.records.moving_statistics import MovingStatistics
-from megatron_eso.training.train_state import Counters, TrainState
+from megatron_eso.training.counters import Counters, MovingStatistics
+from megatron_eso.training.optimization.main_parameters import publish_main_parameters
+from megatron_eso.training.optimization.optimizer import MOMENTS
+from megatron_eso.training.train_state import TrainState
 
 FORMAT_VERSION = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")
 PREFIXES = {"param": "", "ema": "ema."} | {name: f"optimizer.state.{name}." for name in MOMENTS}
 
 

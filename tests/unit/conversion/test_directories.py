@@ -1,5 +1,6 @@
 """Sampler directories and run directories: round trips, choice of weights, atomicity, refusals."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,14 +21,14 @@ from transformers import AutoTokenizer
 from checkpoints_conversion import sampler_directory
 from checkpoints_conversion.__main__ import main
 from checkpoints_conversion.parameter_map import map_to_megatron
-from checkpoints_conversion.run_network import open_checkpoint, write_run_directory
+from checkpoints_conversion.run_network import open_checkpoint, read_network, write_run_directory
 from checkpoints_conversion.sampler_directory import write_sampler_directory
 from megatron_eso.errors import CheckpointError, ConfigError, DataError
 from megatron_eso.runs.file_index import INDEX_FILE
 from megatron_eso.runs.torch_dist import read_index, read_tensors, write_tensors
 from megatron_eso.sampler import EsoLM
-from megatron_eso.sampler.directory import read_config, read_weights
-from megatron_eso.sampler.network_eso_lm import NetworkConfig
+from megatron_eso.sampler.directory import read_description, read_weights
+from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 ROOT = Path(__file__).parents[3]
 STEP_0 = Path("checkpoints/step_00000000")
@@ -61,7 +62,7 @@ def test_every_network_returns_from_a_run_directory_bit_for_bit(
     found = read_weights(tmp_path / "sampler")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert NetworkConfig.from_dict(read_config(tmp_path / "sampler")) == config
+    assert NetworkConfig.from_dict(read_description(tmp_path / "sampler")) == config
 
 
 def test_a_run_directory_names_its_checkpoint_and_says_what_is_in_it(run_directory: Path) -> None:
@@ -92,7 +93,7 @@ def test_raw_weights_are_the_float32_main_parameters_where_there_are_any(
     raw, ema = read_weights(tmp_path / "raw"), read_weights(tmp_path / "default")
     assert all(torch.equal(raw[name], expected[name]) for name in expected)
     assert all(torch.equal(ema[name], expected[name] + 1) for name in expected)
-    assert read_config(tmp_path / "default")["source"]["weights"] == "ema"
+    assert read_description(tmp_path / "default")["source"]["weights"] == "ema"
     rewrite(step, halves)
     with pytest.raises(CheckpointError, match="no EMA"):
         convert(run_directory, tmp_path / "none", "--weights", "ema")
@@ -139,8 +140,8 @@ def test_latest_names_the_step_unless_told(tmp_path: Path, run_directory: Path) 
     (other / INDEX_FILE).unlink()
     convert(run_directory, tmp_path / "latest")
     convert(run_directory, tmp_path / "told", "--step", "5")
-    assert read_config(tmp_path / "latest")["source"]["step"] == 0
-    assert read_config(tmp_path / "told")["source"]["step"] == 5
+    assert read_description(tmp_path / "latest")["source"]["step"] == 0
+    assert read_description(tmp_path / "told")["source"]["step"] == 5
     with pytest.raises(CheckpointError, match="step_00000005"):
         convert(run_directory, tmp_path / "none", "--step", "6")
     with pytest.raises(ConfigError, match="--step -1"):
@@ -172,7 +173,7 @@ def test_weights_are_stored_in_the_dtype_asked_for(
     found, expected = read_weights(tmp_path / "out"), read_weights(tiny_directory)
     wanted = getattr(torch, dtype)
     assert all(torch.equal(found[name], expected[name].to(wanted)) for name in expected)
-    assert read_config(tmp_path / "out")["dtype"] == dtype
+    assert read_description(tmp_path / "out")["dtype"] == dtype
 
 
 def test_large_weights_are_sharded_with_an_index(
@@ -180,7 +181,7 @@ def test_large_weights_are_sharded_with_an_index(
 ) -> None:
     write_sampler_directory(
         tmp_path / "sharded",
-        read_config(tiny_directory),
+        read_description(tiny_directory),
         read_weights(tiny_directory),
         dtype=torch.float32,
         tokenizer=None,
@@ -239,11 +240,11 @@ def test_the_mask_token_of_an_official_checkpoint_is_its_tokenizers(
     out = tmp_path / "out"
     tokenizer = write_word_tokenizer(tmp_path / "masked", [*WORDS[:5], "<mask>", *WORDS[5:]])
     main(["from-official", str(tiny_ckpt), str(out), "--tokenizer", str(tokenizer)])
-    assert read_config(out)["mask_token_id"] == 5
+    assert read_description(out)["mask_token_id"] == 5
     assert not caplog.records
     small = write_word_tokenizer(tmp_path / "small", WORDS[:50])
     main(["from-official", str(tiny_ckpt), str(out), "--tokenizer", str(small)])
-    assert read_config(out)["mask_token_id"] == 97
+    assert read_description(out)["mask_token_id"] == 97
     assert "has 51 tokens and the mask token 50, the network 98 and 97" in caplog.text
 
 
@@ -284,7 +285,7 @@ def test_a_directory_appears_complete_or_not_at_all(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     main(["from-official", str(tiny_ckpt), str(out), "--weights", "raw"])
-    assert read_config(out)["source"]["weights"] == "raw"
+    assert read_description(out)["source"]["weights"] == "raw"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -380,6 +381,14 @@ def test_a_configuration_of_another_model_is_refused(
     )
     with pytest.raises(CheckpointError, match="layers.0.mlp.down_proj.weight"):
         convert(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_run_of_another_objective_is_refused(tmp_path: Path, run_directory: Path) -> None:
+    checkpoint = open_checkpoint(run_directory)
+    objective = dataclasses.replace(checkpoint.config.objective, name="any_order_ar")
+    config = dataclasses.replace(checkpoint.config, objective=objective)
+    with pytest.raises(CheckpointError, match=r"objective\.name = any_order_ar: the sampler knows"):
+        read_network(dataclasses.replace(checkpoint, config=config), None)
 
 
 def test_exit_codes_and_one_line_errors(tmp_path: Path) -> None:

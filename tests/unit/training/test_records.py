@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_eso.errors import ConfigError
 from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.training.counters import Counters
 from megatron_eso.training.records.metrics import MetricsLog
-from megatron_eso.training.train_state import Counters
 
 HOLD = """
 import sys, time

@@ -21,14 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megatron_eso.config.sections import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megatron_eso.config.model import ModelConfig
+from megatron_eso.config.sections import Config, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from megatron_eso.data.remote import folder as remote_folder
 from megatron_eso.data.remote.cache import ShardCache
 from megatron_eso.data.remote.datasets import find_datasets, open_dataset

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.sections import (
     Config,
     DataConfig,
-    ModelConfig,
     OptimizerConfig,
     RunConfig,
     TrainConfig,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.reports.run_order import CONFIGS
 from megatron_eso.config.loading import config_to_dict, load_config
+from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import ConfigError, DataError
@@ -67,13 +67,13 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def open_data(layers: list[str]) -> TrainingData:
-    config = load_config(layers, folder=CONFIGS).config
+    config = load_config(layers, folder=SHIPPED_CONFIGS).config
     return TrainingData.open(config.data, config.run.seed)
 
 
 def write_checkpoint(directory: Path, layers: list[str], consumed_samples: int) -> None:
     """What a run leaves behind, as far as its order goes."""
-    config = load_config(layers, folder=CONFIGS).config
+    config = load_config(layers, folder=SHIPPED_CONFIGS).config
     checkpoint = directory / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config_to_dict(config)))

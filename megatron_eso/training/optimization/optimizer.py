@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule and the update itself, on Megatron-Core's."""
+"""The optimizer, its learning-rate schedule and the update, made of Megatron-Core's parts."""
 
 import math
 from collections.abc import Callable
@@ -12,16 +12,30 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_eso.config.sections import Config
+from megatron_eso.config.sections import OptimizerConfig, ParallelConfig
 from megatron_eso.model.transformer_config import PARAMS_DTYPE
 from megatron_eso.training.parallel import max_over_world
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What Adam keeps of each parameter."""
+
 
 def build_optimizer(
-    config: Config, chunks: list[DistributedDataParallel], pg_collection: ProcessGroupCollection
+    optimizer: OptimizerConfig,
+    parallel: ParallelConfig,
+    precision: str,
+    chunks: list[DistributedDataParallel],
+    pg_collection: ProcessGroupCollection,
 ) -> ChainedOptimizer:
-    """AdamW over the chunks' parameters with float32 main parameters; collective over the world."""
-    optimizer, parallel = config.optimizer, config.parallel
+    """AdamW over the chunks' parameters with float32 main parameters; collective over the world.
+
+    Args:
+        optimizer: Its hyperparameters.
+        parallel: How it is sharded.
+        precision: `train.precision` of the run.
+        chunks: This rank's parts of the model.
+        pg_collection: Groups of this rank.
+    """
     optimizer_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=optimizer.learning_rate,
@@ -31,8 +45,8 @@ def build_optimizer(
         adam_beta2=optimizer.adam_beta2,
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
-        bf16=config.train.precision == "bf16",
-        params_dtype=PARAMS_DTYPE[config.train.precision],
+        bf16=precision == "bf16",
+        params_dtype=PARAMS_DTYPE[precision],
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
@@ -49,9 +63,16 @@ def build_optimizer(
     return built
 
 
-def build_scheduler(config: Config, optimizer: ChainedOptimizer) -> OptimizerParamScheduler:
-    """Learning rate as a function of the number of steps taken; construct anew on resume."""
-    section, num_steps = config.optimizer, config.train.num_steps
+def build_scheduler(
+    section: OptimizerConfig, num_steps: int, optimizer: ChainedOptimizer
+) -> OptimizerParamScheduler:
+    """Learning rate as a function of the number of steps taken; construct anew on resume.
+
+    Args:
+        section: The schedule.
+        num_steps: Steps of the run, at the end of which it ends.
+        optimizer: Whose learning rate it sets.
+    """
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -81,7 +102,7 @@ def update_parameters(
 
     Args:
         optimizer: To step.
-        accept: Says of the gradient norm whether to apply the update, the same on every rank.
+        accept: Whether to apply the update, given the gradient norm; the same on every rank.
 
     Returns:
         The norm of the whole gradient before clipping, and whether the update was applied. All
@@ -105,10 +126,10 @@ def update_parameters(
 
 
 def are_copies_finite(optimizer: ChainedOptimizer) -> bool:
-    """Whether this rank's gradients are finite that the norm leaves out.
+    """Whether those of this rank's gradients are finite that the norm leaves out.
 
-    Tensor-parallel ranks have parameters in common, and the norm counts them on the first one only:
-    a fault of another rank would be applied unseen.
+    Tensor-parallel ranks have parameters in common, and the norm counts them on the first rank
+    only: without this check, a value that is not finite on another rank would be applied.
     """
     copies = []
     for part in optimizer.chained_optimizers:

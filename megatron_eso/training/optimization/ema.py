@@ -8,7 +8,10 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import Tensor
 
-from megatron_eso.training.main_parameters import MainParameter, publish_main_parameters
+from megatron_eso.training.optimization.main_parameters import (
+    MainParameter,
+    publish_main_parameters,
+)
 
 
 class ExponentialMovingAverage:

@@ -1,0 +1,170 @@
+"""The conversions and the comparison as functions: paths in, what was done out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from checkpoints_conversion.official import (
+    describe_official,
+    fold_official,
+    infer_config,
+    read_official,
+)
+from checkpoints_conversion.run_network import open_checkpoint, read_network, write_run_directory
+from checkpoints_conversion.sampler_directory import write_sampler_directory
+from checkpoints_conversion.verify import Comparison, compare, load_any, recorded_weights
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
+from megatron_eso.sampler.directory import build_network, read_description, read_weights
+from megatron_eso.sampler.layers_eso_lm import NetworkConfig
+
+Weights = Literal["ema", "raw"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conversion:
+    """What a conversion wrote."""
+
+    directory: Path
+    step: int | None
+    """Of the source; None where it states none."""
+    weights: str
+    """`ema` or `raw`."""
+    num_parameters: int
+
+
+def convert_to_sampler(
+    run_dir: Path,
+    out_dir: Path,
+    *,
+    step: int | None = None,
+    weights: Weights | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Conversion:
+    """Convert a distributed checkpoint of any layout to a sampler directory.
+
+    Args:
+        run_dir: A run directory, or one of its `step_XXXXXXXX` folders.
+        out_dir: Must not exist, be empty, or be a sampler directory.
+        step: Which checkpoint of the run; by default the newest.
+        weights: By default EMA where there is one.
+        dtype: In which the weights are stored.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, it is damaged, or it is of an objective that
+            the sampler does not know.
+        DataError: The run's tokenizer is damaged.
+    """
+    checkpoint = open_checkpoint(run_dir, step)
+    config, tensors, description = read_network(checkpoint, weights)
+    build_network(config, tensors, torch.float32, "cpu")  # refuses shapes that do not fit
+    write_sampler_directory(
+        out_dir, description, tensors, dtype=dtype, tokenizer=checkpoint.tokenizer
+    )
+    return Conversion(
+        directory=out_dir,
+        step=checkpoint.step,
+        weights=description["source"]["weights"],
+        num_parameters=_count(tensors),
+    )
+
+
+def convert_from_official(
+    ckpt: Path,
+    out_dir: Path,
+    *,
+    weights: Weights = "ema",
+    tokenizer: Path | None = None,
+    mask_token_id: int | None = None,
+) -> Conversion:
+    """Convert a Lightning checkpoint of the reference to a sampler directory.
+
+    Args:
+        ckpt: The checkpoint's file.
+        out_dir: Must not exist, be empty, or be a sampler directory.
+        weights: Which of the checkpoint's.
+        tokenizer: A file or a directory to copy.
+        mask_token_id: By default that of the tokenizer, or else the last embedding row.
+
+    Raises:
+        CheckpointError: It is no checkpoint of the reference, damaged, or of another model.
+        DataError: The tokenizer is damaged.
+    """
+    official = read_official(ckpt, weights)
+    vocab_size = len(official.tensors["vocab_embed.embedding"])
+    config = infer_config(official, choose_mask_token(mask_token_id, tokenizer, vocab_size))
+    description = describe_official(official, config)
+    tensors = fold_official(official)
+    build_network(config, tensors, torch.float32, "cpu")  # refuses shapes that do not fit
+    write_sampler_directory(out_dir, description, tensors, dtype=torch.float32, tokenizer=tokenizer)
+    return Conversion(
+        directory=out_dir,
+        step=official.step,
+        weights=weights,
+        num_parameters=_count(tensors),
+    )
+
+
+def choose_mask_token(told: int | None, tokenizer: Path | None, vocab_size: int) -> int | None:
+    """Return the mask token that the caller names, or else that of a tokenizer of this size."""
+    if told is None and tokenizer is not None and has_tokenizer(tokenizer):
+        loaded = Tokenizer.load(tokenizer)
+        return loaded.mask_token_id if loaded.vocab_size == vocab_size else None
+    return told
+
+
+def convert_to_megatron(sampler_dir: Path, run_dir: Path) -> Conversion:
+    """Convert a sampler directory to a run directory that training starts from.
+
+    Args:
+        sampler_dir: What one of the conversions above wrote.
+        run_dir: Must not exist, or be empty.
+
+    Raises:
+        CheckpointError: The one is no sampler directory or damaged, or the other exists.
+        DataError: The tokenizer is damaged.
+    """
+    description = read_description(sampler_dir)
+    tensors = {name: tensor.float() for name, tensor in read_weights(sampler_dir).items()}
+    build_network(NetworkConfig.from_dict(description), tensors, torch.float32, "cpu")
+    write_run_directory(run_dir, description, tensors, sampler_dir)
+    return Conversion(
+        directory=run_dir,
+        step=0,
+        weights=recorded_weights(sampler_dir) or "raw",
+        num_parameters=_count(tensors),
+    )
+
+
+def verify_checkpoints(
+    a: Path,
+    b: Path,
+    *,
+    step: int | None = None,
+    weights: Weights | None = None,
+    mask_token_id: int | None = None,
+) -> Comparison:
+    """Compare two of: run directory, distributed checkpoint, sampler directory, official one.
+
+    Args:
+        a: One side.
+        b: The other side.
+        step: Of run directories; by default the newest.
+        weights: By default raw where one side is a sampler directory of raw weights, else EMA where
+            there is one.
+        mask_token_id: Of official checkpoints; by default the last embedding row.
+
+    Raises:
+        CheckpointError: A side is none of these, or damaged.
+    """
+    if weights is None and "raw" in (recorded_weights(a), recorded_weights(b)):
+        weights = "raw"
+    first, second = (
+        load_any(path, step=step, weights=weights, mask_token_id=mask_token_id) for path in (a, b)
+    )
+    return compare(first, second)
+
+
+def _count(tensors: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
