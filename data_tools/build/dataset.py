@@ -27,6 +27,7 @@ from data_tools.build.merging import (
     publish_datasets,
     split_directories,
 )
+from data_tools.build.output import building_path, check_absent
 from data_tools.build.plan import (
     BuildPlan,
     StoredPlan,
@@ -37,7 +38,6 @@ from data_tools.build.plan import (
 )
 from data_tools.build.span_encoder import SpanEncoder, read_states
 from data_tools.build.unit_encoder import UnitEncoder
-from data_tools.output import building_path, check_absent
 from data_tools.text.inputs import find_inputs
 from data_tools.text.interface import InputFile, TextOptions
 from data_tools.text.spans import SPAN_BYTES, Span, plan_spans

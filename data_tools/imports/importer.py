@@ -4,9 +4,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_tools.build.output import new_output
 from data_tools.imports.documents import DocumentCloser, DocumentSplitter
 from data_tools.imports.formats import open_files
-from data_tools.output import new_output
 from megatron_eso.data.shards.format import RECORD_TOKENS, SHARD_RECORDS
 from megatron_eso.data.shards.manifest import Split
 from megatron_eso.data.shards.writer import DatasetWriter
