@@ -37,7 +37,7 @@ _LINE_CHARACTERS = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerOptions:
-    """What to train."""
+    """Which tokenizer to train, and on what."""
 
     inputs: Sequence[str]
     """Files, folders, globs, or standard input."""
@@ -106,7 +106,7 @@ class _Sample:
             self._room += len(segment)
 
     def segments(self) -> list[bytes]:
-        """In the order in which they were added."""
+        """The segments in the order in which they were added."""
         return [segment for _, _, segment in sorted(self._heap, key=lambda entry: -entry[1])]
 
 

@@ -65,7 +65,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
-    """What to build."""
+    """Which dataset to build, and how."""
 
     inputs: Sequence[str]
     """Files, folders of them, globs, `-` for standard input."""

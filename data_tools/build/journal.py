@@ -42,17 +42,17 @@ class SpanFiles:
 
     @property
     def tokens(self) -> Path:
-        """Ids."""
+        """File of the token ids."""
         return self.directory / f"{self.number:05d}.tokens"
 
     @property
     def documents(self) -> Path:
-        """What is kept of each document."""
+        """File with what is kept of each document."""
         return self.directory / f"{self.number:05d}.documents"
 
     @property
     def journal(self) -> Path:
-        """Commits."""
+        """File of the commits."""
         return self.directory / f"{self.number:05d}.journal"
 
 
@@ -114,7 +114,7 @@ class TokenReader:
 
     Args:
         spans: all of them, by number.
-        dtype: of the tokens.
+        dtype: type of the tokens.
     """
 
     _MAX_OPEN = 128
@@ -148,8 +148,8 @@ class SpanWriter:
 
     Args:
         files: names of the files.
-        dtype: of the tokens.
-        commit_bytes: of text between two commits.
+        dtype: type of the tokens.
+        commit_bytes: bytes of text between two commits.
 
     Raises:
         DataError: another process is writing the span.

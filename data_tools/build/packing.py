@@ -90,9 +90,9 @@ def pack_shards(
     """Write the shards that have no note yet.
 
     Args:
-        splits: to write.
+        splits: the datasets to write.
         spans: all of them, by number.
-        format: of the datasets.
+        format: record format of the datasets.
         num_workers: processes; each writes a shard at a time.
     """
     for packed in splits.values():

@@ -25,12 +25,12 @@ class SpanEncoder:
     """Encodes spans one after the other, whichever are not complete.
 
     Args:
-        files: of the input.
-        spans: to encode, of those in `directory`.
+        files: all files of the input.
+        spans: the spans to encode.
         options: how text lies in the files.
-        directory: for the encoded spans.
-        dtype: of the tokens.
-        commit_bytes: of text between two commits.
+        directory: folder of the encoded spans.
+        dtype: type of the tokens.
+        commit_bytes: bytes of text between two commits.
     """
 
     def __init__(

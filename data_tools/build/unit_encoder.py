@@ -58,7 +58,7 @@ class UnitEncoder:
     """Turns units into tokens.
 
     Args:
-        tokenizer: with an end-of-text token.
+        tokenizer: a tokenizer with an end-of-text token.
         options: how the documents lie in the units.
     """
 

@@ -17,7 +17,7 @@ from megatron_eso.progress import Progress
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportOptions:
-    """What to import."""
+    """Which token files to import, and how."""
 
     kind: str
     """A value of `--from`."""

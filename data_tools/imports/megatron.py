@@ -57,7 +57,7 @@ class MegatronFiles:
         return [source for index, data in self._pairs for source in (index.source, data)]
 
     def read_blocks(self) -> Iterator[TokenBlock]:
-        """Read all tokens."""
+        """Read all tokens; see `TokenFiles.read_blocks`."""
         for index, data in self._pairs:
             index.hash()
             with data.opened():

@@ -49,7 +49,7 @@ class PackedFiles:
 
     @property
     def sources(self) -> list[TokenSource]:
-        """The files."""
+        """The files, sorted by their paths."""
         return [file.source for file in self._files]
 
     def read_blocks(self) -> Iterator[TokenBlock]:

@@ -39,9 +39,9 @@ def inspect_datasets(
     Args:
         location: directory or URL of a dataset, or of a training and a validation split.
         row: number of the row to print, or None.
-        sequence_length: of rows.
+        sequence_length: tokens of a row.
         as_json: print one JSON object instead.
-        cache: for local copies of what has a URL; None: in TMPDIR.
+        cache: holds local copies of what has a URL; None: one in TMPDIR.
 
     Raises:
         ConfigError: there is no such row.

@@ -33,7 +33,7 @@ class ReadSpeed:
     way: str
     tokens_per_second: float
     megabytes_per_second: float
-    """Of these tokens as they are stored; what is read around them for hashes is not counted."""
+    """Bytes of these tokens as they are stored; bytes read for the hashes only are not counted."""
     median_milliseconds: float
     """Until a call had its rows."""
     p99_milliseconds: float
@@ -49,9 +49,9 @@ def bench_reader(
 
     Args:
         location: directory or URL of a dataset; of two splits, training is read.
-        sequence_length: of rows.
+        sequence_length: tokens of a row.
         as_json: print one JSON object instead.
-        cache: for local copies of what has a URL; None: in TMPDIR.
+        cache: holds local copies of what has a URL; None: one in TMPDIR.
 
     Raises:
         DataError: a shard is damaged, or has no such row.

@@ -36,14 +36,14 @@ class RowPlace:
     member: str
     """Name of the record in the shard's archive."""
     offset: int
-    """Of the first token's bytes in the shard's file."""
+    """Place of the first token's bytes in the shard's file."""
     first_token: int
-    """Within the record."""
+    """Number of the first token within the record."""
     num_tokens: int
     documents: tuple[DocumentPart, ...]
 
     def describe(self) -> Iterator[str]:
-        """Lines of text."""
+        """The place as lines of text."""
         last = self.first_token + self.num_tokens - 1
         yield f"shard          {self.shard}, offset {self.offset}"
         yield f"record         {self.record} ({self.member}), tokens {self.first_token} to {last}"

@@ -62,9 +62,9 @@ def verify_datasets(
     """Check every byte of the datasets at a directory or URL; print each problem, a line each.
 
     Args:
-        location: of a dataset, or of a training and a validation split.
+        location: directory or URL of a dataset, or of a training and a validation split.
         as_json: print one JSON object instead.
-        cache: for local copies of what has a URL; None: in TMPDIR.
+        cache: holds local copies of what has a URL; None: one in TMPDIR.
 
     Raises:
         DataError: something is wrong.

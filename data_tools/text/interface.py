@@ -24,7 +24,7 @@ class TextOptions:
 
     text_key: str = "text"
     document_separator: str | None = None
-    """Between the documents of a `.txt` file; None: each file is a document."""
+    """Text between the documents of a `.txt` file; None: each file is a document."""
     on_error: OnError = "stop"
     cuts_documents: bool = True
     """Long documents of `.txt` files may be cut after newlines and handed out in parts."""
@@ -131,7 +131,7 @@ class Document:
     """A document, or a part of one that goes over several units."""
 
     text: bytes
-    """In UTF-8."""
+    """The text in UTF-8."""
     ends: bool = True
     """Whether the document ends here; else it continues in the next unit."""
     hash: int = 0

@@ -42,8 +42,8 @@ class ParquetRows:
     """Reads the column of texts of a Parquet file.
 
     Attributes:
-        sha256: of the file.
-        share_done: of the rows.
+        sha256: hash of the file.
+        share_done: share of the rows that have been read.
     """
 
     def __init__(self, file: InputFile, text_key: str) -> None:

@@ -72,7 +72,7 @@ class SliceText:
         yield block, True
 
     def sha256(self) -> str:
-        """Of the raw bytes read so far."""
+        """sha256 of the raw bytes read so far."""
         return self._sha256.hexdigest()
 
     def _read_text(self, raw: Iterator[bytes]) -> Iterator[bytes]:
@@ -151,9 +151,9 @@ def read_stream(
     """Read a slice of a stream of documents as units.
 
     Args:
-        file: to read.
-        part: of the file.
-        index: of the slice in its span.
+        file: the file to read.
+        part: the slice of the file.
+        index: number of the slice in its span.
         separator: between documents; empty: there is one document.
         cuts_documents: whether a document may be cut after a newline and continue in the next unit.
         unit_bytes: size of a unit; it may be longer by a document that is not cut.

@@ -30,8 +30,8 @@ def read_units(
     """Read a span as units; every slice, even an empty one, ends with a unit that has its source.
 
     Args:
-        files: of the input.
-        span: to read.
+        files: all files of the input.
+        span: the span to read.
         options: how documents lie in the files.
         skip_units: how many units to read without yielding them.
         skipped_digest: digest of the last skipped unit; shows that the input is still the same.
@@ -64,7 +64,7 @@ def parse_unit(unit: Unit, options: TextOptions, problems: list[Problem]) -> Ite
     """The documents of a unit, empty ones too.
 
     Args:
-        unit: to parse.
+        unit: the unit to parse.
         options: as the unit was read with.
         problems: receives what is left out, where `options.on_error` is "skip".
 

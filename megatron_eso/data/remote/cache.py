@@ -39,7 +39,7 @@ class ShardCache:
     """The cache at a folder. Every method may be called from several threads and processes."""
 
     directory: Path
-    """On a disk of this node that supports flock."""
+    """Folder of the cache, on a disk of this node that supports flock."""
     max_bytes: int
     """Largest size of the shards together, those being written among them."""
 
@@ -110,7 +110,7 @@ class ShardCache:
         Args:
             file: the shard.
             download: writes exactly its content; it stops by an exception otherwise.
-            wait: for another process that is downloading it.
+            wait: whether to wait for another process that is downloading it.
 
         Returns:
             A descriptor, which the caller closes: valid even if the copy is removed at once to make

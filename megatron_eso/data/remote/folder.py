@@ -103,7 +103,7 @@ class RemoteFolder:
         """Write a file's content, checked by size and sha256, from the stream's start.
 
         Args:
-            name: of the file in this folder.
+            name: name of the file in this folder.
             file: size and hash by the manifest.
             stream: a local file, seekable.
             advance: called with the bytes as they arrive, with a negative number where they have to

@@ -26,7 +26,7 @@ class RemoteShards:
     """The shards of a dataset behind a URL, read from copies in a local cache.
 
     Attributes:
-        url: of the dataset.
+        url: URL of the dataset.
         cache: where the copies are.
         manifest: as the server has it now.
         directory: local folder of the index files: the dataset without its shards.

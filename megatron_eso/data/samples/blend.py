@@ -93,10 +93,10 @@ class Blend:
         """The same order up to the next block boundary, and this blend from there on.
 
         Args:
-            corpora: of the new blend, in any order; new ones are numbered after those of the run.
-            quotas: of these corpora.
-            number: of the new phase.
-            consumed_samples: by the run so far.
+            corpora: those of the new blend, in any order; new ones get the next numbers of the run.
+            quotas: their quotas.
+            number: number of the new phase.
+            consumed_samples: samples that the run has consumed so far.
         """
         wanted = {corpus.dataset_id: quota for corpus, quota in zip(corpora, quotas, strict=True)}
         known = {corpus.dataset_id for corpus in self.corpora}

@@ -57,9 +57,9 @@ class CheckedBlocks:
         """Fill `view` with blocks that lie one after the other, several times if need be.
 
         Args:
-            view: for whole blocks, but for the last one of a record.
+            view: receives whole blocks; only the last one of a record may be shorter.
             shard: number of the shard.
-            offset: of the first block in the shard's file.
+            offset: place of the first block in the shard's file.
             first_block: its number among the blocks of all records.
 
         Raises:

@@ -182,11 +182,11 @@ class BlockSpans:
 
     shard: npt.NDArray[np.int64]
     offset: npt.NDArray[np.int64]
-    """Of the first block in its shard's file."""
+    """Place of the first block in its shard's file."""
     first_block: npt.NDArray[np.int64]
     """Number of the first block among the blocks of all records."""
     num_bytes: npt.NDArray[np.int64]
-    """Of the whole blocks; a record's last block may be shorter than the others."""
+    """Size of the whole blocks; a record's last block may be shorter than the others."""
     place: npt.NDArray[np.int64]
     """Where the wanted bytes begin in the first block."""
 

@@ -94,8 +94,8 @@ class Quarantine:
         """Rows to read in place of rows; those of records that are not listed stay.
 
         Args:
-            dataset_id: of the dataset; `check` has passed for it.
-            layout: of the dataset.
+            dataset_id: id of the dataset; `check` has passed for it.
+            layout: layout of the dataset.
             index_R: row numbers, int64 [R].
             sequence_length: tokens of a row.
         """

@@ -36,7 +36,7 @@ class TokenDataset:
     """A dataset opened for reading. Its methods may be called from several threads.
 
     Attributes:
-        directory: of the dataset.
+        directory: the directory of the dataset.
         manifest: its checked manifest.
         dataset_id: sha256 of the manifest's file.
         shards: where the shards' bytes come from.
@@ -74,7 +74,7 @@ class TokenDataset:
         """Open a dataset; check manifest, hashes of the index files and the size of every shard.
 
         Args:
-            directory: of the dataset, or of its index files alone.
+            directory: the directory of the dataset, or of its index files alone.
             quarantine: records whose rows are replaced by others.
             retry_seconds: pauses before further readings of what fails; empty: it fails at once.
             shards: where the shards come from, which checks them; None: they are in `directory`.

@@ -47,7 +47,7 @@ class RecordFormat:
     record_tokens: int
     shard_records: int
     eos_token_id: int
-    """Ends every document."""
+    """The token that ends every document."""
 
     @property
     def shard_tokens(self) -> int:
@@ -92,8 +92,8 @@ class ShardWriter:
     """Writes one shard.
 
     Args:
-        directory: of the dataset.
-        format: of the dataset.
+        directory: the directory of the dataset.
+        format: record format of the dataset.
         shard: its number.
     """
 
@@ -170,8 +170,8 @@ class DatasetPublisher:
     """Writes the index files: block hashes, documents, tokenizer, manifest.
 
     Args:
-        directory: of the dataset.
-        format: of the dataset.
+        directory: the directory of the dataset.
+        format: record format of the dataset.
     """
 
     def __init__(self, directory: Path, format: RecordFormat) -> None:
@@ -244,7 +244,7 @@ class DatasetWriter:
 
     Args:
         directory: an empty directory.
-        tokenizer: of the tokens; it must have an end-of-text token.
+        tokenizer: the tokens' tokenizer; it must have an end-of-text token.
         tokenizer_files: content of the tokenizer's files by name, kept with the shards.
         record_tokens: tokens of a record.
         shard_records: records of a shard.
@@ -337,7 +337,7 @@ class HashingFile:
         self._bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append bytes."""
+        """Append bytes to the file."""
         self._file.write(data)
         self._sha256.update(data)
         self._bytes += len(data)
