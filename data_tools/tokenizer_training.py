@@ -24,6 +24,7 @@ from megatron_eso.data.tokenizers.special_tokens import MASK_NAME
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, split_segments
 from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.progress import Progress
+from megatron_eso.quantities import format_mb
 
 TRAINING_FILE = "tokenizer_training.json"
 
@@ -62,7 +63,7 @@ def train_tokenizer(options: TokenizerOptions) -> Tokenizer:
         sample = _sample_text(options)
         sys.stderr.write(
             f"train-tokenizer: {options.vocab_size} pieces from "
-            f"{sum(map(len, sample)) / 1e6:.1f} MB of text\n"
+            f"{format_mb(sum(map(len, sample)))} of text\n"
         )
         tokenizer = Tokenizer({MODEL_FILE: _train_model(sample, options)})
         tokenizer.save(building)

@@ -99,9 +99,9 @@ def _describe(dataset: TokenDataset, sequence_length: int) -> Iterator[str]:
         f"{tokenizer.pad_token_id}, model sha256 {tokenizer.model_sha256}"
     )
     for source in manifest.sources[:_MAX_SOURCES]:
-        piece = f" from {source.offset}" if source.offset else ""
+        part = f" from {source.offset}" if source.offset else ""
         yield (
-            f"source         {source.path}: {source.bytes} bytes{piece}, "
+            f"source         {source.path}: {source.bytes} bytes{part}, "
             f"{source.num_documents} documents here, sha256 {source.sha256}"
         )
     if len(manifest.sources) > _MAX_SOURCES:

@@ -98,5 +98,5 @@ def _name_source(manifest: Manifest, document: int) -> str | None:
         return None
     source = manifest.sources[place]
     number = document - (stops[place] - source.num_documents)
-    piece = f", bytes from {source.offset}" if source.offset else ""
-    return f"document {number} of {source.num_documents} kept of {source.path}{piece}"
+    part = f", bytes from {source.offset}" if source.offset else ""
+    return f"document {number} of {source.num_documents} kept of {source.path}{part}"
