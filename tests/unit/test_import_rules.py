@@ -80,12 +80,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.sampler.texts": ERRORS + SAMPLER + TOKENIZERS,
     "data_tools": BASE + REMOTE + TOKENIZERS,
     "data_tools.text": BASE + TOKENIZERS,
-    "data_tools.output": BASE,
+    "data_tools.build.output": BASE,
     "data_tools.build": BASE
-    + (SHARDS + TOKENIZERS + RANDOMNESS + ("data_tools.text", "data_tools.output")),
-    "data_tools.imports": BASE + SHARDS + TOKENIZERS + ("data_tools.output",),
+    + (SHARDS + TOKENIZERS + RANDOMNESS + ("data_tools.text", "data_tools.build.output")),
+    "data_tools.imports": BASE + SHARDS + TOKENIZERS + ("data_tools.build.output",),
     "data_tools.reports": BASE
-    + (CONFIG + RUNS + REMOTE + TOKENIZERS + SAMPLES + ("data_tools.build",)),
+    + (CONFIG + RUNS + REMOTE + TOKENIZERS + SAMPLES + ("data_tools.build.document_order",)),
     "checkpoints_conversion": BASE + CONFIG + RANDOMNESS + RUNS + TOKENIZERS + SAMPLER,
     "checkpoints_conversion.parameter_map": ERRORS + SAMPLER,
     "checkpoints_conversion.network_fields": ERRORS
