@@ -12,10 +12,11 @@ from checkpoints_conversion.official import (
     infer_config,
     read_official,
 )
-from checkpoints_conversion.run_network import open_checkpoint, read_network, write_run_directory
+from checkpoints_conversion.run_network import read_network, write_run_directory
 from checkpoints_conversion.sampler_directory import write_sampler_directory
 from checkpoints_conversion.verify import Comparison, compare, load_any, recorded_weights
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
+from megatron_eso.runs.checkpoint import open_checkpoint
 from megatron_eso.sampler.directory import build_network, read_config, read_weights
 from megatron_eso.sampler.network_eso_lm import NetworkConfig
 

@@ -22,7 +22,10 @@ from megatron_eso.data.samples.training_data import check_tokenizer, open_datase
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import CheckpointError, ConfigError, UserError, run_command
 from megatron_eso.objectives.loss import to_perplexity
-from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.runs.checkpoint import PREFIXES
+from megatron_eso.runs.checkpoint_state import read_state
+from megatron_eso.runs.run_directory import CONFIG_FILE, RunDirectory
+from megatron_eso.runs.steps import find_step, list_checkpoints
 from pretrain.train import start_logging
 
 
@@ -33,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     start_logging(rank)
     logging.getLogger().setLevel(logging.WARNING)
     try:
-        checkpoint = find_step(Path(arguments.run_dir), arguments.step)
+        checkpoint = choose_checkpoint(RunDirectory(Path(arguments.run_dir)), arguments.step)
         config, dataset = configure(checkpoint, arguments.data, arguments.overrides)
         answer = evaluate_checkpoint(
             checkpoint, config, dataset, arguments.weights, arguments.any_order
@@ -64,19 +67,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def find_step(run: Path, step: int | None) -> Path:
-    """The checkpoint of a step, or the newest.
+def choose_checkpoint(run: RunDirectory, step: int | None) -> Path:
+    """Return the checkpoint of a step, or the newest.
 
     Raises:
         ConfigError: There is none.
     """
-    found = list_checkpoints(RunDirectory(run).checkpoints)
-    wanted = [path for path in found if step is None or path.name == f"step_{step:08d}"]
-    if not wanted:
+    found = find_step(run.checkpoints, step)
+    if found is None:
         what = "no complete checkpoint" if step is None else f"no checkpoint of step {step}"
-        names = ", ".join(path.name for path in found) or "none"
-        raise ConfigError(f"{run}: {what}; there are: {names}")
-    return wanted[-1]
+        names = ", ".join(path.name for path in list_checkpoints(run.checkpoints)) or "none"
+        raise ConfigError(f"{run.path}: {what}; there are: {names}")
+    return found
 
 
 def configure(
@@ -87,7 +89,7 @@ def configure(
     Raises:
         ConfigError: They do not fit each other or the number of ranks.
     """
-    written = read_config(checkpoint / "config.json")
+    written = read_config(checkpoint / CONFIG_FILE)
     with tempfile.TemporaryDirectory() as folder:
         layer = Path(folder) / "config.toml"
         layer.write_text(config_to_toml(written))
@@ -117,16 +119,16 @@ def evaluate_checkpoint(
     install_cpu_backend()
     from megatron_eso.training.batches import count_validation_samples
     from megatron_eso.training.checkpointing.restore import refuse_damage
-    from megatron_eso.training.checkpointing.state import PREFIXES, load_weights, read_state_json
+    from megatron_eso.training.checkpointing.state import load_weights
     from megatron_eso.training.evaluation import evaluate, evaluate_any_order
     from megatron_eso.training.parallel import model_parallel_groups, process_group
     from megatron_eso.training.train_state import build_train_state
 
-    record = read_state_json(checkpoint)
-    if "data" in record:  # not in a conversion's
+    record = read_state(checkpoint)
+    if record.data is not None:  # a conversion's has none
         location = str(config.data.validation)
-        check_tokenizer("data.validation", location, dataset, record["data"]["tokenizer"])
-    has_ema = record.get("ema_updates") is not None
+        check_tokenizer("data.validation", location, dataset, record.data["tokenizer"])
+    has_ema = record.ema_updates is not None
     weights = weights or ("ema" if has_ema else "raw")
     if weights == "ema" and not has_ema:
         raise CheckpointError(f"{checkpoint}: holds no EMA weights; use --weights raw")
@@ -140,7 +142,7 @@ def evaluate_checkpoint(
         load_weights(checkpoint, state, prefix=PREFIXES["ema" if weights == "ema" else "param"])
         estimate = evaluate(config, state, dataset, groups, use_ema=False)
         answer = {
-            "step": record["step"],
+            "step": record.counters.step,
             "weights": weights,
             "num_samples": count_validation_samples(config, dataset),
             "nelbo": estimate.nelbo,

@@ -22,6 +22,7 @@ from megatron_eso.config.sections import Config
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import UserError, run_command
 from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.runs.status import read_status
 
 CONFIG = Path(__file__).parent / "configs" / "quickstart.toml"
 VOCAB_SIZE = 2048
@@ -85,7 +86,7 @@ def plan_stages(config: Config, overrides: list[str], data: Path, sampler: Path)
         ),
         Stage(
             f"pretrain on {NUM_PROCESSES} processes",
-            run / "status.json",
+            RunDirectory(run).status,
             [*launch, f"--nproc-per-node={NUM_PROCESSES}"]
             + ["-m", "pretrain.train", str(CONFIG), *overrides],
             is_training_finished,
@@ -100,7 +101,8 @@ def plan_stages(config: Config, overrides: list[str], data: Path, sampler: Path)
 
 def is_training_finished(status: Path) -> bool:
     """Whether the run's status says that it reached its last step."""
-    return status.exists() and RunDirectory(status.parent).read_status()["state"] == "finished"
+    found = read_status(status)
+    return found is not None and found.state == "finished"
 
 
 def run_stage(title: str, stage: Stage) -> None:

@@ -36,12 +36,13 @@ CONFIGS = Path(__file__).parent / "configs"
 HEARTBEAT_SECONDS = 5.0
 
 if TYPE_CHECKING:
+    from megatron_eso.runs.checkpoint_state import Counters
     from megatron_eso.runs.run_directory import RunDirectory
+    from megatron_eso.runs.status import State
     from megatron_eso.training.guards.stop import StopRequests
     from megatron_eso.training.guards.watchdog import Watchdog
     from megatron_eso.training.loop import Trainer
     from megatron_eso.training.records.metrics import MetricsLog
-    from megatron_eso.training.train_state import Counters
 
 logger = logging.getLogger("pretrain")
 
@@ -155,7 +156,8 @@ def run_training(
                 convert_initial_weights(config.checkpoint.init_from, run)
             trainer = build_trainer(config, train_data, validation_data, run, stop, stack)
         except BaseException as error:
-            record_failure(run, run.read_status().get("step", 0), error)
+            before = run.read_status()
+            record_failure(run, 0 if before is None else before.step, error)
             raise
         train_to_the_end(trainer)
 
@@ -163,10 +165,12 @@ def run_training(
 def open_run(config: Config) -> "RunDirectory":
     """The run directory, which knows what every status says of this job."""
     from megatron_eso.runs.run_directory import RunDirectory
+    from megatron_eso.runs.status import JobFacts
 
     run = RunDirectory(Path(config.run.directory))
-    restarts = run.read_status().get("restarts", -1) + 1
-    return RunDirectory(run.path, {"restarts": restarts, "num_steps": config.train.num_steps})
+    before = run.read_status()
+    restarts = 0 if before is None or before.restarts is None else before.restarts + 1
+    return RunDirectory(run.path, JobFacts(restarts=restarts, num_steps=config.train.num_steps))
 
 
 def build_trainer(
@@ -189,7 +193,7 @@ def build_trainer(
     from megatron_eso.training.prefetch import StepPrefetcher
     from megatron_eso.training.train_state import build_train_state
 
-    log = log_to_file(run.path / "logs")
+    log = log_to_file(run.logs)
     if config.watchdog.start_seconds > 0:
         # Ranks may wait for one that is gone; the watchdog takes this timer over.
         faulthandler.dump_traceback_later(config.watchdog.start_seconds, exit=True)
@@ -208,8 +212,8 @@ def build_trainer(
         restore(state, config, checkpoints, init_from=initial)
         try_largest_batch(config, state, groups)
     logger.info("samples: %s", train_data.describe())
-    nodes = {"num_ranks": len(hosts), "hosts": sorted(set(hosts))}
-    run = dataclasses.replace(run, facts={**run.facts, **nodes})
+    facts = dataclasses.replace(run.facts, num_ranks=len(hosts), hosts=sorted(set(hosts)))
+    run = dataclasses.replace(run, facts=facts)
     metrics = None
     if is_first_rank():
         run.write_config(config, train_data.tokenizer_directory)
@@ -242,10 +246,10 @@ def convert_initial_weights(init_from: str | None, run: "RunDirectory") -> None:
     """
     from checkpoints_conversion.conversions import convert_to_megatron
     from checkpoints_conversion.sampler_directory import is_sampler_directory
-    from megatron_eso.runs.run_directory import list_checkpoints
+    from megatron_eso.runs.steps import newest
 
     shutil.rmtree(run.initial, ignore_errors=True)
-    is_new = not list_checkpoints(run.checkpoints)
+    is_new = newest(run.checkpoints) is None
     if is_new and init_from is not None and is_sampler_directory(Path(init_from)):
         convert_to_megatron(Path(init_from), run.initial)
 
@@ -262,7 +266,8 @@ def train_to_the_end(trainer: "Trainer") -> None:
             trainer.checkpoints.wait()
         raise
     if is_first_rank():
-        outcome, counters = "interrupted" if stopped else "finished", trainer.state.counters
+        outcome: State = "interrupted" if stopped else "finished"
+        counters = trainer.state.counters
         reason = stopped or "train.num_steps reached"
         logger.info("%s at step %d: %s", outcome, counters.step, reason)
         run.write_status(outcome, counters.step, reason=reason)

@@ -3,7 +3,7 @@
 Shapes: B samples of a micro-batch, N samples of a step.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -28,6 +28,7 @@ from megatron_eso.objectives.noise import (
 from megatron_eso.objectives.rows import RowPlan, plan_rows
 from megatron_eso.objectives.schedule import LogLinearSchedule
 from megatron_eso.randomness.purposes import NOISE_VERSION
+from megatron_eso.runs.checkpoint_state import CheckpointState
 
 # The noise of validation does not depend on a run's seed: runs are compared on the same noise.
 VALIDATION_SEED = 0
@@ -99,26 +100,26 @@ class TrainingBatches:
         """What a checkpoint records of the samples and their noise; equal on all ranks."""
         return {"noise_version": NOISE_VERSION, "data": self.data.state}
 
-    def resume(self, record: Mapping[str, Any], source: str) -> None:
+    def resume(self, record: CheckpointState, source: str) -> None:
         """Continue from the record of a checkpoint; before the first step is planned.
 
         Args:
-            record: `state` and the counters of the run that wrote it.
+            record: With `state` and the counters of the run that wrote it.
             source: The checkpoint, for errors.
 
         Raises:
             ConfigError: Its samples or their noise are not those of this run.
         """
-        if record.get("noise_version") != NOISE_VERSION or "data" not in record:
+        if record.noise_version != NOISE_VERSION or record.data is None:
             raise ConfigError(
-                f"{source}/state.json: noise_version = {record.get('noise_version')}, but this "
+                f"{source}/state.json: noise_version = {record.noise_version}, but this "
                 f"version of megatron-eso draws {NOISE_VERSION}: a run keeps its noise; use the "
                 f"version that wrote it, or start another run.directory with "
                 f"checkpoint.init_from = {source}"
             )
         self.data.resume(
-            record["data"],
-            consumed_samples=record["consumed_samples"],
+            record.data,
+            consumed_samples=record.counters.consumed_samples,
             phase=self.config.data.phase,
             source=source,
         )

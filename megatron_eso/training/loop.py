@@ -162,7 +162,7 @@ class Trainer:
         if self.metrics is None:
             return
         values = list_values(result, counters, times, straggler, self.flops_per_token)
-        values |= {"perf/restarts": self.run.facts["restarts"]} | self.list_shares()
+        values |= {"perf/restarts": self.run.facts.restarts or 0} | self.list_shares()
         self.metrics.log(counters, values)
         self.run.write_status(
             "running",

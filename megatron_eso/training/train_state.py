@@ -23,32 +23,11 @@ from megatron_eso.config.sections import Config
 from megatron_eso.model.eso_model import EsoModel
 from megatron_eso.model.initialization import initialize_parameters
 from megatron_eso.model.transformer_config import build_transformer_config
+from megatron_eso.runs.checkpoint_state import Counters
 from megatron_eso.training.ema import ExponentialMovingAverage
 from megatron_eso.training.main_parameters import MainParameter, list_main_parameters
 from megatron_eso.training.optimizer import build_optimizer, build_scheduler
 from megatron_eso.training.records.moving_statistics import MovingStatistics
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Counters:
-    """How far a run has come; with the parameters, all that a checkpoint needs."""
-
-    step: int = 0
-    """Steps taken, skipped ones included."""
-    consumed_samples: int = 0
-    """Samples taken from the training order: the whole state of the data."""
-    tokens: int = 0
-    """Real tokens of these samples."""
-    flops: float = 0.0
-    """Floating-point operations that the objective needed for them."""
-    skipped_steps: int = 0
-    """Steps whose update was not applied, since loss or gradient was not finite, or exploded."""
-    skipped_in_row: int = 0
-    """Of these, the last ones without a step between them that was applied."""
-    spikes: int = 0
-    """Steps whose loss or gradient norm was flagged."""
-    rollbacks: int = 0
-    """Times that the run went back to a checkpoint and left the samples since out."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

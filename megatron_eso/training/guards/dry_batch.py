@@ -20,8 +20,8 @@ from megatron_eso.objectives.loss import PhaseTokens
 from megatron_eso.objectives.noise import Noise
 from megatron_eso.objectives.rows import plan_rows
 from megatron_eso.objectives.schedule import LogLinearSchedule
+from megatron_eso.runs.checkpoint import MOMENTS
 from megatron_eso.training.batches import MicroBatch, row_multiple
-from megatron_eso.training.checkpointing.state import MOMENTS
 from megatron_eso.training.step import clear_gradients, forward_step, run_schedule
 from megatron_eso.training.train_state import TrainState
 

@@ -14,9 +14,9 @@ from typing import Any, Self
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_eso.files import write_atomically
+from megatron_eso.runs.checkpoint_state import Counters
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.training.records.wandb_log import WandbLog
-from megatron_eso.training.train_state import Counters
 
 GIGA = 1e9
 

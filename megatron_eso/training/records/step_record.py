@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_eso.runs.checkpoint_state import Counters
 from megatron_eso.training.guards.stragglers import Straggler
 from megatron_eso.training.step import StepResult
-from megatron_eso.training.train_state import Counters
 
 GIBI = 2**30
 MAX_NAMED = 8
