@@ -14,7 +14,6 @@ import sentencepiece
 import xxhash
 
 from data_tools.build.publication import publish_directory
-from data_tools.progress import Progress
 from data_tools.text.documents import parse_unit
 from data_tools.text.inputs import InputFile, TextOptions, find_inputs, plan_spans
 from data_tools.text.problems import Problem
@@ -23,6 +22,7 @@ from megatron_eso.data.tokenizers.sentencepiece_model import MODEL_FILE
 from megatron_eso.data.tokenizers.special_tokens import MASK_NAME
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, split_segments
 from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.progress import Progress
 
 TRAINING_FILE = "tokenizer_training.json"
 

@@ -13,7 +13,7 @@ from data_tools.imports.import_tokens import ImportOptions, import_tokens
 from data_tools.text.embedded_corpus import write_corpus
 from data_tools.text.inputs import TextOptions, parse_separator
 from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
-from megatron_eso.data.shards.shard_format import RECORD_TOKENS, SHARD_RECORDS
+from megatron_eso.data.shards.format import RECORD_TOKENS, SHARD_RECORDS
 from megatron_eso.errors import ConfigError
 
 

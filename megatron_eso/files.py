@@ -1,29 +1,166 @@
-"""Files that a kill at any instant leaves whole: either the old content or the new."""
+"""Files and folders that appear whole or not at all, whenever a process is killed.
 
+A file is written as `NAME.unfinished` and a folder as `.NAME.building`; both take their name by a
+rename, once everything is on the disk. The next writer of the same name removes what a killed one
+left.
+"""
+
+import errno
 import json
 import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from megatron_eso.errors import UserError
+from megatron_eso.locks import hold_lock
+
+LOCK_FILE = "lock"
+"""In an unfinished folder: its writer holds this lock."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the file's content; on disk when this returns."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+@contextmanager
+def new_path(path: Path, unfinished: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path; what the body writes there takes the name `path` at the end.
+
+    An existing file is replaced. If the body raises, the temporary file is removed and `path` is
+    as it was.
+
+    Args:
+        path: Of the file.
+        unfinished: The temporary path, in the same folder; by default `NAME.unfinished`.
+    """
+    unfinished = unfinished or path.with_name(f"{path.name}.unfinished")
+    try:
+        yield unfinished
+        sync_path(unfinished)
+        rename(unfinished, path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a stream; what the body writes to it is the content of `path` at the end.
+
+    An existing file is replaced. If the body raises, `path` is as it was.
+    """
+    with new_path(path) as unfinished, unfinished.open("wb") as stream:
+        yield stream
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the file's content; on the disk when this returns."""
+    with new_file(path) as stream:
+        stream.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file's content, in UTF-8; on the disk when this returns."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(
+    path: Path, value: Mapping[str, Any], *, indent: int = 1, sort_keys: bool = False
+) -> None:
+    """Replace the file's content by an object in JSON; on the disk when this returns."""
+    write_text(path, json.dumps(value, indent=indent, sort_keys=sort_keys) + "\n")
+
+
+def write_once(path: Path, text: str) -> None:
+    """Write a file unless it exists; of several processes one writes it. On the disk afterwards."""
+    if path.exists():
+        return
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    unfinished.write_text(text, encoding="utf-8")
+    sync_path(unfinished)
+    with suppress(FileExistsError):
+        os.link(unfinished, path)
+    unfinished.unlink()
     sync_path(path.parent)
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replace the file's content by `value`; on disk when this returns."""
-    write_atomically(path, json.dumps(value, indent=1) + "\n")
+@contextmanager
+def new_folder(
+    folder: Path,
+    *,
+    replaces: Callable[[Path], bool] | None = None,
+    building: Path | None = None,
+) -> Iterator[Path]:
+    """Yield an empty folder; with what the body writes there it takes the name `folder` at the end.
+
+    If the body raises, that folder is removed and `folder` is as it was. What a killed process left
+    is removed at the start.
+
+    Args:
+        folder: Must not exist, be empty, or satisfy `replaces`.
+        replaces: Whether an existing folder, which is not empty, may be replaced; by default none.
+        building: Where it is written, in the same parent folder; by default `.NAME.building`.
+
+    Raises:
+        FileExistsError: `folder` holds something that must not be replaced.
+        UserError: Another process is writing the same folder, or the file system gives no locks.
+    """
+    building = building or folder.with_name(f".{folder.name}.building")
+    _check_replaceable(folder, replaces)
+    with hold_lock(building / LOCK_FILE) as lock:
+        if not lock.is_held:
+            raise UserError(f"another process is writing {building}; wait for it")
+        try:
+            # Again, since another process may have written it before this one held the lock.
+            _check_replaceable(folder, replaces)
+            empty_folder(building)
+            yield building
+            sync_tree(building)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+        _put_in_place(building, folder)
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether there is something other than an empty folder."""
+    try:
+        return any(folder.iterdir())
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:
+        return True
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove everything in an unfinished folder but its lock."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK_FILE:
+            entry.unlink()
+
+
+def remove_folder(folder: Path, leftover: Path) -> None:
+    """Remove a folder; it has its name as long as it is whole, whenever this process is killed.
+
+    Args:
+        folder: To remove.
+        leftover: The name that it has while it is being removed, in the same parent folder.
+    """
+    shutil.rmtree(leftover, ignore_errors=True)
+    folder.replace(leftover)
+    shutil.rmtree(leftover)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Give a file or folder another name in the same folder; on the disk when this returns."""
+    source.replace(target)
+    sync_path(target.parent)
 
 
 def sync_path(path: Path) -> None:
-    """Have a file's content, or the names in a folder, on disk."""
+    """Write a file's content, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -32,6 +169,24 @@ def sync_path(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have every file below `folder`, and their names, on disk."""
+    """Write every file below `folder`, and their names, to the disk."""
     for path in (*folder.rglob("*"), folder):
         sync_path(path)
+
+
+def _check_replaceable(folder: Path, replaces: Callable[[Path], bool] | None) -> None:
+    if is_taken(folder) and not (replaces is not None and replaces(folder)):
+        raise FileExistsError(errno.EEXIST, "exists and must not be replaced", str(folder))
+
+
+def _put_in_place(building: Path, folder: Path) -> None:
+    """Give a finished folder its name; what has the name now is removed."""
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    if is_taken(folder):
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.replace(replaced)
+    rename(building, folder)
+    # Not before: another process would take the lock and empty the folder.
+    (folder / LOCK_FILE).unlink()
+    sync_path(folder)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -18,8 +18,7 @@ from megatron_eso.config.combinations import check_layout, with_vocabulary
 from megatron_eso.config.loading import config_to_toml, load_config, read_config
 from megatron_eso.config.sections import Config
 from megatron_eso.data.remote.staging import stage_shards
-from megatron_eso.data.samples.training_data import check_tokenizer, open_dataset
-from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import CheckpointError, ConfigError, UserError, run_command
 from megatron_eso.objectives.loss import to_perplexity
 from megatron_eso.runs.checkpoint import PREFIXES
@@ -37,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger().setLevel(logging.WARNING)
     try:
         checkpoint = choose_checkpoint(RunDirectory(Path(arguments.run_dir)), arguments.step)
-        config, dataset = configure(checkpoint, arguments.data, arguments.overrides)
+        config, validation = configure(checkpoint, arguments.data, arguments.overrides)
         answer = evaluate_checkpoint(
-            checkpoint, config, dataset, arguments.weights, arguments.any_order
+            checkpoint, config, validation, arguments.weights, arguments.any_order
         )
     except UserError as error:
         if rank == 0:
@@ -83,7 +82,7 @@ def choose_checkpoint(run: RunDirectory, step: int | None) -> Path:
 
 def configure(
     checkpoint: Path, data: str | None, overrides: list[str]
-) -> tuple[Config, TokenDataset]:
+) -> tuple[Config, ValidationData]:
     """The checkpoint's configuration with the overrides, and the shards to evaluate on.
 
     Raises:
@@ -97,37 +96,41 @@ def configure(
         loaded = load_config([str(layer), *changes, *overrides])
     config = loaded.config
     check_layout(config, int(os.environ.get("WORLD_SIZE", "1")), loaded.origins)
-    if config.data.validation is None:
+    validation = ValidationData.open(config.data)
+    if validation is None:
         raise ConfigError("data.validation is not set in the run: name shards with --data DIR")
-    dataset = open_dataset(config.data.validation, config.data)
-    stage_shards([dataset.shards])
+    stage_shards(validation.sources)
     config = with_vocabulary(
         dataclasses.replace(config, model=written.model),
-        vocab_size=dataset.vocab_size,
-        mask_token_id=dataset.mask_token_id,
-        source=config.data.validation,
+        vocab_size=validation.vocabulary.size,
+        mask_token_id=validation.vocabulary.mask_token_id,
+        source=str(config.data.validation),
     )
-    return config, dataset
+    return config, validation
 
 
 def evaluate_checkpoint(
-    checkpoint: Path, config: Config, dataset: TokenDataset, weights: str | None, num_orders: int
+    checkpoint: Path,
+    config: Config,
+    validation: ValidationData,
+    weights: str | None,
+    num_orders: int,
 ) -> dict[str, Any]:
     """Load the weights on this layout and evaluate them; collective over the world."""
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.batches import count_validation_samples
+    from megatron_eso.objectives.build import build_objective
+    from megatron_eso.training.batches import ValidationBatches
     from megatron_eso.training.checkpointing.restore import refuse_damage
     from megatron_eso.training.checkpointing.state import load_weights
-    from megatron_eso.training.evaluation import evaluate, evaluate_any_order
+    from megatron_eso.training.evaluation import evaluate, evaluate_orders
     from megatron_eso.training.parallel import model_parallel_groups, process_group
     from megatron_eso.training.train_state import build_train_state
 
     record = read_state(checkpoint)
     if record.data is not None:  # a conversion's has none
-        location = str(config.data.validation)
-        check_tokenizer("data.validation", location, dataset, record.data["tokenizer"])
+        validation.check_tokenizer(record.data["tokenizer"])
     has_ema = record.ema_updates is not None
     weights = weights or ("ema" if has_ema else "raw")
     if weights == "ema" and not has_ema:
@@ -140,19 +143,23 @@ def evaluate_checkpoint(
         state = build_train_state(config, groups)
         refuse_damage(checkpoint)
         load_weights(checkpoint, state, prefix=PREFIXES["ema" if weights == "ema" else "param"])
-        estimate = evaluate(config, state, dataset, groups, use_ema=False)
+        mask_token_id = config.data.vocabulary.mask_token_id
+        objective = build_objective(
+            config.objective, seed=config.run.seed, mask_token_id=mask_token_id
+        )
+        batches = ValidationBatches(config, objective, validation)
+        estimate = evaluate(state, batches, groups, use_ema=False)
         answer = {
             "step": record.counters.step,
             "weights": weights,
-            "num_samples": count_validation_samples(config, dataset),
+            "num_samples": batches.num_samples,
             "nelbo": estimate.nelbo,
             "nelbo_stderr": estimate.standard_error,
             "perplexity": estimate.perplexity,
-            "nelbo_diffusion": estimate.diffusion,
-            "nelbo_sequential": estimate.sequential,
+            **{f"nelbo_{phase}": value for phase, value in estimate.phases.items()},
         }
         if num_orders > 0:
-            nats = evaluate_any_order(config, state, dataset, groups, num_orders)
+            nats = evaluate_orders(state, batches, groups, num_orders)
             answer |= {
                 "any_order_orders": num_orders,
                 "any_order_nats_per_token": nats,

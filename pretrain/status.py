@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eso.errors import ConfigError, run_command
+from megatron_eso.quantities import format_seconds
 from megatron_eso.runs.recent_metrics import read_recent_metrics
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.status import RunStatus
@@ -163,13 +164,6 @@ def to_json(report: Report) -> dict[str, Any]:
         tag: value if math.isfinite(value) else str(value) for tag, value in report.metrics.items()
     }
     return content
-
-
-def format_seconds(seconds: float) -> str:
-    """Return hours, minutes and seconds."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
 if __name__ == "__main__":

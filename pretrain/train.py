@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING
 from megatron_eso.config.combinations import check_layout, with_vocabulary
 from megatron_eso.config.loading import LoadedConfig, config_to_dict, config_to_toml, load_config
 from megatron_eso.config.sections import Config, WatchdogConfig
-from megatron_eso.data.remote.remote_folder import is_remote
+from megatron_eso.data.remote.folder import is_remote
 from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.samples.training_data import TrainingData, open_run_data
-from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import ConfigError, DataError, UserError, run_command
-from megatron_eso.estimates.costs import training_flops_per_token
 from megatron_eso.estimates.dry_run import format_dry_run
+from megatron_eso.estimates.flops import training_flops_per_token
+from megatron_eso.objectives.build import build_objective
 from megatron_eso.training.records.wandb_log import check_wandb
 
 LOG_FORMAT = "%(asctime)s %(message)s"
@@ -67,8 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         start_logging(rank)
         for warning in loaded.warnings:
             logger.warning("%s", warning)
-        opened = [*train_data.datasets.values(), *filter(None, [validation_data])]
-        stage_shards([dataset.shards for dataset in opened])
+        stage_shards(train_data.sources + (validation_data.sources if validation_data else []))
         run_training(config, train_data, validation_data)
     except UserError as error:
         if rank == 0:
@@ -95,7 +95,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def open_data(loaded: LoadedConfig) -> tuple[TrainingData, TokenDataset | None, Config]:
+def open_data(loaded: LoadedConfig) -> tuple[TrainingData, ValidationData | None, Config]:
     """Open the shards, and complete the configuration by their vocabulary."""
     data, config = loaded.config.data, loaded.config
     named = [("data.train", corpus) for corpus in data.train_corpora]
@@ -107,11 +107,11 @@ def open_data(loaded: LoadedConfig) -> tuple[TrainingData, TokenDataset | None, 
                 f"{origin}: {key} = {folder}: there is no such folder; build the shards with "
                 f"python -m data_tools build"
             )
-    train, validation = open_run_data(config)
+    train, validation = open_run_data(config.data, config.run.seed)
     config = with_vocabulary(
         config,
-        vocab_size=train.vocab_size,
-        mask_token_id=train.mask_token_id,
+        vocab_size=train.vocabulary.size,
+        mask_token_id=train.vocabulary.mask_token_id,
         source=data.train_corpora[0],
         origins=loaded.origins,
     )
@@ -133,7 +133,7 @@ def start_logging(rank: int) -> None:
 
 
 def run_training(
-    config: Config, train_data: TrainingData, validation_data: TokenDataset | None
+    config: Config, train_data: TrainingData, validation_data: ValidationData | None
 ) -> None:
     """Build everything on this rank and train; collective over the world.
 
@@ -176,13 +176,13 @@ def open_run(config: Config) -> "RunDirectory":
 def build_trainer(
     config: Config,
     train_data: TrainingData,
-    validation_data: TokenDataset | None,
+    validation_data: ValidationData | None,
     run: "RunDirectory",
     stop: "StopRequests",
     stack: ExitStack,
 ) -> "Trainer":
     """Everything that the loop works with, to be taken down with `stack`; collective."""
-    from megatron_eso.training.batches import TrainingBatches
+    from megatron_eso.training.batches import TrainingBatches, ValidationBatches
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.guards.batch_check import check_data
@@ -200,8 +200,12 @@ def build_trainer(
     stack.enter_context(process_group())
     groups = stack.enter_context(model_parallel_groups(config.parallel))
     watchdog = stack.enter_context(start_watchdog(config.watchdog, log))
+    vocabulary = config.data.vocabulary
+    objective = build_objective(
+        config.objective, seed=config.run.seed, mask_token_id=vocabulary.mask_token_id
+    )
     with watchdog.phase("start"):
-        batches = TrainingBatches(config, train_data, groups.dp.size())
+        batches = TrainingBatches(config, objective, train_data, groups.dp.size())
         check_data(batches.state)
         hosts = gather_hosts()
         state = build_train_state(config, groups)
@@ -210,7 +214,7 @@ def build_trainer(
         logger.info("%s", parts)
         initial = run.initial if run.initial.exists() else None
         restore(state, config, checkpoints, init_from=initial)
-        try_largest_batch(config, state, groups)
+        try_largest_batch(config, state, batches, groups)
     logger.info("samples: %s", train_data.describe())
     facts = dataclasses.replace(run.facts, num_ranks=len(hosts), hosts=sorted(set(hosts)))
     run = dataclasses.replace(run, facts=facts)
@@ -221,21 +225,28 @@ def build_trainer(
         layout = f"{parts}\n{format_ranks(hosts)}"
         metrics.log_texts(state.counters, {"config": config_to_toml(config), "layout": layout})
     prefetcher = StepPrefetcher(batches, groups.dp.rank(), config.data.prefetch_steps)
-    assert config.data.vocab_size is not None
+    validation = None
+    if validation_data is not None:
+        validation = ValidationBatches(config, objective, validation_data)
     return Trainer(
         config=config,
         run=run,
         groups=groups,
         state=state,
+        objective=objective,
+        batches=batches,
         prefetcher=stack.enter_context(prefetcher),
-        validation=validation_data,
+        validation=validation,
         checkpoints=checkpoints,
         metrics=metrics,
         watchdog=watchdog,
         stop=stop,
         timer=WorkTimer(state.chunks),
         hosts=hosts,
-        flops_per_token=training_flops_per_token(config, config.data.vocab_size),
+        flops_per_token=training_flops_per_token(
+            config.model, vocabulary.size, objective, config.data.sequence_length
+        ),
+        dropout_seed=config.run.seed if config.model.hidden_dropout > 0 else None,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.text.inputs import Compression, InputFile, Kind, Span, plan_spans
-from megatron_eso.data.shards.manifest import TokenizerFingerprint
+from megatron_eso.data.tokenizers.fingerprint import TokenizerFingerprint
 from megatron_eso.errors import ConfigError
 from megatron_eso.files import sync_path
 

@@ -51,14 +51,14 @@ from data_tools.text.inputs import (
     find_inputs,
     plan_spans,
 )
-from megatron_eso.data.shards.manifest import Split, read_manifest
-from megatron_eso.data.shards.shard_format import (
+from megatron_eso.data.shards.format import (
     RECORD_TOKENS,
     SHARD_RECORDS,
     choose_dtype,
     numpy_dtype,
 )
-from megatron_eso.data.shards.shard_writer import choose_format
+from megatron_eso.data.shards.manifest import Split, read_manifest
+from megatron_eso.data.shards.writer import choose_format
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import ConfigError, DataError
 

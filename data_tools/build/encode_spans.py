@@ -15,9 +15,9 @@ from data_tools.build.encoded_spans import (
 )
 from data_tools.build.encoding import UnitEncoder
 from data_tools.build.worker_pool import map_in_order
-from data_tools.progress import Progress
 from data_tools.text.inputs import InputFile, Span, TextOptions
 from data_tools.text.units import Unit, read_units
+from megatron_eso.progress import Progress
 
 
 class SpanEncoder:

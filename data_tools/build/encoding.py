@@ -9,7 +9,7 @@ from data_tools.text.documents import Document, parse_unit
 from data_tools.text.inputs import TextOptions
 from data_tools.text.problems import Problem
 from data_tools.text.units import Unit
-from megatron_eso.data.shards.shard_format import choose_dtype, numpy_dtype
+from megatron_eso.data.shards.format import choose_dtype, numpy_dtype
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 
 DOCUMENT_DTYPE = np.dtype(

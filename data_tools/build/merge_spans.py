@@ -29,7 +29,7 @@ from data_tools.build.packing import PackedSplit, pack_shards
 from data_tools.build.publication import is_taken
 from data_tools.text.inputs import Span
 from megatron_eso.data.shards.manifest import Source, Split
-from megatron_eso.data.shards.shard_writer import (
+from megatron_eso.data.shards.writer import (
     DatasetOrigin,
     DatasetPublisher,
     HashingFile,

@@ -15,11 +15,11 @@ import numpy.typing as npt
 from data_tools.build.document_order import SPAN_SHIFT, DocumentOrder
 from data_tools.build.encoded_spans import SpanFiles, TokenReader
 from data_tools.build.worker_pool import map_in_order
-from data_tools.progress import Progress
+from megatron_eso.data.shards.format import numpy_dtype
 from megatron_eso.data.shards.manifest import HashedFile, Split
-from megatron_eso.data.shards.shard_format import numpy_dtype
-from megatron_eso.data.shards.shard_writer import RecordFormat, ShardWriter, WrittenShard
+from megatron_eso.data.shards.writer import RecordFormat, ShardWriter, WrittenShard
 from megatron_eso.files import sync_path
+from megatron_eso.progress import Progress
 
 _READ_TOKENS = 2**20
 

@@ -15,12 +15,12 @@ from data_tools.imports.litdata_tokens import INDEX_FILE, LitdataFiles
 from data_tools.imports.megatron_tokens import MegatronFiles
 from data_tools.imports.packed_tokens import PackedFiles
 from data_tools.imports.token_blocks import TokenBlock, TokenFiles, TokenSource
-from data_tools.progress import Progress
+from megatron_eso.data.shards.format import RECORD_TOKENS, SHARD_RECORDS
 from megatron_eso.data.shards.manifest import Source, Split
-from megatron_eso.data.shards.shard_format import RECORD_TOKENS, SHARD_RECORDS
-from megatron_eso.data.shards.shard_writer import DatasetWriter
+from megatron_eso.data.shards.writer import DatasetWriter
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.locations import find_datasets
-from megatron_eso.data.remote.shard_cache import ShardCache
+from megatron_eso.data.remote.cache import ShardCache
+from megatron_eso.data.remote.datasets import find_datasets, open_dataset
 from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.shards.reader import TokenDataset
 
@@ -57,7 +57,7 @@ def bench_reader(
         DataError: a shard is damaged, or has no such row.
     """
     found = find_datasets(location)[0]
-    dataset = TokenDataset.open(found, cache=cache)
+    dataset = open_dataset(found, cache=cache)
     stage_shards([dataset.shards])
     batches = f"batches of {BATCH_ROWS} rows"
     ways = {

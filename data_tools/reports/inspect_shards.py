@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from data_tools.locations import find_datasets
 from data_tools.reports.document_lengths import (
     DocumentLengths,
     choose_records,
@@ -17,8 +16,9 @@ from data_tools.reports.document_lengths import (
     measure_lengths,
 )
 from data_tools.reports.row_places import locate_row
-from megatron_eso.data.remote.shard_cache import ShardCache
-from megatron_eso.data.remote.staging import RemoteShards
+from megatron_eso.data.remote.cache import ShardCache
+from megatron_eso.data.remote.datasets import find_datasets, open_dataset
+from megatron_eso.data.remote.shards import RemoteShards
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import ConfigError
@@ -47,7 +47,7 @@ def inspect_datasets(
         ConfigError: there is no such row.
         DataError: a dataset is damaged.
     """
-    datasets = {found: TokenDataset.open(found, cache=cache) for found in find_datasets(location)}
+    datasets = {found: open_dataset(found, cache=cache) for found in find_datasets(location)}
     if row is not None:
         for found, dataset in datasets.items():
             _check_row(found, dataset, row, sequence_length)

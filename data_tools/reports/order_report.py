@@ -91,7 +91,7 @@ def open_run(arguments: Sequence[str]) -> tuple[Config, TrainingData]:
     else:
         config = load_config(arguments, folder=CONFIGS).config
         run = Path(config.run.directory)
-    data = TrainingData.open(config)
+    data = TrainingData.open(config.data, config.run.seed)
     try:
         newest = (run / "checkpoints" / "latest").read_text().strip()
     except FileNotFoundError:
@@ -108,7 +108,6 @@ def open_run(arguments: Sequence[str]) -> tuple[Config, TrainingData]:
     data.resume(
         order,
         consumed_samples=consumed_samples,
-        phase=config.data.phase,
         source=str(checkpoint),
     )
     return config, data

@@ -9,9 +9,9 @@ import numpy as np
 
 from data_tools.build.document_order import find_in_input
 from data_tools.reports.document_lengths import read_record
+from megatron_eso.data.shards.format import record_name
 from megatron_eso.data.shards.manifest import Manifest
 from megatron_eso.data.shards.reader import TokenDataset
-from megatron_eso.data.shards.shard_format import record_name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,15 +21,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_tools.locations import find_datasets
-from data_tools.progress import Progress
-from megatron_eso.data.remote.remote_folder import is_remote
-from megatron_eso.data.remote.shard_cache import ShardCache
-from megatron_eso.data.remote.staging import RemoteShards
-from megatron_eso.data.shards.manifest import HashedFile, Manifest, read_manifest
-from megatron_eso.data.shards.reader import check_size, hash_file
-from megatron_eso.data.shards.shard_files import LocalShards, ShardSource
-from megatron_eso.data.shards.shard_format import (
+from megatron_eso.data.remote.cache import ShardCache
+from megatron_eso.data.remote.datasets import find_datasets
+from megatron_eso.data.remote.folder import is_remote
+from megatron_eso.data.remote.shards import RemoteShards
+from megatron_eso.data.shards.format import (
     BLOCK_BYTES,
     TOKENIZER_FOLDER,
     encode_record_header,
@@ -39,9 +35,13 @@ from megatron_eso.data.shards.shard_format import (
     numpy_dtype,
     record_name,
 )
-from megatron_eso.data.shards.shard_writer import hash_blocks
+from megatron_eso.data.shards.manifest import HashedFile, Manifest, read_manifest
+from megatron_eso.data.shards.reader import check_size, hash_file
+from megatron_eso.data.shards.sources import LocalShards, ShardSource
+from megatron_eso.data.shards.writer import hash_blocks
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import DataError
+from megatron_eso.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

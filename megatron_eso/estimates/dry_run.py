@@ -6,16 +6,15 @@ The text is a TOML file, the estimates its comments.
 from megatron_eso.config.combinations import check_layout
 from megatron_eso.config.loading import LoadedConfig, config_to_toml
 from megatron_eso.config.sections import Config
-from megatron_eso.estimates.costs import (
+from megatron_eso.estimates.flops import (
     BACKWARD_AND_FORWARD,
-    count_parameters,
-    estimate_checkpoint,
-    estimate_memory,
-    expect_diffusion_rows,
-    expect_sequential_rows,
     forward_flops,
     training_flops_per_token,
 )
+from megatron_eso.estimates.memory import estimate_checkpoint, estimate_memory
+from megatron_eso.estimates.parameters import count_parameters
+from megatron_eso.objectives.build import build_objective
+from megatron_eso.objectives.objective import Objective
 
 GIB = 2**30
 
@@ -36,19 +35,23 @@ def format_dry_run(loaded: LoadedConfig, world_size: int | None = None) -> str:
         world_size = config.parallel.model_parallel_size
     data_parallel_size = check_layout(config, world_size, loaded.origins)
     vocab_size = config.data.vocab_size or 0
+    mask_token_id = config.data.mask_token_id or 0
+    objective = build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id)
     lines = [f"warning: {warning}" for warning in loaded.warnings]
-    lines += describe_layout(config, world_size, data_parallel_size)
+    lines += describe_layout(config, objective, world_size, data_parallel_size)
     if not vocab_size:
         lines.append(
             "vocabulary: not known without the shards, so embedding and head are left out below; "
             "build the shards or pass data.vocab_size=N"
         )
-    lines += describe_model(config, vocab_size)
-    lines += describe_memory(config, vocab_size, world_size)
+    lines += describe_model(config, objective, vocab_size)
+    lines += describe_memory(config, objective, vocab_size, data_parallel_size)
     return config_to_toml(config) + "\n" + "".join(f"# {line}\n" for line in lines)
 
 
-def describe_layout(config: Config, world_size: int, data_parallel_size: int) -> list[str]:
+def describe_layout(
+    config: Config, objective: Objective, world_size: int, data_parallel_size: int
+) -> list[str]:
     """Ranks, stages, batches and the length of the run."""
     parallel, train = config.parallel, config.train
     stages = parallel.pipeline_model_parallel_size
@@ -56,41 +59,37 @@ def describe_layout(config: Config, world_size: int, data_parallel_size: int) ->
     layers = config.model.num_layers // stages
     in_chunks = f" in {chunks} chunks of {layers // chunks}" if chunks else ""
     tokens = train.global_batch_size * config.data.sequence_length
+    mix = describe_mix(objective, train.micro_batch_size)
     num_micro_batches = train.global_batch_size // train.micro_batch_size // data_parallel_size
     return [
         f"layout: {world_size} ranks = tensor {parallel.tensor_model_parallel_size} x "
         f"pipeline {stages} x data {data_parallel_size}; {layers} layers per stage{in_chunks}",
         f"step: {train.global_batch_size} samples, {tokens:,} tokens; each rank "
-        f"{num_micro_batches} micro-batches of {train.micro_batch_size}, {describe_mix(config)}",
+        f"{num_micro_batches} micro-batches of {train.micro_batch_size}, {mix}",
         f"run: {train.num_steps:,} steps, {float(tokens * train.num_steps):.4g} tokens",
     ]
 
 
-def describe_mix(config: Config) -> str:
-    """How micro-batches hold the phases."""
-    split, size = config.objective.batch_split, config.train.micro_batch_size
-    if split in (0, 1):
-        return "all diffusion" if split else "all sequential"
-    if (split * size).is_integer():
-        diffusion = round(split * size)
-        return f"{diffusion} diffusion and {size - diffusion} sequential samples each"
-    return "of one phase each"
+def describe_mix(objective: Objective, size: int) -> str:
+    """Describe how micro-batches of `size` samples hold the phases."""
+    counts = {phase.name: phase.share * size for phase in objective.phases if phase.share}
+    if len(counts) == 1:
+        return f"all {next(iter(counts))}"
+    if not all(count.is_integer() for count in counts.values()):
+        return "of one phase each"
+    return " and ".join(f"{count:.0f} {name}" for name, count in counts.items()) + " samples each"
 
 
-def describe_model(config: Config, vocab_size: int) -> list[str]:
+def describe_model(config: Config, objective: Objective, vocab_size: int) -> list[str]:
     """Parameters and FLOPs."""
     counts = count_parameters(config.model, vocab_size)
     num_tokens = config.data.sequence_length
-    phases = {
-        "diffusion": expect_diffusion_rows(num_tokens, config.objective),
-        "sequential": expect_sequential_rows(num_tokens, config.objective),
-    }
     by_phase = ", ".join(
         f"{BACKWARD_AND_FORWARD * forward_flops(config.model, vocab_size, rows) / num_tokens:.4g} "
-        f"{phase}"
-        for phase, rows in phases.items()
+        f"{phase.name}"
+        for phase, rows in zip(objective.phases, objective.expect_rows(num_tokens), strict=True)
     )
-    per_token = training_flops_per_token(config, vocab_size)
+    per_token = training_flops_per_token(config.model, vocab_size, objective, num_tokens)
     tokens = config.train.num_steps * config.train.global_batch_size * num_tokens
     return [
         f"parameters: {counts.total:,} = embedding {counts.embedding:,} + layers "
@@ -100,9 +99,11 @@ def describe_model(config: Config, vocab_size: int) -> list[str]:
     ]
 
 
-def describe_memory(config: Config, vocab_size: int, world_size: int) -> list[str]:
+def describe_memory(
+    config: Config, objective: Objective, vocab_size: int, data_parallel_size: int
+) -> list[str]:
     """Memory of the fullest rank, and checkpoints."""
-    memory = estimate_memory(config, vocab_size, world_size)
+    memory = estimate_memory(config, vocab_size, objective, data_parallel_size)
     checkpoint = estimate_checkpoint(config, vocab_size)
     keep_last = config.checkpoint.keep_last
     return [

@@ -1,7 +1,7 @@
 """Attention over packed rows, and the last layer that goes on with the loss rows alone.
 
-The row plan travels with the call as Megatron-Core's `packed_seq_params`: recompute keeps it in its
-closure, and no micro-batch can see the plan of another.
+The rows travel with the call as Megatron-Core's `packed_seq_params`: recompute keeps them in its
+closure, and no micro-batch can see the rows of another.
 
 Shape suffixes: R rows, E loss rows, 1 the batch dimension of Megatron-Core's [rows, 1, hidden],
 H heads and G key/value groups of this tensor-parallel rank, D head size, F half of it.
@@ -18,8 +18,9 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_eso.model.attention_backend import choose_backend
 from megatron_eso.model.row_attention import attend_loss_rows, attend_rows
-from megatron_eso.objectives.rows import RowPlan
+from megatron_eso.objectives.rows import Rows
 
 
 def rotary_table(positions_R: Tensor, head_size: int, base: float) -> Tensor:
@@ -48,10 +49,11 @@ class RowCoreAttention(torch.nn.Module):
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
+        self.backend = choose_backend()
 
-    def forward(self, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, plan: RowPlan) -> Tensor:
-        """Attend as the plan says; [R, H, D], zeros at padding rows."""
-        return attend_rows(q_RHD, k_RGD, v_RGD, plan)
+    def forward(self, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, rows: Rows) -> Tensor:
+        """Attend as the rows say; [R, H, D], zeros at padding rows."""
+        return attend_rows(q_RHD, k_RGD, v_RGD, rows, self.backend)
 
 
 class LossRowCoreAttention(torch.nn.Module):
@@ -59,10 +61,11 @@ class LossRowCoreAttention(torch.nn.Module):
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
+        self.backend = choose_backend()
 
-    def forward(self, q_EHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, plan: RowPlan) -> Tensor:
-        """Attend as the plan says; [E, H, D], zeros at padding rows."""
-        return attend_loss_rows(q_EHD, k_RGD, v_RGD, plan)
+    def forward(self, q_EHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, rows: Rows) -> Tensor:
+        """Attend as the rows say; [E, H, D], zeros at padding rows."""
+        return attend_loss_rows(q_EHD, k_RGD, v_RGD, rows, self.backend)
 
 
 class RowSelfAttention(SelfAttention):
@@ -73,7 +76,7 @@ class RowSelfAttention(SelfAttention):
         hidden_states: Tensor,
         *,
         rotary_pos_emb: Tensor,
-        packed_seq_params: RowPlan,
+        packed_seq_params: Rows,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend among the rows of `packed_seq_params`, [R, 1, hidden] to output and bias."""
@@ -87,7 +90,7 @@ class RowSelfAttention(SelfAttention):
         return projected
 
     def select_queries(
-        self, q_RHD: Tensor, table_2R1F: Tensor, _plan: RowPlan
+        self, q_RHD: Tensor, table_2R1F: Tensor, _rows: Rows
     ) -> tuple[Tensor, Tensor]:
         """Rows that read, with their rotary table: all of them."""
         return q_RHD, table_2R1F
@@ -97,10 +100,10 @@ class LossRowSelfAttention(RowSelfAttention):
     """Self-attention whose output is wanted for the loss rows only."""
 
     def select_queries(
-        self, q_RHD: Tensor, table_2R1F: Tensor, plan: RowPlan
+        self, q_RHD: Tensor, table_2R1F: Tensor, rows: Rows
     ) -> tuple[Tensor, Tensor]:
         """Rows that read, with their rotary table: the loss rows."""
-        return q_RHD[plan.loss_rows_E], table_2R1F[:, plan.loss_rows_E]
+        return q_RHD[rows.loss_rows_E], table_2R1F[:, rows.loss_rows_E]
 
 
 class LossRowTransformerLayer(TransformerLayer):
@@ -114,7 +117,7 @@ class LossRowTransformerLayer(TransformerLayer):
         hidden_states: Tensor,
         *,
         rotary_pos_emb: Tensor,
-        packed_seq_params: RowPlan,
+        packed_seq_params: Rows,
         **_: Any,
     ) -> tuple[Tensor, None]:
         output_with_bias = self.self_attention(
@@ -126,7 +129,7 @@ class LossRowTransformerLayer(TransformerLayer):
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         return add(output_with_bias, residual, self.hidden_dropout), None
 
-    def select_loss_rows(self, hidden_states: Tensor, plan: RowPlan) -> Tensor:
+    def select_loss_rows(self, hidden_states: Tensor, rows: Rows) -> Tensor:
         """Take the loss rows of the residual stream; collective over TP under sequence parallelism.
 
         Each rank holds the whole gradient of the selected rows after the scatter's backward
@@ -134,11 +137,11 @@ class LossRowTransformerLayer(TransformerLayer):
         (`tensor_parallel_output_grad=False`): summing would scale it by the group's size.
         """
         if not self.config.sequence_parallel:
-            return hidden_states[plan.loss_rows_E]
-        rows = gather_from_sequence_parallel_region(
+            return hidden_states[rows.loss_rows_E]
+        gathered = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
         )
         chosen: Tensor = scatter_to_sequence_parallel_region(
-            rows[plan.loss_rows_E], group=self.tp_group
+            gathered[rows.loss_rows_E], group=self.tp_group
         )
         return chosen

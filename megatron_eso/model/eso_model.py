@@ -15,18 +15,19 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
-from megatron_eso.config.sections import Config
+from megatron_eso.config.sections import ModelConfig, Vocabulary
 from megatron_eso.model.attention import rotary_table
 from megatron_eso.model.layer_specs import build_block_submodules
-from megatron_eso.objectives.rows import RowPlan
+from megatron_eso.objectives.rows import Rows
 
 
 class EsoModel(LanguageModule):
     """An Eso-LM of variant B over packed rows (arXiv 2506.01928, section 3).
 
     Args:
-        config: The resolved configuration; `data.vocab_size` and `data.mask_token_id` are set.
-        transformer_config: The same for Megatron-Core.
+        model: The section `model`.
+        vocabulary: The tokens; padded entries and the mask token are never predicted.
+        transformer_config: The configuration for Megatron-Core.
         pg_collection: Groups of this rank.
         pre_process: Whether this part holds the embedding.
         post_process: Whether this part holds the head and gives the loss.
@@ -35,7 +36,8 @@ class EsoModel(LanguageModule):
 
     def __init__(
         self,
-        config: Config,
+        model: ModelConfig,
+        vocabulary: Vocabulary,
         transformer_config: TransformerConfig,
         pg_collection: ProcessGroupCollection,
         *,
@@ -44,11 +46,7 @@ class EsoModel(LanguageModule):
         vp_stage: int | None,
     ) -> None:
         super().__init__(transformer_config, pg_collection=pg_collection)
-        model = config.model
-        vocab_size, mask_token_id = config.data.vocab_size, config.data.mask_token_id
-        assert vocab_size is not None
-        assert mask_token_id is not None
-        padded_size = model.pad_vocabulary(vocab_size)
+        padded_size = model.pad_vocabulary(vocabulary.size)
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = model.share_embeddings_and_output_weights
@@ -57,7 +55,7 @@ class EsoModel(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config=transformer_config,
                 vocab_size=padded_size,
-                max_sequence_length=config.data.sequence_length,
+                max_sequence_length=0,  # read for learned positions only
                 position_embedding_type="rope",
                 tp_group=pg_collection.tp,
             )
@@ -86,9 +84,8 @@ class EsoModel(LanguageModule):
             )
             part = padded_size // pg_collection.tp.size()
             ids_V = torch.arange(part) + part * pg_collection.tp.rank()
-            self.register_buffer(
-                "impossible_V", (ids_V == mask_token_id) | (ids_V >= vocab_size), persistent=False
-            )
+            impossible_V = (ids_V == vocabulary.mask_token_id) | (ids_V >= vocabulary.size)
+            self.register_buffer("impossible_V", impossible_V, persistent=False)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -97,8 +94,12 @@ class EsoModel(LanguageModule):
         tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         self.decoder.set_input_tensor(tensors[0])
 
-    def forward(self, plan: RowPlan) -> Tensor:
-        """Run this stage's part over the rows of `plan`; collective over TP.
+    def forward(self, rows: Rows, targets_E: Tensor) -> Tensor:
+        """Run this stage's part over rows; collective over TP.
+
+        Args:
+            rows: What the network reads.
+            targets_E: The tokens that the loss rows predict.
 
         Returns:
             On the last stage the negative log-likelihood of each loss row's target in nats,
@@ -106,21 +107,21 @@ class EsoModel(LanguageModule):
         """
         head_size = self.config.kv_channels
         hidden: Tensor = self.decoder(
-            hidden_states=self.embed(plan) if self.pre_process else None,
+            hidden_states=self.embed(rows) if self.pre_process else None,
             attention_mask=None,
-            rotary_pos_emb=rotary_table(plan.positions_R, head_size, self.rotary_base),
-            packed_seq_params=plan,
+            rotary_pos_emb=rotary_table(rows.positions_R, head_size, self.rotary_base),
+            packed_seq_params=rows,
         )
         if not self.post_process:
             return hidden
         logits_E1V = self.compute_logits(hidden)
-        nll_E1: Tensor = vocab_parallel_cross_entropy(logits_E1V, plan.targets_E[:, None])
+        nll_E1: Tensor = vocab_parallel_cross_entropy(logits_E1V, targets_E[:, None])
         return nll_E1[:, 0]
 
-    def embed(self, plan: RowPlan) -> Tensor:
+    def embed(self, rows: Rows) -> Tensor:
         """Embed the rows' tokens, [R, 1, hidden] (R / TP under sequence parallelism)."""
         embedded: Tensor = self.embedding(
-            input_ids=plan.tokens_R[None], position_ids=plan.positions_R[None]
+            input_ids=rows.tokens_R[None], position_ids=rows.positions_R[None]
         )
         return embedded
 

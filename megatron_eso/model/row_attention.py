@@ -1,270 +1,81 @@
-"""Attention over a row plan in plain torch: any device, float64 too, no dense mask.
+"""Attention of a layer over the rows of a micro-batch, put together from what a backend computes.
 
-Streams attend causally. A *strict query* i of m over the n keys of its stream reads the keys
-`[0, n - m + 1 + i)` and itself: causal attention with bottom-right alignment, merged with the
-query's own key and value by log-sum-exp. Without stream keys its output is its own value.
-
-Shapes: R rows, E loss rows, Q strict queries, N keys, H heads, G key/value groups, D head
-dimension; r = H / G heads read one group, S streams of equal length, T their length, t queries of a
-tile, n keys that a tile reads.
+Shapes: R rows, E loss rows, H heads, G key/value groups, D head dimension.
 """
-
-from collections.abc import Iterator
-from itertools import accumulate, groupby
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
-from megatron_eso.objectives.rows import RowPlan
-
-TILE_QUERIES = 256
+from megatron_eso.model.attention_backend import AttentionBackend
+from megatron_eso.model.spans import find_body_spans, find_loss_spans
+from megatron_eso.objectives.rows import Rows
 
 
-class QuerySpan(NamedTuple):
-    """The strict queries of one stream, and the keys that the last of them reads."""
-
-    num_queries: int
-    first_key: int
-    num_keys: int
-
-
-class _Tile(NamedTuple):
-    queries: slice
-    keys: slice
-
-
-def attend_rows(q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, plan: RowPlan) -> Tensor:
-    """Attention of a layer that keeps all rows.
-
-    Streams attend causally; mask queries are strict queries over the clean streams.
+def attend_rows(
+    q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, rows: Rows, backend: AttentionBackend
+) -> Tensor:
+    """Return the attention of a layer that keeps all rows.
 
     Args:
-        q_RHD: Queries, rotated; R with padding, as in the plan.
+        q_RHD: Queries, rotated; R with padding, as in the rows.
         k_RGD: Keys, rotated. Head h reads group `h // (H / G)`.
         v_RGD: Values.
-        plan: The rows.
+        rows: The rows.
+        backend: Computes it.
 
     Returns:
         `[R, H, D]`; zeros at padding.
     """
-    if plan.num_rows == 0:
+    if rows.num_rows == 0:
         return _attend_nothing(q_RHD, k_RGD, v_RGD)
-    num_diffusion_rows = sum(plan.stream_lengths[: plan.num_diffusion_streams])
-    clean_lengths = plan.stream_lengths[plan.num_diffusion_streams :]
-    num_queries = sum(plan.query_lengths)
-    sizes = [
-        num_diffusion_rows,
-        sum(clean_lengths),
-        num_queries,
-        q_RHD.shape[0] - num_diffusion_rows - sum(clean_lengths) - num_queries,
-    ]
+    spans = find_body_spans(rows)
+    sizes = [*spans.sizes, q_RHD.shape[0] - sum(spans.sizes)]
     q_parts, k_parts, v_parts = (torch.split(tensor, sizes) for tensor in (q_RHD, k_RGD, v_RGD))
+    lengths = (spans.mixed_lengths, spans.clean_lengths)
     outputs = [
-        _attend_causally(
-            q_parts[0], k_parts[0], v_parts[0], plan.stream_lengths[: plan.num_diffusion_streams]
-        ),
-        _attend_causally(q_parts[1], k_parts[1], v_parts[1], clean_lengths),
+        backend.attend_causally(q_parts[i], k_parts[i], v_parts[i], lengths[i]) for i in (0, 1)
     ]
-    if num_queries:
-        spans = tuple(
-            QuerySpan(count, end - length, length)
-            for count, length, end in zip(
-                plan.query_lengths, clean_lengths, accumulate(clean_lengths), strict=True
-            )
-        )
+    if spans.sizes[2]:
         outputs.append(
-            attend_strictly(q_parts[2], k_parts[1], v_parts[1], k_parts[2], v_parts[2], spans)
+            backend.attend_strictly(
+                q_parts[2], k_parts[1], v_parts[1], k_parts[2], v_parts[2], spans.queries
+            )
         )
     outputs.append(torch.zeros_like(q_parts[3]))
     return torch.cat(outputs)
 
 
-def attend_loss_rows(q_EHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, plan: RowPlan) -> Tensor:
-    """Attention of the last layer, in which only loss rows ask.
-
-    Each is a strict query over the first T - 1 rows of its stream.
+def attend_loss_rows(
+    q_EHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, rows: Rows, backend: AttentionBackend
+) -> Tensor:
+    """Return the attention of the last layer, in which only loss rows are queries.
 
     Args:
-        q_EHD: Queries of the loss rows, rotated; E with padding, as in the plan.
+        q_EHD: Queries of the loss rows, rotated; E with padding, as in the rows.
         k_RGD: Keys of all rows, rotated; a loss row's own key is `k_RGD[loss_rows_E]`.
         v_RGD: Values of all rows.
-        plan: The rows.
+        rows: The rows.
+        backend: Computes it.
 
     Returns:
         `[E, H, D]`; zeros at padding.
     """
-    num_queries = plan.num_loss_rows
+    num_queries = rows.num_loss_rows
     if num_queries == 0:
         return _attend_nothing(q_EHD, k_RGD, v_RGD)
-    ends = accumulate(plan.stream_lengths)
-    # Sequential streams lack the row of the last slot already.
-    num_sequential_streams = len(plan.stream_lengths) - plan.num_diffusion_streams
-    unread = (1,) * plan.num_diffusion_streams + (0,) * num_sequential_streams
-    spans = tuple(
-        QuerySpan(count, end - length, length - less)
-        for count, length, less, end in zip(
-            plan.loss_lengths, plan.stream_lengths, unread, ends, strict=True
-        )
-    )
     q_QHD, q_padding = torch.split(q_EHD, [num_queries, q_EHD.shape[0] - num_queries])
-    own_rows = plan.loss_rows_E[:num_queries]
-    out_QHD = attend_strictly(
-        q_QHD, k_RGD, v_RGD, k_RGD.index_select(0, own_rows), v_RGD.index_select(0, own_rows), spans
+    own_rows = rows.loss_rows_E[:num_queries]
+    out_QHD = backend.attend_strictly(
+        q_QHD,
+        k_RGD,
+        v_RGD,
+        k_RGD.index_select(0, own_rows),
+        v_RGD.index_select(0, own_rows),
+        find_loss_spans(rows),
     )
     return torch.cat([out_QHD, torch.zeros_like(q_padding)])
-
-
-def attend_strictly(
-    q_QHD: Tensor,
-    k_NGD: Tensor,
-    v_NGD: Tensor,
-    own_k_QGD: Tensor,
-    own_v_QGD: Tensor,
-    spans: tuple[QuerySpan, ...],
-) -> Tensor:
-    """Attention of strict queries, those of one span after the other; the scale is `D ** -0.5`."""
-    inputs = (q_QHD, k_NGD, v_NGD, own_k_QGD, own_v_QGD)
-    out_QHD: Tensor = StrictQueryAttention.apply(*inputs, spans)  # type: ignore[no-untyped-call]
-    return out_QHD
-
-
-class StrictQueryAttention(torch.autograd.Function):
-    """Strict queries, the self term merged by log-sum-exp, and the backward of the merged whole.
-
-    Differentiating through the merge would need the gradient of the log-sum-exp, which fused
-    kernels do not give. The backward takes the merged output and log-sum-exp instead: the
-    probabilities `exp(score - lse)` of stream keys and of the own key are then those of one
-    softmax. Scores, sums and probabilities are float32 for low-precision inputs.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q_QHD: Tensor,
-        k_NGD: Tensor,
-        v_NGD: Tensor,
-        own_k_QGD: Tensor,
-        own_v_QGD: Tensor,
-        spans: tuple[QuerySpan, ...],
-    ) -> Tensor:
-        """Returns `[Q, H, D]` in the dtype of q."""
-        q, k, v, own_k, own_v = (_upcast(x) for x in (q_QHD, k_NGD, v_NGD, own_k_QGD, own_v_QGD))
-        q_QGrD = _group_heads(q, k.shape[1]) * q.shape[-1] ** -0.5
-        own_scores_QGr = torch.einsum("qgrd,qgd->qgr", q_QGrD, own_k)
-        lse_QGr = own_scores_QGr.clone()
-        out_QGrD = torch.zeros_like(q_QGrD)
-        for tile in _tiles(spans):
-            scores_Grtn = _score(q_QGrD[tile.queries], k[tile.keys])
-            lse_tGr = torch.logaddexp(
-                scores_Grtn.logsumexp(-1).permute(2, 0, 1), own_scores_QGr[tile.queries]
-            )
-            probabilities = (scores_Grtn - lse_tGr.permute(1, 2, 0)[..., None]).exp_()
-            out_QGrD[tile.queries] = torch.einsum("grtn,ngd->tgrd", probabilities, v[tile.keys])
-            lse_QGr[tile.queries] = lse_tGr
-        own_probabilities_QGr = (own_scores_QGr - lse_QGr).exp_()
-        out_QGrD += own_probabilities_QGr[..., None] * own_v[:, :, None]
-        out_QHD = out_QGrD.flatten(1, 2).to(q_QHD.dtype)
-        ctx.save_for_backward(q_QHD, k_NGD, v_NGD, own_k_QGD, own_v_QGD, out_QHD, lse_QGr)
-        ctx.spans = spans
-        return out_QHD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out_QHD: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of the five tensors, recomputing the probabilities."""
-        q_QHD, k_NGD, v_NGD, own_k_QGD, own_v_QGD, out_QHD, lse_QGr = ctx.saved_tensors
-        q, k, v, own_k, own_v, d_out = (
-            _upcast(x) for x in (q_QHD, k_NGD, v_NGD, own_k_QGD, own_v_QGD, d_out_QHD)
-        )
-        groups, scale = k.shape[1], q.shape[-1] ** -0.5
-        q_QGrD, d_out_QGrD = _group_heads(q, groups) * scale, _group_heads(d_out, groups)
-        delta_QGr = (d_out_QGrD * _group_heads(_upcast(out_QHD), groups)).sum(-1)
-
-        own_probabilities_QGr = (torch.einsum("qgrd,qgd->qgr", q_QGrD, own_k) - lse_QGr).exp_()
-        d_own_scores_QGr = own_probabilities_QGr * (
-            torch.einsum("qgrd,qgd->qgr", d_out_QGrD, own_v) - delta_QGr
-        )
-        d_own_v = torch.einsum("qgr,qgrd->qgd", own_probabilities_QGr, d_out_QGrD)
-        d_own_k = torch.einsum("qgr,qgrd->qgd", d_own_scores_QGr, q_QGrD)
-        d_q_QGrD = d_own_scores_QGr[..., None] * own_k[:, :, None]
-
-        d_k, d_v = torch.zeros_like(k), torch.zeros_like(v)
-        for tile in _tiles(ctx.spans):
-            scores_Grtn = _score(q_QGrD[tile.queries], k[tile.keys])
-            probabilities = (scores_Grtn - lse_QGr[tile.queries].permute(1, 2, 0)[..., None]).exp_()
-            d_out_tGrD = d_out_QGrD[tile.queries]
-            d_v[tile.keys] += torch.einsum("grtn,tgrd->ngd", probabilities, d_out_tGrD)
-            d_scores_Grtn = torch.einsum("tgrd,ngd->grtn", d_out_tGrD, v[tile.keys])
-            d_scores_Grtn -= delta_QGr[tile.queries].permute(1, 2, 0)[..., None]
-            d_scores_Grtn *= probabilities
-            d_k[tile.keys] += torch.einsum("grtn,tgrd->ngd", d_scores_Grtn, q_QGrD[tile.queries])
-            d_q_QGrD[tile.queries] += torch.einsum("grtn,ngd->tgrd", d_scores_Grtn, k[tile.keys])
-        d_q = (d_q_QGrD * scale).flatten(1, 2)
-        gradients = (d_q, d_k, d_v, d_own_k, d_own_v)
-        return *(gradient.to(d_out_QHD.dtype) for gradient in gradients), None
 
 
 def _attend_nothing(q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor) -> Tensor:
     """Returns zeros that depend on the inputs: parameters before them get a gradient of zero."""
     return torch.zeros_like(q_RHD) + q_RHD[:0].sum() + k_RGD[:0].sum() + v_RGD[:0].sum()
-
-
-def _attend_causally(
-    q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, lengths: tuple[int, ...]
-) -> Tensor:
-    """Causal attention within each stream; consecutive streams of equal length are one call."""
-    runs = [(length, len(list(run))) for length, run in groupby(lengths) if length]
-    if not runs:
-        return torch.zeros_like(q_RHD)
-    sizes = [length * count for length, count in runs]
-    outputs = []
-    for (length, _), *parts in zip(
-        runs, *(torch.split(x, sizes) for x in (q_RHD, k_RGD, v_RGD)), strict=True
-    ):
-        q_SHTD, k_SGTD, v_SGTD = (
-            part.reshape(-1, length, *part.shape[1:]).transpose(1, 2) for part in parts
-        )
-        out_SHTD = functional.scaled_dot_product_attention(
-            q_SHTD, k_SGTD, v_SGTD, is_causal=True, enable_gqa=q_SHTD.shape[1] != k_SGTD.shape[1]
-        )
-        outputs.append(out_SHTD.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs)
-
-
-def _tiles(spans: tuple[QuerySpan, ...]) -> Iterator[_Tile]:
-    """Yields tiles of queries with the keys that the last query of each reads, unless none."""
-    first_query = 0
-    for span in spans:
-        for start in range(0, span.num_queries, TILE_QUERIES):
-            end = min(start + TILE_QUERIES, span.num_queries)
-            num_keys = span.num_keys - span.num_queries + end
-            if num_keys:
-                yield _Tile(
-                    slice(first_query + start, first_query + end),
-                    slice(span.first_key, span.first_key + num_keys),
-                )
-        first_query += span.num_queries
-
-
-def _score(q_tGrD: Tensor, k_nGD: Tensor) -> Tensor:
-    """Returns a tile's scores `[G, r, t, n]`, -inf where a key is not before the query."""
-    scores_Grtn = torch.einsum("tgrd,ngd->grtn", q_tGrD, k_nGD)
-    # The tile's last query reads all n keys and each one before it a key less.
-    num_queries = q_tGrD.shape[0]
-    if num_queries > 1:
-        hidden = torch.ones(
-            num_queries, num_queries - 1, dtype=torch.bool, device=q_tGrD.device
-        ).triu_()
-        scores_Grtn[..., 1 - num_queries :].masked_fill_(hidden, -torch.inf)
-    return scores_Grtn
-
-
-def _group_heads(x_QHD: Tensor, num_groups: int) -> Tensor:
-    return x_QHD.view(x_QHD.shape[0], num_groups, -1, x_QHD.shape[2])
-
-
-def _upcast(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

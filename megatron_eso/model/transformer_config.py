@@ -6,18 +6,19 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional
 
-from megatron_eso.config.sections import Config
+from megatron_eso.config.sections import ModelConfig, ParallelConfig, TrainConfig
 
 PARAMS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build_transformer_config(config: Config) -> TransformerConfig:
-    """Translate `config` for Megatron-Core; hooks of the training step are set by the trainer.
+def build_transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
+) -> TransformerConfig:
+    """Translate the sections for Megatron-Core; hooks of the training step are set by the trainer.
 
     Weights are allocated on the CPU and uninitialised: `initialization.py` fills them by name, so
     that every layout starts from the same values.
     """
-    model, parallel, train = config.model, config.parallel, config.train
     gated = model.activation == "swiglu"
     dtype = PARAMS_DTYPE[train.precision]
     recompute = train.recompute_granularity == "full"

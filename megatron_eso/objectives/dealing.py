@@ -1,12 +1,12 @@
 """Which phase, rank and micro-batch each sample of a global batch belongs to.
 
 A *place* is a sample's index minus the first index of its step, in `0 .. global_batch_size - 1`.
-Its phase depends on the place, the global batch size and the share of diffusion samples only, so
-that another layout trains on the same samples in the same phases.
+Its phase depends on the place, the global batch size and the share of the first phase only, so
+that another layout trains on the same samples in the same phases. An objective of one phase has
+it for its first.
 """
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -16,15 +16,44 @@ from megatron_eso.config.combinations import as_share, check_dealing
 
 
 def _steps_up(numbers: NDArray[np.int64], share: int, whole: int) -> NDArray[np.bool_]:
-    """Marks `share` of every `whole` consecutive numbers, spread evenly (Bresenham's line)."""
+    """Mark `share` of every `whole` consecutive numbers, spread evenly (Bresenham's line)."""
     return (numbers + 1) * share // whole > numbers * share // whole
 
 
 @dataclass(frozen=True, slots=True)
-class Dealing:
-    """Deals the places of a global batch to phases, data-parallel ranks and micro-batches.
+class PhaseSplit:
+    """Splits the places of a global batch into two phases, 0 and 1.
 
-    Where `micro_batch_size * batch_split` is an integer, every micro-batch holds the same mix of
+    Attributes:
+        batch_size: Samples of a step.
+        share: Share of the samples that belong to phase 0, in [0, 1].
+    """
+
+    batch_size: int
+    share: float
+
+    @property
+    def num_first(self) -> int:
+        """Samples of a step that belong to phase 0."""
+        return int(as_share(self.share) * self.batch_size)
+
+    def phases(self, places: npt.ArrayLike) -> NDArray[np.int64]:
+        """Return the phase of each place, 0 or 1; takes one place or an array of any shape."""
+        places = np.asarray(places, dtype=np.int64)
+        is_first = _steps_up(places, self.num_first, self.batch_size)
+        return 1 - is_first.astype(np.int64)
+
+    def numbers_in_first(self, places: npt.ArrayLike) -> NDArray[np.int64]:
+        """Number the places of phase 0 from 0 on; meaningless at places of phase 1."""
+        places = np.asarray(places, dtype=np.int64)
+        return places * self.num_first // self.batch_size
+
+
+@dataclass(frozen=True, slots=True)
+class Dealing:
+    """The dealing of a global batch's places to phases, data-parallel ranks and micro-batches.
+
+    Where `micro_batch_size * share` is an integer, every micro-batch holds the same mix of
     both phases. Else a micro-batch holds one phase, and the two kinds alternate evenly, in the same
     order on every rank.
 
@@ -32,7 +61,7 @@ class Dealing:
         global_batch_size: Samples of a step.
         micro_batch_size: Samples of a micro-batch.
         data_parallel_size: Number of data-parallel ranks.
-        batch_split: Share of the samples that go through the diffusion phase, in [0, 1].
+        share: Share of the samples that belong to phase 0, in [0, 1].
 
     Raises:
         ConfigError: The phases cannot be dealt evenly; the message names sizes that can.
@@ -41,39 +70,29 @@ class Dealing:
     global_batch_size: int
     micro_batch_size: int
     data_parallel_size: int
-    batch_split: float
+    share: float
 
     def __post_init__(self) -> None:
-        """Refuses sizes that do not deal both phases evenly."""
+        """Refuse sizes that do not deal both phases evenly."""
         check_dealing(
             global_batch_size=self.global_batch_size,
             micro_batch_size=self.micro_batch_size,
             data_parallel_size=self.data_parallel_size,
-            batch_split=self.batch_split,
+            batch_split=self.share,
         )
 
     @property
-    def num_diffusion_samples(self) -> int:
-        """Samples of a step that go through the diffusion phase."""
-        return int(self._share * self.global_batch_size)
+    def split(self) -> PhaseSplit:
+        """The phases of the places."""
+        return PhaseSplit(self.global_batch_size, self.share)
 
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches of a step, on each rank."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel_size)
 
-    def is_sequential(self, places: npt.ArrayLike) -> NDArray[np.bool_]:
-        """Tells the places of the sequential phase; takes one place or an array of any shape."""
-        places = np.asarray(places, dtype=np.int64)
-        return ~_steps_up(places, self.num_diffusion_samples, self.global_batch_size)
-
-    def diffusion_ranks(self, places: npt.ArrayLike) -> NDArray[np.int64]:
-        """Numbers the diffusion places from 0 on; meaningless at sequential places."""
-        places = np.asarray(places, dtype=np.int64)
-        return places * self.num_diffusion_samples // self.global_batch_size
-
     def micro_batches(self, data_parallel_rank: int) -> list[NDArray[np.int64]]:
-        """Returns the places of each micro-batch of one rank, diffusion places first.
+        """Return the places of each micro-batch of one rank, those of phase 0 first.
 
         Over all ranks each place comes exactly once. The list has the same length, and its
         micro-batches the same number of samples of either phase, on every rank.
@@ -83,32 +102,37 @@ class Dealing:
                 f"data_parallel_rank {data_parallel_rank} is not in [0, {self.data_parallel_size})"
             )
         places = np.arange(self.global_batch_size)
-        is_sequential = self.is_sequential(places)
-        counts = self._diffusion_counts()
-        diffusion = self._deal(places[~is_sequential], counts, data_parallel_rank)
-        sequential = self._deal(
-            places[is_sequential], self.micro_batch_size - counts, data_parallel_rank
-        )
-        return [np.concatenate(pair) for pair in zip(diffusion, sequential, strict=True)]
+        phases = self.split.phases(places)
+        counts = self._count_first()
+        first = self._deal(places[phases == 0], counts, data_parallel_rank)
+        second = self._deal(places[phases == 1], self.micro_batch_size - counts, data_parallel_rank)
+        return [np.concatenate(pair) for pair in zip(first, second, strict=True)]
 
-    @property
-    def _share(self) -> Fraction:
-        return as_share(self.batch_split)
+    def count_tokens(self, length_N: NDArray[np.int64], num_phases: int) -> tuple[int, ...]:
+        """Return the real tokens of each phase in a step: the denominators of its losses.
 
-    def _diffusion_counts(self) -> NDArray[np.int64]:
-        """Returns the number of diffusion samples of each micro-batch of a rank."""
-        per_micro_batch = self._share * self.micro_batch_size
+        Args:
+            length_N: Real tokens of the step's samples, by place.
+            num_phases: Phases of the objective.
+        """
+        phase_N = self.split.phases(np.arange(self.global_batch_size))
+        return tuple(int(length_N[phase_N == phase].sum()) for phase in range(num_phases))
+
+    def _count_first(self) -> NDArray[np.int64]:
+        """Return the number of samples of phase 0 in each micro-batch of a rank."""
+        share = as_share(self.share)
+        per_micro_batch = share * self.micro_batch_size
         if per_micro_batch.denominator == 1:
             return np.full(self.num_micro_batches, int(per_micro_batch))
         numbers = np.arange(self.num_micro_batches)
-        num_diffusion = int(self._share * self.num_micro_batches)
-        is_diffusion = _steps_up(numbers, num_diffusion, self.num_micro_batches)
-        return self.micro_batch_size * is_diffusion.astype(np.int64)
+        num_first = int(share * self.num_micro_batches)
+        is_first = _steps_up(numbers, num_first, self.num_micro_batches)
+        return self.micro_batch_size * is_first.astype(np.int64)
 
     def _deal(
         self, places: NDArray[np.int64], counts: NDArray[np.int64], data_parallel_rank: int
     ) -> list[NDArray[np.int64]]:
-        """Deals one phase's places: in order to micro-batches, within each to the ranks."""
+        """Deal one phase's places: in order to micro-batches, within each to the ranks."""
         ends = np.cumsum(counts * self.data_parallel_size)
         starts = ends - counts * self.data_parallel_size + counts * data_parallel_rank
         return [places[start : start + count] for start, count in zip(starts, counts, strict=True)]

@@ -1,4 +1,4 @@
-"""Lengths, times, masks and slot orders, each a function of (seed, global index of the sample).
+"""Times, masks and slot orders, each a function of (seed, global index of the sample).
 
 Shapes: B samples, T positions or slots, N samples of any number, or of a
 validation set.
@@ -9,15 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_eso.objectives.dealing import Dealing
+from megatron_eso.objectives.dealing import PhaseSplit
+from megatron_eso.objectives.orders import left_to_right_keys, sort_slots, uniform_keys
 from megatron_eso.objectives.schedule import LogLinearSchedule
 from megatron_eso.randomness.bits import random_bits, uniform
 from megatron_eso.randomness.purposes import Purpose
 
 SAMPLING_EPSILON = 1e-3
-
-_UPPER_BIT = np.uint64(1 << 63)
-_LARGEST = np.uint64(2**64 - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -62,42 +60,15 @@ _VALIDATION = _Purposes(
 )
 
 
-def draw_lengths(
-    seed: int, indices_N: NDArray[np.int64], ssl_ratio: float, sequence_length: int
-) -> NDArray[np.int64]:
-    """Draws the real tokens of training samples: a share of them is cut short at random.
-
-    A sample is cut with probability `ssl_ratio`, to a length uniform in 1 .. T. (The reference of
-    arXiv 2602.15014 draws once for a whole micro-batch of a rank, so that its cut depends on the
-    layout.)
-
-    Args:
-        seed: The run's seed.
-        indices_N: Global indices of any samples.
-        ssl_ratio: Share of samples that are cut, in [0, 1].
-        sequence_length: T.
-
-    Returns:
-        int64 `[N]` in 1 .. T.
-    """
-    length_N = np.full(len(indices_N), sequence_length)
-    if ssl_ratio > 0:
-        for number, index in enumerate(indices_N):
-            choice, share = uniform(seed, Purpose.LENGTH, int(index), 2)
-            if choice < ssl_ratio:
-                length_N[number] = 1 + int(share * sequence_length)
-    return length_N
-
-
 def diffusion_times(
     seed: int,
     first_index: int,
-    dealing: Dealing,
+    split: PhaseSplit,
     places: NDArray[np.int64],
     *,
     sampling_eps: float = SAMPLING_EPSILON,
 ) -> NDArray[np.float64]:
-    """Draws the times of a step's samples, stratified over all its diffusion samples.
+    """Draw the times of a step's samples, stratified over all its diffusion samples.
 
     Of n diffusion samples in the global batch, each has a stratum of its own:
     `t = (1 - eps) (u + stratum) / n + eps` with u of the sample. Strata are dealt by a permutation
@@ -107,18 +78,18 @@ def diffusion_times(
     Args:
         seed: The run's seed.
         first_index: Global index of the step's first sample.
-        dealing: Tells the phase of each place.
+        split: The phase of each place; diffusion is phase 0.
         places: int64 `[B]`, places within the step.
         sampling_eps: Lowest time.
 
     Returns:
         float64 `[B]` in [sampling_eps, 1); nan at places of the sequential phase.
     """
-    num_strata = dealing.num_diffusion_samples
+    num_strata = split.num_first
     strata = np.argsort(random_bits(seed, Purpose.STRATUM, first_index, num_strata), kind="stable")
     t_B = np.full(len(places), np.nan)
-    for b in np.flatnonzero(~dealing.is_sequential(places)):
-        stratum = int(strata[dealing.diffusion_ranks(places[b])])
+    for b in np.flatnonzero(split.phases(places) == 0):
+        stratum = int(strata[split.numbers_in_first(places[b])])
         t_B[b] = _stratified_time(
             seed, _TRAINING, first_index + int(places[b]), stratum, num_strata, sampling_eps
         )
@@ -132,7 +103,7 @@ def validation_times(
     *,
     sampling_eps: float = SAMPLING_EPSILON,
 ) -> NDArray[np.float64]:
-    """Draws the times of validation samples, stratified over the `num_samples` samples of the set.
+    """Draw the times of validation samples, stratified over the `num_samples` samples of the set.
 
     Args:
         seed: The run's seed.
@@ -162,13 +133,13 @@ def draw_noise(
     indices_B: NDArray[np.int64],
     is_sequential_B: NDArray[np.bool_],
     t_B: NDArray[np.float64],
-    alpha_0: float,
+    schedule: LogLinearSchedule,
     sequence_length: int,
     *,
     length_B: NDArray[np.int64] | None = None,
     is_validation: bool = False,
 ) -> Noise:
-    """Draws masks and slot orders.
+    """Draw masks and slot orders.
 
     A token of a diffusion sample is masked with probability 1 - alpha_t, of a sequential sample
     with 1 - alpha_0. Slots hold the clean tokens in random order, then the masked ones: in random
@@ -180,7 +151,7 @@ def draw_noise(
         indices_B: Global indices of the samples (of the validation set, in validation).
         is_sequential_B: Samples of the sequential phase.
         t_B: Times; not read for sequential samples.
-        alpha_0: Share of tokens that the diffusion phase generates.
+        schedule: The noise schedule.
         sequence_length: T.
         length_B: Real tokens of the samples; None: T of each.
         is_validation: Draws from generators of their own, so that no validation sample shares its
@@ -197,22 +168,20 @@ def draw_noise(
         phase = int(is_sequential_B[b])
         uniform_BT[b] = uniform(seed, purposes.masks[phase], int(index), sequence_length)
         bits_BT[b] = random_bits(seed, purposes.orders[phase], int(index), sequence_length)
-    clean_share_B = np.where(is_sequential_B, alpha_0, LogLinearSchedule(alpha_0).alpha(t_B))
+    clean_share_B = np.where(is_sequential_B, schedule.alpha_0, schedule.alpha(t_B))
     is_real_BT = np.arange(sequence_length) < length_B[:, None]
     is_masked_BT = is_real_BT & (uniform_BT < 1.0 - clean_share_B[:, None])
-    # Sort keys: the upper bit tells masked from clean, the rest orders each of the two. What does
-    # not exist has the largest key, and the sort is stable.
-    in_natural_order_BT = is_masked_BT & is_sequential_B[:, None]
-    keys_BT = np.where(
-        in_natural_order_BT, np.arange(sequence_length, dtype=np.uint64), bits_BT >> np.uint64(1)
+    keys_BT = uniform_keys(bits_BT)
+    permutation_BT = sort_slots(
+        is_real_BT,
+        is_masked_BT,
+        clean_keys_BT=keys_BT,
+        masked_keys_BT=np.where(is_sequential_B[:, None], left_to_right_keys(shape), keys_BT),
     )
-    keys_BT = np.where(is_masked_BT, keys_BT | _UPPER_BIT, keys_BT)
-    keys_BT = np.where(is_real_BT, keys_BT, _LARGEST)
-    permutation_BT = np.argsort(keys_BT, axis=1, kind="stable")
     return Noise(
         length_B=length_B,
         is_masked_BT=is_masked_BT,
-        permutation_BT=permutation_BT.astype(np.int64),
+        permutation_BT=permutation_BT,
         t_B=t_B,
         is_sequential_B=is_sequential_B,
     )
@@ -221,7 +190,7 @@ def draw_noise(
 def draw_any_order(
     seed: int, indices_B: NDArray[np.int64], number: int, alpha_0: float, sequence_length: int
 ) -> Noise:
-    """Draws the `number`-th order of each sample for its exact likelihood, every token masked.
+    """Draw the `number`-th order of each sample for its exact likelihood, every token masked.
 
     As in the sequential phase, a binomial number of positions with mean alpha_0 T come first, in
     random order, and the rest follow left to right (the reference's algo.py, `_any_order_ar_loss`).
@@ -240,11 +209,14 @@ def draw_any_order(
         words = random_bits(
             seed, Purpose.ANY_ORDER, int(index) + (number << 40), 2 * sequence_length
         )
-        bits_T, keys_T = words.reshape(2, sequence_length)
-        is_first_T = (bits_T >> np.uint64(11)) * 2.0**-53 < alpha_0
-        keys_T = keys_T >> np.uint64(1)
-        rest_T = np.arange(sequence_length, dtype=np.uint64) | _UPPER_BIT
-        permutation_BT[b] = np.argsort(np.where(is_first_T, keys_T, rest_T), kind="stable")
+        bits_T, order_T = words.reshape(2, sequence_length)
+        is_rest_T = (bits_T >> np.uint64(11)) * 2.0**-53 >= alpha_0
+        permutation_BT[b] = sort_slots(
+            np.ones_like(is_rest_T),
+            is_rest_T,
+            clean_keys_BT=uniform_keys(order_T),
+            masked_keys_BT=left_to_right_keys(order_T.shape),
+        )
     return Noise(
         length_B=np.full(len(indices_B), sequence_length),
         is_masked_BT=np.ones(shape, dtype=np.bool_),

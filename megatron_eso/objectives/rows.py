@@ -1,36 +1,36 @@
-"""The row plan: a micro-batch as a list of (token, position) rows, in place of a dense mask.
+"""A micro-batch as a list of (token, position) rows, in place of a dense mask.
 
 A sample has n real tokens: T, or fewer where it was cut short. Rows are packed as
-- diffusion streams, n rows each, slot order;
-- clean streams of the sequential samples, n - 1 rows each, slot order: the clean token of the last
+- mixed streams (the diffusion phase), n rows each, slot order: clean tokens, then mask tokens;
+- clean streams (the sequential phase), n - 1 rows each, slot order: the clean token of the last
   slot is read by nobody;
-- mask queries of the sequential samples, one for each masked token, slot order;
+- mask queries of the clean streams, one for each masked token, slot order;
 - padding.
 
 In the body of the network, streams attend causally, and each query reads the clean stream of its
 sample strictly before its slot, and itself: exactly the 2T x 2T mask of the reference
 (models/dit.py, BD3-LM mask of block size 1) without the rows that nobody reads. In the last layer
-every loss row of either phase is such a query, over the first n - 1 rows of its stream.
+every loss row is such a query, over the first n - 1 rows of its stream.
 
 Shapes: B samples, T positions or slots, R rows, E loss rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from megatron_eso.objectives.noise import Noise
-from megatron_eso.objectives.schedule import LogLinearSchedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class RowPlan:
-    """Rows of a micro-batch, and which of them carry loss.
+class Rows:
+    """What a network reads: its rows, what they attend to, and which of them carry loss.
 
     Tensors lie on one device, lengths are Python integers. Samples without a masked token carry no
     loss and have no rows.
@@ -38,17 +38,12 @@ class RowPlan:
     Attributes:
         tokens_R: int64, token of each row: the mask token for masked slots, queries and padding.
         positions_R: int64, the token's original position; 0 for padding.
-        stream_lengths: n of each diffusion sample, then n - 1 of each sequential one.
-        num_diffusion_streams: Streams of diffusion samples; they come first.
-        query_lengths: Mask queries of each sequential stream.
-        loss_rows_E: int64, row of each loss row: masked rows of diffusion streams, then queries,
-            then padding (0).
+        stream_lengths: n of each mixed stream, then n - 1 of each clean stream.
+        num_mixed_streams: Mixed streams; they come first.
+        query_lengths: Mask queries of each clean stream.
+        loss_rows_E: int64, row of each loss row: mask tokens of mixed streams, then queries, then
+            padding (0).
         loss_lengths: Loss rows of each stream.
-        targets_E: int64, the token to predict; 0 for padding.
-        weights_E: float32, weight in the objective; 0 for padding.
-        elbo_weights_E: float32, weight in the NELBO; 0 for padding.
-        is_sequential_E: bool, loss rows of the sequential phase.
-        sample_E: int64, sample of each loss row, as numbered in the micro-batch; 0 for padding.
         num_rows: Rows without padding.
         num_loss_rows: Loss rows without padding.
     """
@@ -56,130 +51,178 @@ class RowPlan:
     tokens_R: Tensor
     positions_R: Tensor
     stream_lengths: tuple[int, ...]
-    num_diffusion_streams: int
+    num_mixed_streams: int
     query_lengths: tuple[int, ...]
     loss_rows_E: Tensor
     loss_lengths: tuple[int, ...]
-    targets_E: Tensor
-    weights_E: Tensor
-    elbo_weights_E: Tensor
-    is_sequential_E: Tensor
-    sample_E: Tensor
     num_rows: int
     num_loss_rows: int
 
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LossRows:
+    """What the loss rows of a micro-batch are to predict, and how much each counts.
+
+    Attributes:
+        targets_E: int64, the token to predict; 0 for padding.
+        weights_E: float32, weight in the objective; 0 for padding.
+        elbo_weights_E: float32, weight in the NELBO; 0 for padding.
+        phase_E: int64, number of the phase; 0 for padding.
+        sample_E: int64, sample of each loss row, as numbered in the micro-batch; 0 for padding.
+        lengths: Loss rows of each sample that has any, in the order of the rows.
+    """
+
+    targets_E: Tensor
+    weights_E: Tensor
+    elbo_weights_E: Tensor
+    phase_E: Tensor
+    sample_E: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def num_real(self) -> int:
+        """Loss rows without padding."""
+        return sum(self.lengths)
+
+
+Kind = TypeVar("Kind", Rows, LossRows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class MicroBatch:
+    """What one forward pass takes.
+
+    Attributes:
+        rows: What the network reads.
+        loss: What is made of its answers.
+        indices_B: int64, global indices of the samples; in validation, indices in the set, each
+            sample once for each phase that it goes through.
+        phase_B: int64, phase of each sample.
+    """
+
+    rows: Rows
+    loss: LossRows
+    indices_B: NDArray[np.int64]
+    phase_B: NDArray[np.int64]
+
     def to(self, device: torch.device | str) -> Self:
-        """Returns the plan with its tensors on a device."""
-        tensors = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True)
-            for field in fields(self)
-            if field.type is Tensor
-        }
-        return replace(self, **tensors)
+        """Return the micro-batch with its tensors on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        """Returns the plan with its tensors in pinned memory: `to` a GPU then waits for nothing."""
-        tensors = {
-            field.name: getattr(self, field.name).pin_memory()
-            for field in fields(self)
-            if field.type is Tensor
-        }
-        return replace(self, **tensors)
+        """Return the micro-batch in pinned memory: `to` a GPU then waits for nothing."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def pad(self, row_multiple: int, mask_token_id: int) -> Self:
+        """Return the micro-batch with rows and loss rows padded to a multiple, one at least."""
+        rows, loss = self.rows, self.loss
+        missing_R = -len(rows.tokens_R) % row_multiple or row_multiple * (not len(rows.tokens_R))
+        missing_E = -len(rows.loss_rows_E) % row_multiple
+        missing_E = missing_E or row_multiple * (not len(rows.loss_rows_E))
+        padded = replace(
+            rows,
+            tokens_R=functional.pad(rows.tokens_R, (0, missing_R), value=mask_token_id),
+            positions_R=functional.pad(rows.positions_R, (0, missing_R)),
+            loss_rows_E=functional.pad(rows.loss_rows_E, (0, missing_E)),
+        )
+        padded_loss = _map_tensors(loss, lambda tensor: functional.pad(tensor, (0, missing_E)))
+        return replace(self, rows=padded, loss=padded_loss)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        rows, loss = _map_tensors(self.rows, change), _map_tensors(self.loss, change)
+        return replace(self, rows=rows, loss=loss)
 
 
 def plan_rows(
-    x_0_BT: Tensor | NDArray[np.int64],
+    x_0_BT: NDArray[np.int64],
     noise: Noise,
     *,
-    schedule: LogLinearSchedule,
-    loss_type: str,
+    indices_B: NDArray[np.int64],
+    phase_B: NDArray[np.int64],
+    weight_B: NDArray[np.float64],
+    elbo_weight_B: NDArray[np.float64],
     mask_token_id: int,
-    row_multiple: int,
-) -> RowPlan:
-    """Plans the rows of a micro-batch.
+) -> MicroBatch:
+    """Plan the rows of a micro-batch.
 
     Args:
         x_0_BT: int64, clean tokens in natural order; anything beyond a sample's length.
-        noise: Lengths, masks, slot orders, times and phases of the samples.
-        schedule: Gives the weights of the diffusion phase.
-        loss_type: Objective of the diffusion phase: "elbo" weighs a masked token by
-            `schedule.elbo_weight(t)`, "low_var" by 1. The sequential phase weighs by 1 in both.
+        noise: Lengths, masks and slot orders of the samples. Samples of `noise.is_sequential_B`
+            become clean streams with queries, the others mixed streams.
+        indices_B: Indices of the samples.
+        phase_B: Phases of the samples.
+        weight_B: Weight of a sample's masked tokens in the objective.
+        elbo_weight_B: Their weight in the NELBO.
         mask_token_id: The mask token.
-        row_multiple: Rows and loss rows are padded to a multiple of this, and to at least one
-            multiple.
 
     Returns:
-        The plan, on the CPU.
+        The micro-batch on the CPU, with at least one row and one loss row, of padding if need be.
 
     Raises:
-        ValueError: `loss_type` is unknown, or a shape does not fit.
+        ValueError: A shape does not fit.
     """
-    if loss_type not in ("elbo", "low_var"):
-        raise ValueError(f"loss_type {loss_type!r} is neither 'elbo' nor 'low_var'")
-    x_0 = x_0_BT.cpu().numpy() if isinstance(x_0_BT, Tensor) else np.asarray(x_0_BT)
-    if x_0.shape != noise.permutation_BT.shape:
-        raise ValueError(f"x_0 has shape {x_0.shape}, its noise {noise.permutation_BT.shape}")
-    length_B = noise.length_B
-    sorted_BT = np.take_along_axis(x_0, noise.permutation_BT, axis=1)
+    if x_0_BT.shape != noise.permutation_BT.shape:
+        raise ValueError(f"x_0 has shape {x_0_BT.shape}, its noise {noise.permutation_BT.shape}")
+    # Samples without a masked token have no rows; mixed streams come first.
+    sorted_BT = np.take_along_axis(x_0_BT, noise.permutation_BT, axis=1)
     num_masked_B = noise.is_masked_BT.sum(axis=1)
-    diffusion = np.flatnonzero(~noise.is_sequential_B & (num_masked_B > 0))
-    sequential = np.flatnonzero(noise.is_sequential_B & (num_masked_B > 0))
-    samples = np.concatenate([diffusion, sequential])
+    mixed = np.flatnonzero(~noise.is_sequential_B & (num_masked_B > 0))
+    clean = np.flatnonzero(noise.is_sequential_B & (num_masked_B > 0))
+    samples = np.concatenate([mixed, clean])
     counts = num_masked_B[samples]
+    sample_E = np.repeat(samples, counts)
 
-    slot_T = np.arange(x_0.shape[1])
-    is_real_BT = slot_T < length_B[:, None]
-    is_masked_BT = is_real_BT & (slot_T >= (length_B - num_masked_B)[:, None])
-    is_loss, is_query = is_masked_BT[diffusion], is_masked_BT[sequential]
-    in_stream, in_clean = is_real_BT[diffusion], slot_T < length_B[sequential, None] - 1
-    queries = noise.permutation_BT[sequential][is_query]
-    tokens = [
-        np.where(is_loss, mask_token_id, sorted_BT[diffusion])[in_stream],
-        sorted_BT[sequential][in_clean],
+    # Slots of each kind: clean tokens come first, masked ones fill the sample's last slots.
+    slot_T = np.arange(x_0_BT.shape[1])
+    is_real_BT = slot_T < noise.length_B[:, None]
+    is_masked_BT = is_real_BT & (slot_T >= (noise.length_B - num_masked_B)[:, None])
+    is_loss, is_query = is_masked_BT[mixed], is_masked_BT[clean]
+    in_stream, in_clean = is_real_BT[mixed], slot_T < noise.length_B[clean, None] - 1
+
+    # Pack the rows: mixed streams, clean streams, queries.
+    queries = noise.permutation_BT[clean][is_query]
+    tokens_R = [
+        np.where(is_loss, mask_token_id, sorted_BT[mixed])[in_stream],
+        sorted_BT[clean][in_clean],
         np.full(len(queries), mask_token_id),
     ]
-    positions = [
-        noise.permutation_BT[diffusion][in_stream],
-        noise.permutation_BT[sequential][in_clean],
+    positions_R = [
+        noise.permutation_BT[mixed][in_stream],
+        noise.permutation_BT[clean][in_clean],
         queries,
     ]
-    num_rows = sum(len(part) for part in tokens)
-    loss_rows = [np.flatnonzero(is_loss[in_stream]), np.arange(num_rows - len(queries), num_rows)]
-
-    elbo_weight_B = np.ones(len(x_0))
-    elbo_weight_B[diffusion] = schedule.elbo_weight(noise.t_B[diffusion])
-    sample = np.repeat(samples, counts)
-    elbo_weights = elbo_weight_B[sample]
-    num_loss_rows = len(sample)
-
-    def pad(parts: Sequence[NDArray[Any]], fill: int, dtype: type[np.generic]) -> Tensor:
-        size = sum(len(part) for part in parts)
-        padding = np.full(_round_up(size, row_multiple) - size, fill)
-        return torch.from_numpy(np.concatenate([*parts, padding]).astype(dtype, copy=False))
-
-    return RowPlan(
-        tokens_R=pad(tokens, mask_token_id, np.int64),
-        positions_R=pad(positions, 0, np.int64),
-        stream_lengths=(*length_B[diffusion].tolist(), *(length_B[sequential] - 1).tolist()),
-        num_diffusion_streams=len(diffusion),
-        query_lengths=tuple(num_masked_B[sequential].tolist()),
-        loss_rows_E=pad(loss_rows, 0, np.int64),
+    num_rows = sum(len(part) for part in tokens_R)
+    loss_rows_E = [np.flatnonzero(is_loss[in_stream]), np.arange(num_rows - len(queries), num_rows)]
+    rows = Rows(
+        tokens_R=_join(tokens_R, np.int64),
+        positions_R=_join(positions_R, np.int64),
+        stream_lengths=(*noise.length_B[mixed].tolist(), *(noise.length_B[clean] - 1).tolist()),
+        num_mixed_streams=len(mixed),
+        query_lengths=tuple(num_masked_B[clean].tolist()),
+        loss_rows_E=_join(loss_rows_E, np.int64),
         loss_lengths=tuple(counts.tolist()),
-        targets_E=pad(
-            [sorted_BT[diffusion][is_loss], sorted_BT[sequential][is_query]],
-            0,
-            np.int64,
-        ),
-        weights_E=pad(
-            [elbo_weights if loss_type == "elbo" else np.ones(num_loss_rows)], 0, np.float32
-        ),
-        elbo_weights_E=pad([elbo_weights], 0, np.float32),
-        is_sequential_E=pad([noise.is_sequential_B[sample]], 0, np.bool_),
-        sample_E=pad([sample], 0, np.int64),
         num_rows=num_rows,
-        num_loss_rows=num_loss_rows,
+        num_loss_rows=len(sample_E),
     )
+    loss = LossRows(
+        targets_E=_join([sorted_BT[mixed][is_loss], sorted_BT[clean][is_query]], np.int64),
+        weights_E=_join([weight_B[sample_E]], np.float32),
+        elbo_weights_E=_join([elbo_weight_B[sample_E]], np.float32),
+        phase_E=_join([phase_B[sample_E]], np.int64),
+        sample_E=_join([sample_E], np.int64),
+        lengths=rows.loss_lengths,
+    )
+    micro_batch = MicroBatch(rows=rows, loss=loss, indices_B=indices_B, phase_B=phase_B)
+    return micro_batch.pad(1, mask_token_id)
 
 
-def _round_up(size: int, multiple: int) -> int:
-    return max(-(-size // multiple), 1) * multiple
+def _join(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(dtype, copy=False))
+
+
+def _map_tensors(value: Kind, change: Callable[[Tensor], Tensor]) -> Kind:
+    found = {field.name: getattr(value, field.name) for field in fields(value)}
+    changes: dict[str, Any] = {
+        name: change(tensor) for name, tensor in found.items() if isinstance(tensor, Tensor)
+    }
+    return replace(value, **changes)

@@ -12,7 +12,7 @@ from pathlib import Path
 import xxhash
 
 from megatron_eso.errors import CheckpointError
-from megatron_eso.files import write_atomically
+from megatron_eso.files import write_text
 
 FILE_INDEX = "index.json"
 FORMAT_VERSION = 1
@@ -45,7 +45,7 @@ def write_file_index(folder: Path, index: Index) -> None:
     """Write the index of a folder's files; on disk when this returns."""
     files = {name: asdict(index[name]) for name in sorted(index)}
     content = {"format_version": FORMAT_VERSION, "files": files, "checksum": _checksum(files)}
-    write_atomically(folder / FILE_INDEX, json.dumps(content, indent=1) + "\n")
+    write_text(folder / FILE_INDEX, json.dumps(content, indent=1) + "\n")
 
 
 def read_file_index(folder: Path) -> Index:

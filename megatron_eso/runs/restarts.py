@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_eso.errors import ConfigError
-from megatron_eso.files import write_atomically
+from megatron_eso.files import write_text
 
 Decision = Literal["finished", "requeue", "stop"]
 
@@ -53,4 +53,4 @@ def read_outcomes(path: Path) -> list[Outcome]:
 def append_outcome(path: Path, outcome: Outcome) -> None:
     """Add a line; on disk when this returns."""
     outcomes = [*read_outcomes(path), outcome]
-    write_atomically(path, "".join(json.dumps(asdict(each)) + "\n" for each in outcomes))
+    write_text(path, "".join(json.dumps(asdict(each)) + "\n" for each in outcomes))

@@ -6,7 +6,7 @@ complete, and keeps it until it is removed.
 
 from pathlib import Path
 
-from megatron_eso.files import write_atomically
+from megatron_eso.files import write_text
 
 LATEST = "latest"
 """Names the newest checkpoint, for people; no part of this package reads it."""
@@ -43,4 +43,4 @@ def find_step(folder: Path, step: int | None) -> Path | None:
 
 def write_latest(checkpoint: Path) -> None:
     """Have `latest` name a checkpoint; on disk when this returns."""
-    write_atomically(checkpoint.parent / LATEST, checkpoint.name + "\n")
+    write_text(checkpoint.parent / LATEST, checkpoint.name + "\n")

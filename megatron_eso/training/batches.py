@@ -1,6 +1,8 @@
-"""From sample indices to the row plans of a step: the same on every rank, with no broadcast.
+"""From sample indices to the micro-batches of a step: the same on every rank, with no broadcast.
 
-Shapes: B samples of a micro-batch, N samples of a step.
+Here the texts of `data` and the noise of `objectives` meet.
+
+Shapes: N samples of a step, B samples of a micro-batch.
 """
 
 from collections.abc import Iterator
@@ -10,44 +12,16 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_eso.config.sections import Config
-from megatron_eso.data.samples.framing import Framing
+from megatron_eso.config.sections import Config, ParallelConfig
+from megatron_eso.data.samples.lengths import draw_lengths
 from megatron_eso.data.samples.training_data import TrainingData
-from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import ConfigError
 from megatron_eso.objectives.dealing import Dealing
-from megatron_eso.objectives.loss import PhaseTokens, count_phase_tokens
-from megatron_eso.objectives.noise import (
-    Noise,
-    diffusion_times,
-    draw_any_order,
-    draw_lengths,
-    draw_noise,
-    validation_times,
-)
-from megatron_eso.objectives.rows import RowPlan, plan_rows
-from megatron_eso.objectives.schedule import LogLinearSchedule
+from megatron_eso.objectives.objective import Objective, Samples, Step
+from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.randomness.purposes import NOISE_VERSION
 from megatron_eso.runs.checkpoint_state import CheckpointState
-
-# The noise of validation does not depend on a run's seed: runs are compared on the same noise.
-VALIDATION_SEED = 0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class MicroBatch:
-    """What one forward pass takes.
-
-    Attributes:
-        plan: The rows.
-        indices: int64 `[B]`: global indices of the samples; in validation, indices in the set, each
-            sample once for each phase that it goes through.
-        is_sequential: bool `[B]`: the phase of each sample.
-    """
-
-    plan: RowPlan
-    indices: NDArray[np.int64]
-    is_sequential: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -61,12 +35,11 @@ class StepPlan:
     """
 
     micro_batches: list[MicroBatch]
-    tokens: PhaseTokens
+    tokens: tuple[int, ...]
 
     def pin_memory(self) -> Self:
-        """Returns the plan with its tensors in pinned memory."""
-        pinned = [replace(batch, plan=batch.plan.pin_memory()) for batch in self.micro_batches]
-        return replace(self, micro_batches=pinned)
+        """Return the plan with its tensors in pinned memory."""
+        return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
 
 
 class TrainingBatches:
@@ -74,26 +47,28 @@ class TrainingBatches:
 
     Args:
         config: The resolved configuration.
+        objective: Plans the rows.
         data: The training shards.
         data_parallel_size: Number of data-parallel ranks.
 
     Raises:
-        ConfigError: The global batch cannot be dealt evenly, or the tokenizer lacks the tokens of
-            the framing.
+        ConfigError: The global batch cannot be dealt evenly.
     """
 
-    def __init__(self, config: Config, data: TrainingData, data_parallel_size: int) -> None:
-        train = config.train
-        self.config = config
+    def __init__(
+        self, config: Config, objective: Objective, data: TrainingData, data_parallel_size: int
+    ) -> None:
+        self.objective = objective
         self.data = data
-        self.length = config.data.sequence_length
-        self.framing = Framing.resolve(config.data, data.tokenizer)
         self.dealing = Dealing(
-            train.global_batch_size,
-            train.micro_batch_size,
+            config.train.global_batch_size,
+            config.train.micro_batch_size,
             data_parallel_size,
-            config.objective.batch_split,
+            objective.phases[0].share,
         )
+        self._seed = config.run.seed
+        self._config = config.data
+        self._row_multiple = row_multiple(config.parallel)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -120,142 +95,107 @@ class TrainingBatches:
         self.data.resume(
             record.data,
             consumed_samples=record.counters.consumed_samples,
-            phase=self.config.data.phase,
             source=source,
         )
 
-    def plan_step(self, consumed_samples: int, data_parallel_rank: int) -> StepPlan:
+    def step(self, number: int, consumed_samples: int) -> Step:
+        """Return the step that is taken after `number` steps and `consumed_samples` samples."""
+        return Step(
+            number=number,
+            first_index=consumed_samples,
+            batch_size=self.dealing.global_batch_size,
+        )
+
+    def plan_step(self, step: Step, data_parallel_rank: int) -> StepPlan:
         """Read and plan all micro-batches of one rank's step; no communication.
 
         Raises:
             DataError: A shard is damaged.
         """
-        config = self.config
         length_N = draw_lengths(
-            config.run.seed,
-            consumed_samples + np.arange(config.train.global_batch_size),
-            config.data.ssl_ratio,
-            self.length,
+            self._seed,
+            step.first_index + np.arange(step.batch_size),
+            self._config.ssl_ratio,
+            self._config.sequence_length,
         )
-        return StepPlan(
-            micro_batches=[
-                self._plan(consumed_samples, places, length_N[places])
-                for places in self.dealing.micro_batches(data_parallel_rank)
-            ],
-            tokens=count_phase_tokens(self.dealing, length_N),
-        )
+        micro_batches = []
+        for places in self.dealing.micro_batches(data_parallel_rank):
+            indices = step.first_index + places
+            samples = Samples(
+                tokens_BT=self.data.samples(indices),
+                indices_B=indices,
+                length_B=length_N[places],
+            )
+            micro_batches.append(self._pad(self.objective.plan(samples, step)))
+        tokens = self.dealing.count_tokens(length_N, len(self.objective.phases))
+        return StepPlan(micro_batches=micro_batches, tokens=tokens)
 
-    def _plan(
-        self, first_index: int, places: NDArray[np.int64], length_B: NDArray[np.int64]
-    ) -> MicroBatch:
-        config, seed = self.config, self.config.run.seed
-        indices = first_index + places
-        is_sequential = self.dealing.is_sequential(places)
-        t = diffusion_times(
-            seed, first_index, self.dealing, places, sampling_eps=config.objective.sampling_eps
-        )
-        alpha_0 = config.objective.alpha_0
-        noise = draw_noise(seed, indices, is_sequential, t, alpha_0, self.length, length_B=length_B)
-        plan = plan_rows(
-            self.framing.frame(self.data.rows(indices)),
-            noise,
-            schedule=LogLinearSchedule(alpha_0),
-            loss_type=config.objective.loss_type,
-            mask_token_id=self.data.mask_token_id,
-            row_multiple=row_multiple(config),
-        )
-        return MicroBatch(plan=plan, indices=indices, is_sequential=is_sequential)
+    def plan_largest(self) -> MicroBatch:
+        """Plan a micro-batch with at least as many rows of every kind as any of the run's."""
+        phases = [self.dealing.split.phases(places) for places in self.dealing.micro_batches(0)]
+        kinds = {tuple(phase_B.tolist()): phase_B for phase_B in phases}
+        length = self._config.sequence_length
+        plans = [self.objective.plan_largest(phase_B, length) for phase_B in kinds.values()]
+        return self._pad(max(plans, key=lambda plan: plan.rows.num_rows))
+
+    def _pad(self, micro_batch: MicroBatch) -> MicroBatch:
+        return micro_batch.pad(self._row_multiple, self.data.vocabulary.mask_token_id)
 
 
-def plan_validation(
-    config: Config,
-    dataset: TokenDataset,
-    *,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-) -> Iterator[MicroBatch]:
-    """Plan this rank's part of the validation set; the whole is the same on every layout.
-
-    Each sample goes through both phases (through one where alpha_0 is 0 or 1) with ELBO weights;
-    times are stratified over the set.
-    """
-    num_samples = count_validation_samples(config, dataset)
-    length, alpha_0 = config.data.sequence_length, config.objective.alpha_0
-    phases = [is_sequential for is_sequential in (False, True) if alpha_0 != float(is_sequential)]
-    for samples in _split_set(config, num_samples, data_parallel_rank, data_parallel_size):
-        times = validation_times(
-            VALIDATION_SEED, samples, num_samples, sampling_eps=config.objective.sampling_eps
-        )
-        indices = np.tile(samples, len(phases))
-        noise = draw_noise(
-            VALIDATION_SEED,
-            indices,
-            np.repeat(phases, len(samples)),
-            np.tile(times, len(phases)),
-            alpha_0,
-            length,
-            is_validation=True,
-        )
-        yield _plan_samples(config, dataset, indices, noise)
-
-
-def plan_any_order(
-    config: Config,
-    dataset: TokenDataset,
-    number: int,
-    *,
-    data_parallel_rank: int,
-    data_parallel_size: int,
-) -> Iterator[MicroBatch]:
-    """Plan this rank's part of the validation set for exact likelihoods, each in one order.
+class ValidationBatches:
+    """The micro-batches of a validation set; the whole is the same on every layout.
 
     Args:
         config: The resolved configuration.
-        dataset: The validation shards.
-        number: Which of each sample's independent orders.
-        data_parallel_rank: This rank.
-        data_parallel_size: Number of ranks that share the set.
+        objective: Plans the rows, always with the weights of the NELBO.
+        data: The validation set.
+
+    Attributes:
+        num_samples: N, the samples that a validation reads: `validation.num_samples`, or all.
+        sequence_length: T.
     """
-    length, alpha_0 = config.data.sequence_length, config.objective.alpha_0
-    num_samples = count_validation_samples(config, dataset)
-    for samples in _split_set(config, num_samples, data_parallel_rank, data_parallel_size):
-        noise = draw_any_order(VALIDATION_SEED, samples, number, alpha_0, length)
-        yield _plan_samples(config, dataset, samples, noise)
+
+    def __init__(self, config: Config, objective: Objective, data: ValidationData) -> None:
+        self.objective = objective
+        self.sequence_length = config.data.sequence_length
+        self.num_samples = min(config.validation.num_samples or data.num_samples, data.num_samples)
+        self._data = data
+        self._micro_batch_size = config.validation.micro_batch_size
+        self._row_multiple = row_multiple(config.parallel)
+
+    def plan(self, data_parallel_rank: int, data_parallel_size: int) -> Iterator[MicroBatch]:
+        """Plan this rank's part of the set, each sample once for each phase it goes through."""
+        for samples in self._read(data_parallel_rank, data_parallel_size):
+            yield self._pad(self.objective.plan_validation(samples, self.num_samples))
+
+    def plan_order(
+        self, number: int, data_parallel_rank: int, data_parallel_size: int
+    ) -> Iterator[MicroBatch]:
+        """Plan this rank's part of the set for exact likelihoods, each sample in one order.
+
+        Args:
+            number: Which of each sample's independent orders.
+            data_parallel_rank: This rank.
+            data_parallel_size: Number of ranks that share the set.
+        """
+        for samples in self._read(data_parallel_rank, data_parallel_size):
+            yield self._pad(self.objective.plan_order(samples, number))
+
+    def _read(self, data_parallel_rank: int, data_parallel_size: int) -> Iterator[Samples]:
+        """Read this rank's samples of the set, by micro-batch."""
+        mine = np.arange(data_parallel_rank, self.num_samples, data_parallel_size)
+        for start in range(0, len(mine), self._micro_batch_size):
+            indices: NDArray[np.int64] = mine[start : start + self._micro_batch_size]
+            yield Samples(
+                tokens_BT=self._data.samples(indices),
+                indices_B=indices,
+                length_B=np.full(len(indices), self.sequence_length),
+            )
+
+    def _pad(self, micro_batch: MicroBatch) -> MicroBatch:
+        return micro_batch.pad(self._row_multiple, self._data.vocabulary.mask_token_id)
 
 
-def _split_set(
-    config: Config, num_samples: int, data_parallel_rank: int, data_parallel_size: int
-) -> Iterator[NDArray[np.int64]]:
-    """This rank's samples of the set, by micro-batch."""
-    mine = np.arange(data_parallel_rank, num_samples, data_parallel_size)
-    size = config.validation.micro_batch_size
-    for start in range(0, len(mine), size):
-        yield mine[start : start + size]
-
-
-def _plan_samples(
-    config: Config, dataset: TokenDataset, indices: NDArray[np.int64], noise: Noise
-) -> MicroBatch:
-    """A micro-batch of samples of the set, with ELBO weights."""
-    framing = Framing.resolve(config.data, dataset.manifest.tokenizer)
-    plan = plan_rows(
-        framing.frame(dataset.rows(indices, config.data.row_tokens)),
-        noise,
-        schedule=LogLinearSchedule(config.objective.alpha_0),
-        loss_type="elbo",
-        mask_token_id=dataset.mask_token_id,
-        row_multiple=row_multiple(config),
-    )
-    return MicroBatch(plan=plan, indices=indices, is_sequential=noise.is_sequential_B)
-
-
-def count_validation_samples(config: Config, dataset: TokenDataset) -> int:
-    """Rows that validation reads: `validation.num_samples`, or all where it is 0."""
-    num_rows = dataset.num_rows(config.data.row_tokens)
-    return min(config.validation.num_samples or num_rows, num_rows)
-
-
-def row_multiple(config: Config) -> int:
-    """What the number of rows must divide by: sequence parallelism splits it over the TP ranks."""
-    parallel = config.parallel
+def row_multiple(parallel: ParallelConfig) -> int:
+    """Return what the number of rows must divide by: sequence parallelism splits it over TP."""
     return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1

@@ -1,41 +1,26 @@
 """The validation NELBO: on fixed noise, the same on every layout."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
-import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_eso.config.sections import Config
-from megatron_eso.data.shards.reader import TokenDataset
-from megatron_eso.objectives.loss import (
-    NelboEstimate,
-    estimate_nelbo,
-    mean_by_time,
-    sum_samples,
-)
-from megatron_eso.objectives.noise import validation_times
-from megatron_eso.training.batches import (
-    VALIDATION_SEED,
-    MicroBatch,
-    count_validation_samples,
-    plan_any_order,
-    plan_validation,
-)
+from megatron_eso.objectives.loss import NelboEstimate, estimate_nelbo, mean_by_time, sum_samples
+from megatron_eso.objectives.rows import MicroBatch
+from megatron_eso.training.batches import ValidationBatches
 from megatron_eso.training.main_parameters import synchronize_parameters
 from megatron_eso.training.step import reduce_over_world, run_schedule
 from megatron_eso.training.train_state import TrainState
 
 
 def evaluate(
-    config: Config,
     state: TrainState,
-    dataset: TokenDataset,
+    batches: ValidationBatches,
     groups: ProcessGroupCollection,
     *,
     use_ema: bool,
@@ -43,42 +28,27 @@ def evaluate(
     """Estimate the NELBO of the validation set; collective over the world.
 
     Args:
-        config: The resolved configuration.
         state: Left as it was.
-        dataset: The validation shards.
+        batches: The validation set.
         groups: Groups of this rank.
         use_ema: Evaluate the average instead of the weights.
     """
     assert not use_ema or state.ema is not None
     average = state.ema.applied(state.chunks, state.optimizer) if use_ema and state.ema else None
-    micro_batches = plan_validation(
-        config,
-        dataset,
-        data_parallel_rank=groups.dp.rank(),
-        data_parallel_size=groups.dp.size(),
-    )
-    num_samples = count_validation_samples(config, dataset)
+    micro_batches = batches.plan(groups.dp.rank(), groups.dp.size())
     with average or nullcontext():
-        diffusion_N, sequential_N = sum_over_samples(
-            state, list(micro_batches), num_samples, groups
-        ).numpy()
-    length = config.data.sequence_length
-    estimate = estimate_nelbo(diffusion_N, sequential_N, length)
-    if config.objective.alpha_0 == 0:  # no diffusion phase
-        return estimate
-    t_N = validation_times(
-        VALIDATION_SEED,
-        np.arange(num_samples),
-        num_samples,
-        sampling_eps=config.objective.sampling_eps,
-    )
-    return replace(estimate, diffusion_by_t=mean_by_time(diffusion_N / length, t_N))
+        sums_PN = sum_over_samples(state, micro_batches, batches, groups).numpy()
+    length, names = batches.sequence_length, [phase.name for phase in batches.objective.phases]
+    times = batches.objective.validation_times(batches.num_samples)
+    by_time = {
+        name: mean_by_time(sums_PN[names.index(name)] / length, times[name]) for name in times
+    }
+    return replace(estimate_nelbo(sums_PN, names, length), by_time=by_time)
 
 
-def evaluate_any_order(
-    config: Config,
+def evaluate_orders(
     state: TrainState,
-    dataset: TokenDataset,
+    batches: ValidationBatches,
     groups: ProcessGroupCollection,
     num_orders: int,
 ) -> float:
@@ -90,61 +60,53 @@ def evaluate_any_order(
     Returns:
         Nats per token, the mean over the validation set.
     """
-    num_samples = count_validation_samples(config, dataset)
     nll = []
     for number in range(num_orders):
-        micro_batches = plan_any_order(
-            config,
-            dataset,
-            number,
-            data_parallel_rank=groups.dp.rank(),
-            data_parallel_size=groups.dp.size(),
-        )
-        nll.append(sum_over_samples(state, list(micro_batches), num_samples, groups)[1])
+        micro_batches = batches.plan_order(number, groups.dp.rank(), groups.dp.size())
+        nll.append(sum_over_samples(state, micro_batches, batches, groups).sum(0))
     bound_N = math.log(num_orders) - torch.stack(nll).neg().logsumexp(0)
-    return float(bound_N.mean()) / config.data.sequence_length
+    return float(bound_N.mean()) / batches.sequence_length
 
 
 def sum_over_samples(
     state: TrainState,
-    micro_batches: list[MicroBatch],
-    num_samples: int,
+    micro_batches: Iterable[MicroBatch],
+    batches: ValidationBatches,
     groups: ProcessGroupCollection,
 ) -> Tensor:
-    """Sums [2, N] of every sample of the set in either phase; collective over the world.
+    """Return the sums [P, N] of every sample of the set in each phase; collective over the world.
 
     Args:
         state: Left as it was; its weights as they are.
         micro_batches: This rank's part of the set.
-        num_samples: N.
+        batches: The set.
         groups: Groups of this rank.
     """
-    reports: list[Tensor] = []
+    planned, reports = list(micro_batches), []
     with torch.no_grad(), for_evaluation(state.chunks):
-        if micro_batches:
+        if planned:
             # An interleaved pipeline wants as many as it has stages: the last one again.
-            missing = groups.pp.size() - len(micro_batches) if len(state.chunks) > 1 else 0
-            padded = micro_batches + micro_batches[-1:] * missing
+            missing = groups.pp.size() - len(planned) if len(state.chunks) > 1 else 0
+            padded = planned + planned[-1:] * missing
             reports = run_schedule(evaluation_step, state, padded, groups, forward_only=True)
-    sums = torch.zeros(2, num_samples, dtype=torch.float64)
-    for micro_batch, report in zip(micro_batches, reports, strict=False):
-        sums[micro_batch.is_sequential.astype(int), micro_batch.indices] = report.cpu()
-    return reduce_over_world(sums, groups)
+    num_phases = len(batches.objective.phases)
+    sums_PN = torch.zeros(num_phases, batches.num_samples, dtype=torch.float64)
+    for micro_batch, report in zip(planned, reports, strict=False):
+        sums_PN[micro_batch.phase_B, micro_batch.indices_B] = report.cpu()
+    return reduce_over_world(sums_PN, groups)
 
 
 def evaluation_step(
     micro_batches: Iterator[MicroBatch], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    """One micro-batch through this stage's part of the model; reports each sample's sum."""
-    micro_batch = next(micro_batches)
-    plan = micro_batch.plan.to(torch.device(torch.cuda.current_device()))
+    """Run one micro-batch through this stage's part of the model; report each sample's sum."""
+    micro_batch = next(micro_batches).to(torch.device(torch.cuda.current_device()))
+    loss, num_samples = micro_batch.loss, len(micro_batch.indices_B)
 
     def sum_losses(nll_E: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros((), device=nll_E.device), sum_samples(
-            nll_E, plan, len(micro_batch.indices)
-        )
+        return torch.zeros((), device=nll_E.device), sum_samples(nll_E, loss, num_samples)
 
-    return model(plan), sum_losses
+    return model(micro_batch.rows, loss.targets_E), sum_losses
 
 
 @contextmanager
@@ -169,14 +131,13 @@ def for_evaluation(chunks: list[DistributedDataParallel]) -> Iterator[None]:
 
 
 def validation_metrics(estimate: NelboEstimate, prefix: str) -> dict[str, float]:
-    """The estimate under its TensorBoard tags."""
-    return {
+    """Return the estimate by TensorBoard tag."""
+    values = {
         f"{prefix}/nelbo": estimate.nelbo,
         f"{prefix}/perplexity": estimate.perplexity,
-        f"{prefix}/nelbo_diffusion": estimate.diffusion,
-        f"{prefix}/nelbo_sequential": estimate.sequential,
+        **{f"{prefix}/nelbo_{phase}": value for phase, value in estimate.phases.items()},
         f"{prefix}/nelbo_stderr": estimate.standard_error,
-    } | {
-        f"{prefix}/nelbo_diffusion_by_t/{t:.2f}": value
-        for t, value in estimate.diffusion_by_t.items()
     }
+    for phase, by_time in estimate.by_time.items():
+        values |= {f"{prefix}/nelbo_{phase}_by_t/{t:.2f}": value for t, value in by_time.items()}
+    return values

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_eso.config.sections import Config
-from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import CheckpointError, TrainingError
+from megatron_eso.objectives.objective import Objective
 from megatron_eso.runs.run_directory import RunDirectory
-from megatron_eso.training.batches import StepPlan
+from megatron_eso.training.batches import StepPlan, TrainingBatches, ValidationBatches
 from megatron_eso.training.checkpointing.checkpoints import Checkpoints
 from megatron_eso.training.checkpointing.state import load_training_state
 from megatron_eso.training.evaluation import evaluate, validation_metrics
@@ -47,16 +47,18 @@ logger = logging.getLogger(__name__)
 class Trainer:
     """What the loop works with; built by `pretrain.train`.
 
-    `metrics` is there on rank 0 only. `flops_per_token` is what the objective needs. `hosts` are
-    those of all ranks.
+    `metrics` is there on rank 0 only. `flops_per_token` is what the objective needs, `dropout_seed`
+    is None without dropout. `hosts` are those of all ranks.
     """
 
     config: Config
     run: RunDirectory
     groups: ProcessGroupCollection
     state: TrainState
+    objective: Objective
+    batches: TrainingBatches
     prefetcher: StepPrefetcher
-    validation: TokenDataset | None
+    validation: ValidationBatches | None
     checkpoints: Checkpoints
     metrics: MetricsLog | None
     watchdog: Watchdog
@@ -64,6 +66,7 @@ class Trainer:
     timer: WorkTimer
     hosts: Sequence[str]
     flops_per_token: float
+    dropout_seed: int | None
     saved_at: float = field(default_factory=time.monotonic)
     """When the last save began, by the monotonic clock."""
     is_writing: bool = False
@@ -124,11 +127,19 @@ class Trainer:
         began, before = time.monotonic(), self.state.counters
         is_first = before.step == first_step
         with self.watchdog.phase("first step" if is_first else "train step", str(before.step + 1)):
-            plan = self.prefetcher.take(before.consumed_samples)
+            plan = self.prefetcher.take(self.batches.step(before.step, before.consumed_samples))
             data_seconds = time.monotonic() - began
             self.check_batches(plan, is_first=is_first)
             self.timer.begin()
-            result = train_step(self.config, self.state, plan, self.groups, self.flops_per_token)
+            result = train_step(
+                self.state,
+                plan,
+                self.objective,
+                self.config.train,
+                self.groups,
+                flops_per_token=self.flops_per_token,
+                dropout_seed=self.dropout_seed,
+            )
         now, step = time.monotonic(), self.state.counters.step
         oddity = describe_oddity(result, before, self.state.counters, self.hosts)
         if oddity is not None:
@@ -180,7 +191,7 @@ class Trainer:
             return {}
         stop = counters.consumed_samples
         start = max(0, stop - train.log_interval * train.global_batch_size)
-        shares = self.checkpoints.batches.data.count_shares(start, stop)
+        shares = self.batches.data.count_shares(start, stop)
         return {f"data/share/{name}": share for name, share in shares.items()}
 
     def validate_if_due(self) -> float | None:
@@ -189,17 +200,17 @@ class Trainer:
         At the start, at the end, and at the interval; what an interrupted job owes as well.
         Collective over the world.
         """
-        dataset, state, step = self.validation, self.state, self.state.counters.step
+        batches, state, step = self.validation, self.state, self.state.counters.step
         is_due = step in (0, self.config.train.num_steps)
         is_due |= due(step, self.config.validation.interval)
-        if dataset is None or not is_due or self.validated_step >= step:
+        if batches is None or not is_due or self.validated_step >= step:
             return None
         has_ema = state.ema is not None
         with self.watchdog.phase("validation", str(step)):
-            estimate = evaluate(self.config, state, dataset, self.groups, use_ema=has_ema)
+            estimate = evaluate(state, batches, self.groups, use_ema=has_ema)
             values = validation_metrics(estimate, "val")
             if has_ema:
-                raw = evaluate(self.config, state, dataset, self.groups, use_ema=False)
+                raw = evaluate(state, batches, self.groups, use_ema=False)
                 values |= validation_metrics(raw, "val_raw")
         self.validated_step = step
         if self.metrics is not None:

@@ -1,14 +1,14 @@
 """Steps planned ahead, so that no step waits for its data."""
 
-import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 import torch
 
+from megatron_eso.objectives.objective import Step
 from megatron_eso.training.batches import StepPlan, TrainingBatches
 
 # A read that hangs must not hold up the end of the process as well.
@@ -18,8 +18,8 @@ _CLOSE_SECONDS = 5.0
 class StepPrefetcher:
     """Hands out this rank's step plans, planned ahead by a daemon thread.
 
-    A plan is exactly `batches.plan_step(consumed_samples, data_parallel_rank)`; where there is a
-    GPU its tensors lie in pinned memory. One thread may take; leave the context to end the other.
+    A plan is exactly `batches.plan_step(step, data_parallel_rank)`; where there is a GPU its
+    tensors lie in pinned memory. One thread may take; leave the context to end the other.
 
     Args:
         batches: What plans.
@@ -32,32 +32,31 @@ class StepPrefetcher:
         self._data_parallel_rank = data_parallel_rank
         self._steps_ahead = steps_ahead
         self._planner: _Planner | None = None
-        self._next_place = 0
+        self._next: Step | None = None
 
-    def take(self, consumed_samples: int) -> StepPlan:
-        """The plan of the step after `consumed_samples` samples.
+    def take(self, step: Step) -> StepPlan:
+        """Return the plan of a step.
 
-        Any other place than the one after the last step (a resume, a rollback) starts anew there.
+        Any other step than the one after the last (a resume, a rollback) starts anew there.
 
         Raises:
             DataError: What planning this step raised, unchanged.
         """
         if self._steps_ahead == 0:
-            return self.plan(consumed_samples)
-        if self._planner is None or consumed_samples != self._next_place:
+            return self.plan(step)
+        if self._planner is None or step != self._next:
             self.close()
-            places = itertools.count(consumed_samples, self._batches.dealing.global_batch_size)
-            self._planner = _Planner(self.plan, places, self._steps_ahead)
-        self._next_place = consumed_samples + self._batches.dealing.global_batch_size
+            self._planner = _Planner(self.plan, step, self._steps_ahead)
+        self._next = step.next()
         planned = self._planner.take()
         if isinstance(planned, BaseException):
             self.close()
             raise planned
         return planned
 
-    def plan(self, consumed_samples: int) -> StepPlan:
+    def plan(self, step: Step) -> StepPlan:
         """Plan a step at once."""
-        plan = self._batches.plan_step(consumed_samples, self._data_parallel_rank)
+        plan = self._batches.plan_step(step, self._data_parallel_rank)
         return plan.pin_memory() if torch.cuda.is_available() else plan
 
     def close(self) -> None:
@@ -81,11 +80,9 @@ class StepPrefetcher:
 class _Planner:
     """A thread that plans one step after the other, until it is closed or planning fails."""
 
-    def __init__(
-        self, plan: Callable[[int], StepPlan], places: Iterable[int], steps_ahead: int
-    ) -> None:
+    def __init__(self, plan: Callable[[Step], StepPlan], first: Step, steps_ahead: int) -> None:
         self._plan = plan
-        self._places = places
+        self._step = first
         self._planned: queue.SimpleQueue[StepPlan | BaseException] = queue.SimpleQueue()
         self._room = threading.Semaphore(steps_ahead)
         self._closed = False
@@ -108,12 +105,13 @@ class _Planner:
     def _run(self) -> None:
         if self._device is not None:
             torch.cuda.set_device(self._device)
-        for place in self._places:
+        while True:
             self._room.acquire()
             if self._closed:
                 return
             try:
-                self._planned.put(self._plan(place))
+                self._planned.put(self._plan(self._step))
             except BaseException as error:  # the thread that takes must not wait for ever
                 self._planned.put(error)
                 return
+            self._step = self._step.next()

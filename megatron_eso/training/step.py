@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,11 +17,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from megatron_eso.config.sections import Config
-from megatron_eso.objectives.loss import PhaseTokens, normalize_phases, sum_phases
+from megatron_eso.config.sections import TrainConfig
+from megatron_eso.objectives.loss import normalize_phases, sum_phases
+from megatron_eso.objectives.objective import Objective
+from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.randomness.bits import random_bits
 from megatron_eso.randomness.purposes import Purpose
-from megatron_eso.training.batches import MicroBatch, StepPlan
+from megatron_eso.training.batches import StepPlan
 from megatron_eso.training.optimizer import update_parameters
 from megatron_eso.training.parallel import seed_dropout
 from megatron_eso.training.train_state import TrainState
@@ -31,18 +33,24 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What a step says of itself, the same on every rank; losses in nats per token of their phase.
+    """What a step reports, the same on every rank; losses in nats per token of their phase.
 
-    `loss` is the objective, `loss_diffusion + loss_sequential`; `nelbo` the same with ELBO weights.
-    `num_tokens` are the real tokens of the global batch. `bad_ranks` are those whose own part of a
-    loss that is not finite is not. `deviations` says how far the loss or the
-    gradient norm, whichever is farther, lies above those of the steps before.
+    Attributes:
+        loss: The objective.
+        nelbo: The same with ELBO weights.
+        losses: The objective's part of each phase, by the phase's name.
+        grad_norm: Norm of the whole gradient before clipping.
+        learning_rate: Of this step's update.
+        skipped: Whether the update was not applied.
+        deviations: How far the loss or the gradient norm, whichever is farther, lies above those
+            of the steps before.
+        num_tokens: Real tokens of the global batch.
+        bad_ranks: Where the loss is not finite, the ranks whose own part of it is not.
     """
 
     loss: float
-    loss_diffusion: float
-    loss_sequential: float
     nelbo: float
+    losses: Mapping[str, float]
     grad_norm: float
     learning_rate: float
     skipped: bool
@@ -52,73 +60,92 @@ class StepResult:
 
 
 def train_step(
-    config: Config,
     state: TrainState,
     plan: StepPlan,
+    objective: Objective,
+    config: TrainConfig,
     groups: ProcessGroupCollection,
+    *,
     flops_per_token: float,
+    dropout_seed: int | None,
 ) -> StepResult:
     """Take one step with the samples of `plan`; collective over the world.
 
     Args:
-        config: The resolved configuration.
         state: Changed in place.
         plan: This rank's micro-batches of the samples that come next.
+        objective: Combines the losses of the phases.
+        config: Limits of an update, and the batch size.
         groups: Groups of this rank.
         flops_per_token: Counted for every real token, whatever the length of its sample.
+        dropout_seed: The run's seed; None where nothing is dropped out.
     """
+    # Forward and backward over the micro-batches, and the losses of the whole batch.
     clear_gradients(state)
-    # Megatron-Core averages over micro-batches and data-parallel ranks; the loss is a sum.
-    scale = len(plan.micro_batches) * groups.dp.size()
     step = partial(
         forward_step,
+        objective=objective,
         tokens=plan.tokens,
-        scale=scale,
-        dropout_seed=config.run.seed if config.model.hidden_dropout > 0 else None,
+        # Megatron-Core averages over micro-batches and data-parallel ranks; the loss is a sum.
+        scale=len(plan.micro_batches) * groups.dp.size(),
+        dropout_seed=dropout_seed,
         pp_rank=groups.pp.rank(),
     )
     reports = run_schedule(step, state, plan.micro_batches, groups, forward_only=False)
-    own_losses = sum_reports(reports)
+    num_phases = len(objective.phases)
+    own_losses = torch.zeros(2 * num_phases, dtype=torch.float64)
+    if reports:
+        own_losses = torch.stack(reports).sum(0)
     losses = reduce_over_world(own_losses.clone(), groups)
-    loss, nelbo = float(losses[:2].sum()), float(losses[2:].sum())
+    losses_P, elbo_P = losses[:num_phases], losses[num_phases:]
+    loss, nelbo = float(objective.combine(losses_P)), float(objective.combine(elbo_P))
 
+    # The update, unless loss or gradient are not finite or too far off.
     learning_rate = float(state.optimizer.param_groups[0]["lr"])
-    limit = config.train.skip_deviations or math.inf
+    limit = config.skip_deviations or math.inf
 
     def accept(grad_norm: float) -> bool:
         return math.isfinite(loss) and measure_deviations(state, loss, grad_norm) <= limit
 
     grad_norm, applied = update_parameters(state.optimizer, accept)
-    deviations = measure_deviations(state, loss, grad_norm)
+    result = StepResult(
+        loss=loss,
+        nelbo=nelbo,
+        losses={
+            phase.name: float(value)
+            for phase, value in zip(objective.phases, losses_P, strict=True)
+        },
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        skipped=not applied,
+        deviations=measure_deviations(state, loss, grad_norm),
+        num_tokens=sum(plan.tokens),
+        bad_ranks=() if math.isfinite(loss) else find_bad_ranks(own_losses),
+    )
+    advance(state, result, config, flops_per_token)
+    return result
+
+
+def advance(
+    state: TrainState, result: StepResult, config: TrainConfig, flops_per_token: float
+) -> None:
+    """Move schedule, average, statistics and counters past a step; no communication."""
     state.scheduler.step(1)
-    if applied:
+    if not result.skipped:
         if state.ema is not None:
             state.ema.update()
-        state.losses = state.losses.add(loss)
-        state.grad_norms = state.grad_norms.add(log_norm(grad_norm))
-    num_tokens = plan.tokens.total
+        state.losses = state.losses.add(result.loss)
+        state.grad_norms = state.grad_norms.add(log_norm(result.grad_norm))
     done = state.counters
     state.counters = dataclasses.replace(
         done,
         step=done.step + 1,
-        consumed_samples=done.consumed_samples + config.train.global_batch_size,
-        tokens=done.tokens + num_tokens,
-        flops=done.flops + num_tokens * flops_per_token,
-        skipped_steps=done.skipped_steps + (not applied),
-        skipped_in_row=0 if applied else done.skipped_in_row + 1,
-        spikes=done.spikes + (0 < config.train.spike_deviations <= deviations),
-    )
-    return StepResult(
-        loss=loss,
-        loss_diffusion=float(losses[0]),
-        loss_sequential=float(losses[1]),
-        nelbo=nelbo,
-        grad_norm=grad_norm,
-        learning_rate=learning_rate,
-        skipped=not applied,
-        deviations=deviations,
-        num_tokens=num_tokens,
-        bad_ranks=() if math.isfinite(loss) else find_bad_ranks(own_losses),
+        consumed_samples=done.consumed_samples + config.global_batch_size,
+        tokens=done.tokens + result.num_tokens,
+        flops=done.flops + result.num_tokens * flops_per_token,
+        skipped_steps=done.skipped_steps + result.skipped,
+        skipped_in_row=done.skipped_in_row + 1 if result.skipped else 0,
+        spikes=done.spikes + (0 < config.spike_deviations <= result.deviations),
     )
 
 
@@ -151,28 +178,32 @@ def forward_step(
     micro_batches: Iterator[MicroBatch],
     model: torch.nn.Module,
     *,
-    tokens: PhaseTokens,
+    objective: Objective,
+    tokens: Sequence[int],
     scale: int,
     dropout_seed: int | None,
     pp_rank: int,
 ) -> tuple[Tensor, LossFunction]:
-    """One micro-batch through this stage's part of the model, as Megatron-Core's schedules ask."""
+    """Run one micro-batch through this stage's part of the model, for Megatron-Core's schedules."""
     micro_batch = next(micro_batches)
     if dropout_seed is not None:
         chunk = 8192 * (pp_rank + 1024 * (unwrap_model(model).vp_stage or 0))
-        words = random_bits(dropout_seed, Purpose.DROPOUT, int(micro_batch.indices.min()), 1)
+        words = random_bits(dropout_seed, Purpose.DROPOUT, int(micro_batch.indices_B.min()), 1)
         seed_dropout(int(words[0] >> np.uint64(33)) + chunk)
-    plan = micro_batch.plan.to(torch.device(torch.cuda.current_device()))
+    micro_batch = micro_batch.to(torch.device(torch.cuda.current_device()))
+    loss = micro_batch.loss
+
+    def sum_losses(nll_E: Tensor, weights_E: Tensor) -> Tensor:
+        return normalize_phases(sum_phases(nll_E, weights_E, loss, len(tokens)), tokens)
 
     def compute_loss(nll_E: Tensor) -> tuple[Tensor, Tensor]:
-        phases = normalize_phases(sum_phases(nll_E, plan.weights_E, plan), tokens)
+        losses_P = sum_losses(nll_E, loss.weights_E)
         with torch.no_grad():
-            sums = sum_phases(nll_E.double(), plan.weights_E.double(), plan)
-            elbo = sum_phases(nll_E.double(), plan.elbo_weights_E.double(), plan)
-            report = torch.cat([normalize_phases(sums, tokens), normalize_phases(elbo, tokens)])
-        return phases.sum() * scale, report
+            report_P = sum_losses(nll_E.double(), loss.weights_E.double())
+            elbo_P = sum_losses(nll_E.double(), loss.elbo_weights_E.double())
+        return objective.combine(losses_P) * scale, torch.cat([report_P, elbo_P])
 
-    return model(plan), compute_loss
+    return model(micro_batch.rows, loss.targets_E), compute_loss
 
 
 def run_schedule(
@@ -203,11 +234,6 @@ def run_schedule(
         forward_only=forward_only,
     )
     return reports if is_pp_last_stage(groups.pp) else []
-
-
-def sum_reports(reports: list[Tensor]) -> Tensor:
-    """The losses [4] of a step on this rank; zeros on the stages that have none."""
-    return torch.stack(reports).sum(0) if reports else torch.zeros(4, dtype=torch.float64)
 
 
 def reduce_over_world(report: Tensor, groups: ProcessGroupCollection) -> Tensor:

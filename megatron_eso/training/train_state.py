@@ -71,7 +71,7 @@ def build_model_chunks(
 ) -> list[DistributedDataParallel]:
     """Build and fill this rank's parts of the model, wrapped for bf16 and data parallelism."""
     parallel = config.parallel
-    transformer_config = build_transformer_config(config)
+    transformer_config = build_transformer_config(config.model, parallel, config.train)
     transformer_config.finalize_model_grads_func = finalize_model_grads
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -84,7 +84,8 @@ def build_model_chunks(
     chunks = []
     for vp_stage in [None] if vp_size is None else range(vp_size):
         model = EsoModel(
-            config,
+            config.model,
+            config.data.vocabulary,
             transformer_config,
             groups,
             pre_process=is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(groups.pp),

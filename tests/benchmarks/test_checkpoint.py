@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.parallel.test_checkpoints import build
-from tests.support.training import DISTRIBUTED, Overrides
+from tests.support.training import DISTRIBUTED, Overrides, take_step
 from tests.support.world import World
 
 NUM_REPEATS = 3
@@ -38,7 +38,6 @@ def measure(run: Path, data: Path, overrides: Overrides) -> dict[str, float]:
     import torch.distributed as dist
 
     from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import train_step
     from tests.support.training import tiny_config
 
     with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
@@ -53,8 +52,7 @@ def measure(run: Path, data: Path, overrides: Overrides) -> dict[str, float]:
             seconds[what].append(time.perf_counter() - began)
 
         def step() -> None:
-            plan = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
-            train_step(config, state, plan, groups, 1.0)
+            take_step(config, state, batches, groups)
 
         step()
         checkpoints.prepare(state, groups)

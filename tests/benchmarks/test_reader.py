@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Self
 
 import numpy as np
@@ -20,8 +19,9 @@ import pytest
 import webdataset
 
 from megatron_eso.data.shards.reader import TokenDataset
-from megatron_eso.data.shards.shard_writer import DatasetWriter
+from megatron_eso.data.shards.writer import DatasetWriter
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
+from megatron_eso.objectives.objective import Step
 from megatron_eso.training.prefetch import StepPrefetcher
 
 NUM_TOKENS = 32 * 2**20
@@ -40,10 +40,9 @@ class Batches:
 
     dataset: TokenDataset
     rows: Tokens
-    dealing: SimpleNamespace
 
-    def plan_step(self, consumed_samples: int, data_parallel_rank: int) -> "Plan":
-        rows = self.rows[consumed_samples : consumed_samples + BATCH]
+    def plan_step(self, step: Step, data_parallel_rank: int) -> "Plan":
+        rows = self.rows[step.first_index : step.first_index + BATCH]
         return Plan(self.dataset.rows(rows, LENGTH) if len(rows) else np.empty(0))
 
 
@@ -104,7 +103,7 @@ def ways(tiny_data: Path, tmp_path: Path) -> dict[str, Read]:
     plain = np.memmap(tmp_path / "plain.bin", dtype="<u2", mode="r").reshape(-1, LENGTH)
     dataset = TokenDataset.open(tmp_path / "ours")
     rows = np.random.default_rng(1).permutation(NUM_TOKENS // LENGTH)
-    batches = Batches(dataset, rows, SimpleNamespace(global_batch_size=BATCH))
+    batches = Batches(dataset, rows)
 
     def read_plain() -> Iterator[Tokens]:
         for batch in rows.reshape(-1, BATCH):
@@ -116,8 +115,10 @@ def ways(tiny_data: Path, tmp_path: Path) -> dict[str, Read]:
 
     def read_ahead() -> Iterator[Tokens]:
         with StepPrefetcher(batches, 0, 2) as prefetcher:
-            for consumed in range(0, len(rows), BATCH):
-                yield prefetcher.take(consumed).tokens
+            step = Step(number=0, first_index=0, batch_size=BATCH)
+            while step.first_index < len(rows):
+                yield prefetcher.take(step).tokens
+                step = step.next()
 
     def read_webdataset() -> Iterator[Tokens]:
         samples = webdataset.WebDataset(long_rows, shardshuffle=False)

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from megatron_eso.data.shards.manifest import HashedFile, Manifest, Source
-from megatron_eso.data.shards.shard_format import (
+from megatron_eso.data.shards.format import (
     BLOCK_BYTES,
     BLOCKS_FILE,
     DOCUMENTS_FILE,
@@ -24,6 +23,7 @@ from megatron_eso.data.shards.shard_format import (
     ShardLayout,
     shard_name,
 )
+from megatron_eso.data.shards.manifest import HashedFile, Manifest, Source
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 
 MEAN_DOCUMENT_TOKENS = 1000
@@ -42,7 +42,7 @@ def peak():
 config = load_config(["pretrain/configs/owt_small.toml", f"data.train={sys.argv[1]}",
                       f"run.directory={sys.argv[1]}/run"]).config
 before, began = peak(), time.perf_counter()
-data = TrainingData.open(config)
+data = TrainingData.open(config.data, config.run.seed)
 rows = data.rows(np.arange(1))
 seconds = time.perf_counter() - began
 assert rows.shape == (1, config.data.row_tokens)

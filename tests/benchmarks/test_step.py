@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eso.estimates.costs import training_flops_per_token
-from tests.support.training import Overrides, tiny_config
+from megatron_eso.estimates.flops import training_flops_per_token
+from tests.support.planning import objective_of
+from tests.support.training import Overrides, open_batches, take_step, tiny_config
 from tests.support.world import World
 
 NUM_STEPS = 5
@@ -26,21 +27,17 @@ def time_steps(run: Path, data: Path, overrides: Overrides) -> float:
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.data.samples.training_data import TrainingData
-    from megatron_eso.training.batches import TrainingBatches
     from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import train_step
     from megatron_eso.training.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
     seconds = []
     with model_parallel_groups(config.parallel) as groups:
         state = build_train_state(config, groups)
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = open_batches(config, groups)
         for _ in range(NUM_STEPS + 1):
             began = time.perf_counter()
-            plan = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
-            train_step(config, state, plan, groups, flops_per_token=1.0)
+            take_step(config, state, batches, groups)
             seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])
 
@@ -54,8 +51,12 @@ def test_the_sequential_phase_costs_what_its_flops_say(
         overrides = MODEL | {"objective.alpha_0": alpha_0}
         (seconds,) = world.run(time_steps, 1, tmp_path, tiny_data, overrides)
         config = tiny_config(tmp_path, tiny_data, overrides)
-        assert config.data.vocab_size is not None
-        flops = training_flops_per_token(config, config.data.vocab_size)
+        flops = training_flops_per_token(
+            config.model,
+            config.data.vocabulary.size,
+            objective_of(config),
+            config.data.sequence_length,
+        )
         baseline = baseline or (seconds, flops)
         tokens = config.train.global_batch_size * config.data.sequence_length
         print(

@@ -11,12 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
+from megatron_eso.data.shards.shard_format import BLOCK_BYTES, MANIFEST_FILE, numpy_dtype
 
 from megatron_eso.data.samples.order import SampleOrder
 from megatron_eso.data.shards.manifest import read_manifest
 from megatron_eso.data.shards.reader import hash_file
-from megatron_eso.data.shards.shard_format import BLOCK_BYTES, MANIFEST_FILE, numpy_dtype
-from tests.support.training import PP2, TINY, TP2, Overrides, tiny_arguments, tiny_config
+from tests.support.training import (
+    PP2,
+    TINY,
+    TP2,
+    Overrides,
+    open_batches,
+    tiny_arguments,
+    tiny_config,
+)
 from tests.support.world import World
 
 pytestmark = pytest.mark.parallel
@@ -86,18 +94,16 @@ def compare_steps(run: Path, data_by_rank: Path, overrides: Overrides) -> list[s
     install_cpu_backend()
     import torch.distributed as dist
 
-    from megatron_eso.data.samples.training_data import TrainingData
     from megatron_eso.errors import DataError
-    from megatron_eso.training.batches import TrainingBatches
     from megatron_eso.training.guards.batch_check import check_batches
     from megatron_eso.training.parallel import model_parallel_groups
 
     config = tiny_config(run, data_by_rank / str(dist.get_rank()), overrides)
     messages = []
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = open_batches(config, groups)
         for step in range(STEP + 2):
-            plan = batches.plan_step(step * BATCH, groups.dp.rank())
+            plan = batches.plan_step(batches.step(step, step * BATCH), groups.dp.rank())
             try:
                 check_batches(step, plan.micro_batches, groups)
                 messages.append("")

@@ -28,7 +28,9 @@ from tests.support.training import (
     PP2,
     TP2,
     Overrides,
+    open_batches,
     read_checkpoint,
+    take_step,
     tiny_arguments,
     train_tiny,
 )
@@ -60,14 +62,12 @@ class Saved:
 
 def build(run: Path, data: Path, overrides: Overrides, groups):  # type: ignore[no-untyped-def]
     """The parts that a training command builds: configuration, batches, state, checkpoints."""
-    from megatron_eso.data.samples.training_data import TrainingData
-    from megatron_eso.training.batches import TrainingBatches
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.train_state import build_train_state
     from tests.support.training import tiny_config
 
     config = tiny_config(run, data, overrides)
-    batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+    batches = open_batches(config, groups)
     state = build_train_state(config, groups)
     return config, batches, state, Checkpoints(run / "checkpoints", config.checkpoint, batches)
 
@@ -78,14 +78,12 @@ def write_and_tell(run: Path, data: Path, overrides: Overrides) -> Saved:
 
     install_cpu_backend()
     from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import train_step
     from tests.support.training import tiny_config
 
     with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
         config, batches, state, checkpoints = build(run, data, overrides, groups)
         for _ in range(2):
-            plan = batches.plan_step(state.counters.consumed_samples, 0)
-            train_step(config, state, plan, groups, 1.0)
+            take_step(config, state, batches, groups)
         checkpoints.save(state, config, groups)
         found = {}
         averages = state.ema.averages
@@ -128,7 +126,6 @@ def save_beside_a_step(run: Path, data: Path, overrides: Overrides) -> None:
     install_cpu_backend()
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import train_step
     from tests.support.training import tiny_config
 
     with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
@@ -136,8 +133,7 @@ def save_beside_a_step(run: Path, data: Path, overrides: Overrides) -> None:
         at_once = Checkpoints(run / "at_once", config.checkpoint, batches)
         beside.prepare(state, groups)
         for _ in range(3):
-            plan = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
-            train_step(config, state, plan, groups, 1.0)
+            take_step(config, state, batches, groups)
             beside.wait()
             at_once.save(state, config, groups)
             beside.save(state, config, groups, in_background=True)
@@ -362,10 +358,10 @@ def stumble(trainer, _gathered: list[None]) -> None:  # type: ignore[no-untyped-
     """Have the third step fail on every rank, while the checkpoint of the second is written."""
     take, write = trainer.prefetcher.take, trainer.checkpoints._write
 
-    def fail_after_two(consumed_samples: int) -> object:
+    def fail_after_two(step: object) -> object:
         if trainer.state.counters.step == 2:
             raise TrainingError("no third step")
-        return take(consumed_samples)
+        return take(step)
 
     def write_slowly(*arguments: object) -> None:
         time.sleep(1.0)

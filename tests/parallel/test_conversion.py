@@ -16,6 +16,7 @@ from tests.support.training import (
     PP2,
     TP2,
     Overrides,
+    open_batches,
     read_checkpoint,
     train_tiny,
 )
@@ -66,18 +67,17 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
     install_cpu_backend()
     from megatron.core.utils import unwrap_model
 
-    from megatron_eso.data.samples.training_data import TrainingData
     from megatron_eso.data.shards.reader import TokenDataset
     from megatron_eso.objectives.noise import draw_noise
-    from megatron_eso.objectives.rows import plan_rows
     from megatron_eso.objectives.schedule import LogLinearSchedule
-    from megatron_eso.training.batches import MicroBatch, TrainingBatches, row_multiple
+    from megatron_eso.training.batches import row_multiple
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.evaluation import for_evaluation
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import run_schedule
     from megatron_eso.training.train_state import build_train_state
+    from tests.support.planning import eso_lm, plan_noise
     from tests.support.training import tiny_config
 
     config = tiny_config(run, data, overrides)
@@ -89,22 +89,17 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
         indices = np.arange(4)
         x_0 = dataset.rows(indices, length)
         times = np.array([0.1, 0.4, 0.7, 1.0])
-        noise = draw_noise(7, indices, np.full(4, is_sequential), times, alpha_0, length)
-        plan = plan_rows(
-            x_0,
-            noise,
-            schedule=LogLinearSchedule(alpha_0),
-            loss_type="elbo",
-            mask_token_id=dataset.mask_token_id,
-            row_multiple=row_multiple(config),
+        noise = draw_noise(
+            7, indices, np.full(4, is_sequential), times, LogLinearSchedule(alpha_0), length
         )
+        objective = eso_lm(dataset.mask_token_id, alpha_0=alpha_0)
         micro_batches.append(
-            MicroBatch(plan=plan, indices=indices, is_sequential=noise.is_sequential_B)
+            plan_noise(objective, x_0, noise, row_multiple=row_multiple(config.parallel))
         )
         answers += map(torch.from_numpy, (x_0, noise.is_masked_BT, noise.permutation_BT))
 
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = open_batches(config, groups)
         state = build_train_state(config, groups)
         restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
         captured: list[Tensor] = []
@@ -115,7 +110,8 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
             )
 
         def step(iterator, model):  # type: ignore[no-untyped-def]
-            return model(next(iterator).plan), lambda nll_E: (nll_E.sum(), nll_E)
+            batch = next(iterator)
+            return model(batch.rows, batch.loss.targets_E), lambda nll_E: (nll_E.sum(), nll_E)
 
         assert state.ema is not None
         average = state.ema.applied(state.chunks, state.optimizer)
@@ -128,7 +124,7 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
         for logits, micro_batch in zip(captured, micro_batches, strict=False):
             parts = [torch.empty_like(logits) for _ in range(groups.tp.size())]
             torch.distributed.all_gather(parts, logits.contiguous(), group=groups.tp)
-            answers.append(torch.cat(parts, dim=-1)[: micro_batch.plan.num_loss_rows, 0])
+            answers.append(torch.cat(parts, dim=-1)[: micro_batch.loss.num_real, 0])
     return answers
 
 

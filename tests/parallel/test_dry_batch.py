@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from megatron_eso.data.samples.training_data import TrainingData
-from tests.support.training import LAYOUTS, OVERLAPPED, Overrides, tiny_config
+from tests.support.planning import objective_of
+from tests.support.training import (
+    LAYOUTS,
+    OVERLAPPED,
+    Overrides,
+    open_batches,
+    take_step,
+    tiny_config,
+)
 from tests.support.world import World
 
 pytestmark = pytest.mark.parallel
@@ -16,13 +24,13 @@ pytestmark = pytest.mark.parallel
 NUM_MICRO_BATCHES = 200
 
 
-def count_rows(plan: Any) -> dict[str, int]:
+def count_rows(batch: Any) -> dict[str, int]:
     """The sizes that memory goes with."""
-    streams = plan.stream_lengths
-    with_queries = streams[plan.num_diffusion_streams :]
+    plan, streams = batch.rows, batch.rows.stream_lengths
+    with_queries = streams[plan.num_mixed_streams :]
     return {
         "rows": len(plan.tokens_R),
-        "loss rows": len(plan.targets_E),
+        "loss rows": len(batch.loss.targets_E),
         # What attention without a fused kernel holds.
         "pairs": sum(length**2 for length in streams)
         + sum(a * b for a, b in zip(plan.query_lengths, with_queries, strict=True)),
@@ -43,18 +51,18 @@ PLANS: dict[str, Overrides] = {
 @pytest.mark.parametrize("case", PLANS)
 def test_no_micro_batch_is_larger(case: str, tiny_data: Path, tmp_path: Path) -> None:
     from megatron_eso.training.batches import TrainingBatches
-    from megatron_eso.training.guards.dry_batch import plan_largest
 
     config = tiny_config(tmp_path, tiny_data, PLANS[case])
-    batches = TrainingBatches(config, TrainingData.open(config), 1)
-    largest = count_rows(plan_largest(config, 1).plan)
+    batches = TrainingBatches(
+        config, objective_of(config), TrainingData.open(config.data, config.run.seed), 1
+    )
+    largest = count_rows(batches.plan_largest())
     draw, seen = np.random.default_rng(0), 0
     while seen < NUM_MICRO_BATCHES:
         step = int(draw.integers(10_000))
-        for micro_batch in batches.plan_step(
-            step * config.train.global_batch_size, 0
-        ).micro_batches:
-            found = count_rows(micro_batch.plan)
+        place = batches.step(step, step * config.train.global_batch_size)
+        for micro_batch in batches.plan_step(place, 0).micro_batches:
+            found = count_rows(micro_batch)
             assert all(found[name] <= largest[name] for name in largest), (found, largest)
             seen += 1
     length, size = config.data.sequence_length, config.train.micro_batch_size
@@ -69,10 +77,8 @@ def run_dry(run: Path, data: Path, overrides: Overrides, tries: bool) -> tuple[A
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.batches import TrainingBatches
     from megatron_eso.training.guards.dry_batch import run_largest_batch
     from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import train_step
     from megatron_eso.training.train_state import build_train_state
 
     def copy(state: Any) -> list[torch.Tensor]:
@@ -87,17 +93,16 @@ def run_dry(run: Path, data: Path, overrides: Overrides, tries: bool) -> tuple[A
 
     config = tiny_config(run, data, overrides)
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = open_batches(config, groups)
         state = build_train_state(config, groups)
         before, counters = copy(state), state.counters
         if tries:
-            run_largest_batch(config, state, groups)
+            run_largest_batch(state, batches, groups, dropout_seed=config.run.seed)
         assert state.counters == counters
         after = copy(state)
         losses = []
         for _ in range(2):
-            plan = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
-            losses.append(train_step(config, state, plan, groups, flops_per_token=1.0).loss)
+            losses.append(take_step(config, state, batches, groups).loss)
         return before, after, losses, copy(state)
 
 
@@ -131,7 +136,8 @@ def raise_shortage(run: Path, data: Path, overrides: Overrides) -> str:
 
     config = tiny_config(run, data, overrides)
     with model_parallel_groups(config.parallel) as groups:
-        return str(explain_shortage(config, groups, 2**32))
+        num_rows = open_batches(config, groups).plan_largest().rows.num_rows
+        return str(explain_shortage(config, num_rows, 2**32))
 
 
 def test_the_error_names_the_levers(world: World, tiny_data: Path, tmp_path: Path) -> None:

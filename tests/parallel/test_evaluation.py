@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eso.data.samples.training_data import TrainingData
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.objectives.noise import draw_noise, validation_times
+from megatron_eso.objectives.objective import VALIDATION_SEED
+from megatron_eso.objectives.schedule import LogLinearSchedule
 from megatron_eso.sampler import EsoLM
-from megatron_eso.training.batches import VALIDATION_SEED
 from tests.support.dense_oracle import OracleConfig, dense_losses
 from tests.support.training import (
     LAYOUTS,
     OVERLAPPED,
     Overrides,
+    open_batches,
     read_checkpoint,
+    take_step,
     tiny_config,
     train_tiny,
 )
@@ -38,24 +41,24 @@ def evaluate_tiny(run: Path, data: Path, overrides: Overrides) -> tuple[Any, Any
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.batches import TrainingBatches
+    from megatron_eso.training.batches import ValidationBatches
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.evaluation import evaluate
     from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import train_step
     from megatron_eso.training.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
-    validation = TokenDataset.open(data / "validation")
+    validation = ValidationData.open(config.data)
+    assert validation is not None
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = open_batches(config, groups)
         state = build_train_state(config, groups)
         restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
-        ema = evaluate(config, state, validation, groups, use_ema=True)
-        raw = evaluate(config, state, validation, groups, use_ema=False)
-        plan = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
-        train_step(config, state, plan, groups, flops_per_token=1.0)
+        held_out = ValidationBatches(config, batches.objective, validation)
+        ema = evaluate(state, held_out, groups, use_ema=True)
+        raw = evaluate(state, held_out, groups, use_ema=False)
+        take_step(config, state, batches, groups)
         evaluated = Checkpoints(run / "evaluated", config.checkpoint, batches)
         after = evaluated.save(state, config, groups)
     return ema, raw, after
@@ -157,7 +160,7 @@ def test_validation_is_the_oracles(
             indices,
             np.full(len(indices), is_sequential),
             times,
-            alpha_0,
+            LogLinearSchedule(alpha_0),
             length,
             is_validation=True,
         )
@@ -169,7 +172,7 @@ def test_validation_is_the_oracles(
             for t, part in zip(times, parts, strict=True):
                 by_tenth.setdefault((math.floor(10 * t) + 0.5) / 10, []).append(part)
             expected = {t: sum(found) / len(found) for t, found in by_tenth.items()}
-            assert raw.diffusion_by_t == pytest.approx(expected, rel=NELBO_TOLERANCE)
+            assert raw.by_time["diffusion"] == pytest.approx(expected, rel=NELBO_TOLERANCE)
     assert raw.nelbo == pytest.approx(nelbo.mean(), rel=NELBO_TOLERANCE)
     error = nelbo.std(ddof=1) / math.sqrt(len(nelbo))
     assert raw.standard_error == pytest.approx(error, rel=1000 * NELBO_TOLERANCE)

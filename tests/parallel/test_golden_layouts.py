@@ -28,14 +28,13 @@ def compute_losses(run: Path, overrides: Overrides, golden: dict[str, Tensor]) -
     from megatron_eso.config.loading import read_config
     from megatron_eso.config.sections import ParallelConfig
     from megatron_eso.objectives.noise import Noise
-    from megatron_eso.objectives.rows import plan_rows
-    from megatron_eso.objectives.schedule import LogLinearSchedule
-    from megatron_eso.training.batches import MicroBatch, row_multiple
+    from megatron_eso.training.batches import row_multiple
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import run_schedule
     from megatron_eso.training.train_state import build_train_state
+    from tests.support.planning import eso_lm, plan_noise
 
     config = read_config(run / "config.json")
     keys = {key.removeprefix("parallel."): value for key, value in overrides.items()}
@@ -60,21 +59,14 @@ def compute_losses(run: Path, overrides: Overrides, golden: dict[str, Tensor]) -
             t_B=np.where(is_sequential, np.nan, times),
             is_sequential_B=is_sequential,
         )
-        plan = plan_rows(
-            golden["b.diffusion.x0"],
-            noise,
-            schedule=LogLinearSchedule(ALPHA_0),
-            loss_type="elbo",
-            mask_token_id=mask_token_id,
-            row_multiple=row_multiple(config),
-        )
-        micro_batches.append(
-            MicroBatch(plan=plan, indices=np.arange(len(is_masked)), is_sequential=is_sequential)
-        )
+        objective = eso_lm(mask_token_id, alpha_0=ALPHA_0)
+        x_0, multiple = golden["b.diffusion.x0"].numpy(), row_multiple(config.parallel)
+        micro_batches.append(plan_noise(objective, x_0, noise, row_multiple=multiple))
 
     def step(iterator, model):  # type: ignore[no-untyped-def]
-        plan = next(iterator).plan
-        return model(plan), lambda nll_E: (nll_E.sum(), nll_E[: plan.num_loss_rows])
+        batch = next(iterator)
+        nll = model(batch.rows, batch.loss.targets_E)
+        return nll, lambda nll_E: (nll_E.sum(), nll_E[: batch.loss.num_real])
 
     with model_parallel_groups(config.parallel) as groups:
         state = build_train_state(config, groups)

@@ -14,7 +14,7 @@ from tests.support.dense_oracle import (
     dense_objective,
     draw_parameters,
 )
-from tests.support.training import TP2, Overrides, tiny_config
+from tests.support.training import TP2, Overrides, open_batches, tiny_config
 from tests.support.world import World
 
 pytestmark = pytest.mark.parallel
@@ -54,15 +54,12 @@ def compute_gradients(
 
     from megatron.core.utils import unwrap_model
 
-    from megatron_eso.data.samples.training_data import TrainingData
     from megatron_eso.model.sharding import shard_parameters
-    from megatron_eso.training.batches import TrainingBatches
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.step import (
         forward_step,
         reduce_over_world,
         run_schedule,
-        sum_reports,
     )
     from megatron_eso.training.train_state import build_train_state
 
@@ -74,24 +71,25 @@ def compute_gradients(
         for parameter, sharded in shard_parameters(model):
             index = _index(sharded)
             parameter.data.copy_(megatron_tensors[sharded.key][index])
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
-        plan = batches.plan_step(0, groups.dp.rank())
+        batches = open_batches(config, groups)
+        plan = batches.plan_step(batches.step(0, 0), groups.dp.rank())
         step = partial(
             forward_step,
+            objective=batches.objective,
             tokens=plan.tokens,
             scale=len(plan.micro_batches),
             dropout_seed=None,
             pp_rank=0,
         )
         reports = run_schedule(step, state, plan.micro_batches, groups, forward_only=False)
-        losses = reduce_over_world(sum_reports(reports), groups)
+        losses = reduce_over_world(torch.stack(reports).sum(0), groups)
         for parameter, sharded in shard_parameters(model):
             whole = torch.zeros_like(megatron_tensors[sharded.key])
             whole[_index(sharded)] = parameter.main_grad
             if whole.shape != parameter.shape:
                 torch.distributed.all_reduce(whole)
             gradients[sharded.key] = whole
-    return float(losses[:2].sum()), gradients
+    return float(batches.objective.combine(losses[: len(losses) // 2])), gradients
 
 
 def _index(sharded):  # type: ignore[no-untyped-def]
@@ -147,20 +145,23 @@ def oracle_loss(config, oracle, parameters):  # type: ignore[no-untyped-def]
     """The oracle's loss of the first step's samples, each at its own length."""
     import numpy as np
 
+    from megatron_eso.data.samples.lengths import draw_lengths
     from megatron_eso.data.samples.order import SampleOrder
     from megatron_eso.data.shards.reader import TokenDataset
     from megatron_eso.objectives.dealing import Dealing
-    from megatron_eso.objectives.noise import diffusion_times, draw_lengths, draw_noise
+    from megatron_eso.objectives.noise import diffusion_times, draw_noise
+    from megatron_eso.objectives.schedule import LogLinearSchedule
 
     dataset, train, seed = TokenDataset.open(config.data.train), config.train, config.run.seed
     sizes = (train.global_batch_size, train.micro_batch_size, 1)
     dealing = Dealing(*sizes, config.objective.batch_split)
     places = np.concatenate(dealing.micro_batches(0))
-    is_sequential = dealing.is_sequential(places)
-    times = diffusion_times(seed, 0, dealing, places)
+    is_sequential = dealing.split.phases(places) == 1
+    times = diffusion_times(seed, 0, dealing.split, places)
     alpha_0, length = config.objective.alpha_0, config.data.sequence_length
     lengths = draw_lengths(seed, places, config.data.ssl_ratio, length)
-    noise = draw_noise(seed, places, is_sequential, times, alpha_0, length, length_B=lengths)
+    schedule = LogLinearSchedule(alpha_0)
+    noise = draw_noise(seed, places, is_sequential, times, schedule, length, length_B=lengths)
     if config.data.framing == "bos_eos":
         rows = SampleOrder(seed, dataset.num_rows(length - 2)).rows(places)
         tokenizer = dataset.manifest.tokenizer

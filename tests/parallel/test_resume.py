@@ -13,6 +13,7 @@ from tests.support.training import (
     PP2,
     TP2,
     Overrides,
+    open_batches,
     read_checkpoint,
     train_tiny,
 )
@@ -99,8 +100,6 @@ def resave(run: Path, data: Path, overrides: Overrides, to: Path) -> None:
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.data.samples.training_data import TrainingData
-    from megatron_eso.training.batches import TrainingBatches
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.parallel import model_parallel_groups
@@ -109,7 +108,7 @@ def resave(run: Path, data: Path, overrides: Overrides, to: Path) -> None:
 
     config = tiny_config(run, data, overrides)
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = open_batches(config, groups)
         state = build_train_state(config, groups)
         restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
         Checkpoints(to, config.checkpoint, batches).save(state, config, groups)

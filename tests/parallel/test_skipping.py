@@ -18,7 +18,7 @@ from megatron_eso.runs.steps import list_checkpoints
 from megatron_eso.training.records.moving_statistics import WARMUP_STEPS
 from tests.support.loop import Ran, run_loop
 from tests.support.torchrun import read_records
-from tests.support.training import LAYOUTS, OVERLAPPED, Overrides
+from tests.support.training import LAYOUTS, OVERLAPPED, Overrides, open_batches, take_step
 from tests.support.world import World
 
 pytestmark = pytest.mark.parallel
@@ -232,25 +232,21 @@ def go_on_elsewhere(run: Path, data: Path, overrides: Overrides, consumed: int) 
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.data.samples.training_data import TrainingData
-    from megatron_eso.training.batches import TrainingBatches
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import train_step
     from megatron_eso.training.train_state import build_train_state
     from tests.support.training import tiny_config
 
     config = tiny_config(run, data, overrides)
     losses = []
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = open_batches(config, groups)
         state = build_train_state(config, groups)
         restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
         state.counters = dataclasses.replace(state.counters, consumed_samples=consumed)
         while state.counters.step < config.train.num_steps:
-            plan = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
-            losses.append(train_step(config, state, plan, groups, flops_per_token=1.0).loss)
+            losses.append(take_step(config, state, batches, groups).loss)
     return losses
 
 

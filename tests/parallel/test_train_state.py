@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-
 from megatron_eso.estimates.costs import count_parameters
+
 from tests.parallel.test_conversion import GATED, LLAMA
 from tests.support.training import (
     LAYOUTS,
     OVERLAPPED,
     TP2,
     Overrides,
+    open_batches,
     read_checkpoint,
     tiny_config,
     train_tiny,
@@ -49,10 +50,8 @@ def train_through_damage(run: Path, data: Path, overrides: Overrides, rank: int)
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.data.samples.training_data import TrainingData
-    from megatron_eso.training.batches import TrainingBatches
     from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import StepResult, train_step
+    from megatron_eso.training.step import StepResult
     from megatron_eso.training.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
@@ -62,13 +61,12 @@ def train_through_damage(run: Path, data: Path, overrides: Overrides, rank: int)
         return torch.full_like(gradient, math.nan)
 
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = open_batches(config, groups)
         state = build_train_state(config, groups)
         weight = next(p for p in state.parameters if "linear_fc2.weight" in p.sharded.key).model
 
         def take_step() -> StepResult:
-            plan = batches.plan_step(state.counters.consumed_samples, groups.dp.rank())
-            return train_step(config, state, plan, groups, 1.0)
+            return take_step(config, state, batches, groups)
 
         results = [take_step()]
         before = [p.main.detach().clone() for p in state.parameters if p.main is not None]

@@ -145,7 +145,8 @@ def test_a_slow_rank_is_found(watched: Path) -> None:
 
 
 def test_the_mix_is_that_of_the_samples(watched: Path, tiny_data: Path) -> None:
-    data = TrainingData.open(tiny_config(watched, tiny_data, overrides_for(tiny_data)))
+    config = tiny_config(watched, tiny_data, overrides_for(tiny_data))
+    data = TrainingData.open(config.data, config.run.seed)
     for record in read_records(watched):
         if "train/loss" not in record:
             continue

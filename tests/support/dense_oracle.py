@@ -2,7 +2,7 @@
 
 The oracle is written from the paper (arXiv 2506.01928) and the reference (models/dit.py, algo.py):
 whole sequences, dense boolean masks, `2T x 2T` in the sequential phase, softmax spelled out. It
-shares nothing with the package. The second forward is the package's way: row plan, row attention,
+shares nothing with the package. The second forward is the package's way: rows, row attention,
 loss rows only in the last layer, per-phase sums.
 
 Parameters are a dict with the sampler directory's tensor names. What is optional goes by presence:
@@ -14,17 +14,20 @@ groups, D head dimension, V vocabulary; a star stands for any leading dimensions
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_eso.model.attention_backend import AttentionBackend
 from megatron_eso.model.row_attention import attend_loss_rows, attend_rows
 from megatron_eso.objectives.dealing import Dealing
-from megatron_eso.objectives.loss import PhaseTokens, normalize_phases, sum_phases
+from megatron_eso.objectives.loss import normalize_phases, sum_phases
 from megatron_eso.objectives.noise import Noise
-from megatron_eso.objectives.rows import RowPlan
+from megatron_eso.objectives.objective import Objective
+from megatron_eso.objectives.rows import MicroBatch
 
 Parameters = dict[str, Tensor]
 
@@ -187,7 +190,7 @@ def dense_objective(losses: DenseLosses, noise: Noise, dealing: Dealing) -> Tens
     is_sequential_B = torch.from_numpy(noise.is_sequential_B)
     sum_B = losses.nll_BT.sum(1) * losses.weights_B
     length_B = torch.from_numpy(noise.length_B)
-    assert is_sequential_B.sum() == (1 - dealing.batch_split) * dealing.global_batch_size
+    assert is_sequential_B.sum() == (1 - dealing.share) * dealing.global_batch_size
     total = torch.zeros((), dtype=torch.float64)
     for in_phase_B in (~is_sequential_B, is_sequential_B):
         if in_phase_B.any():
@@ -221,36 +224,46 @@ def _as_float32_values(weights: list[float]) -> Tensor:
 # The package's way.
 
 
-def row_losses(parameters: Parameters, config: OracleConfig, plan: RowPlan) -> Tensor:
-    """`-log p(target)` `[E]` of a plan's loss rows, padding included."""
-    hidden = parameters["embed_tokens.weight"][plan.tokens_R]
+def row_losses(
+    parameters: Parameters, config: OracleConfig, batch: MicroBatch, backend: AttentionBackend
+) -> Tensor:
+    """`-log p(target)` `[E]` of a micro-batch's loss rows, padding included."""
+    rows = batch.rows
+    hidden = parameters["embed_tokens.weight"][rows.tokens_R]
     for i in range(config.num_layers):
-        q, k, v = _project_qkv(parameters, config, i, hidden, plan.positions_R)
+        q, k, v = _project_qkv(parameters, config, i, hidden, rows.positions_R)
         if i < config.num_layers - 1:
-            mixed = attend_rows(q, k, v, plan)
+            mixed = attend_rows(q, k, v, rows, backend)
         else:
-            mixed = attend_loss_rows(q[plan.loss_rows_E], k, v, plan)
-            hidden = hidden[plan.loss_rows_E]
+            mixed = attend_loss_rows(q[rows.loss_rows_E], k, v, rows, backend)
+            hidden = hidden[rows.loss_rows_E]
         hidden = _finish_layer(parameters, config, i, hidden, mixed)
     hidden = _normalize(parameters, "norm", hidden, config.norm_epsilon)
     logits_1EV = _head(parameters, hidden)[None]
-    return token_losses(logits_1EV, plan.targets_E[None], config.mask_token_id)[0]
+    return token_losses(logits_1EV, batch.loss.targets_E[None], config.mask_token_id)[0]
 
 
 def row_objective(
     parameters: Parameters,
     config: OracleConfig,
-    plans: list[RowPlan],
-    tokens: PhaseTokens,
+    batches: list[MicroBatch],
+    objective: Objective,
+    tokens: Sequence[int],
+    backend: AttentionBackend,
 ) -> Tensor:
     """The loss of a global batch of the given micro-batches and real tokens."""
-    sums = torch.stack(
+    sums_P = torch.stack(
         [
-            sum_phases(row_losses(parameters, config, plan), plan.weights_E.double(), plan)
-            for plan in plans
+            sum_phases(
+                row_losses(parameters, config, batch, backend),
+                batch.loss.weights_E.double(),
+                batch.loss,
+                len(tokens),
+            )
+            for batch in batches
         ]
     ).sum(0)
-    return normalize_phases(sums, tokens).sum()
+    return objective.combine(normalize_phases(sums_P, tokens))
 
 
 # Parts of a layer that know nothing of masks and rows.

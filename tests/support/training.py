@@ -14,6 +14,7 @@ from megatron_eso.config.loading import load_config
 from megatron_eso.config.sections import Config
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.shards.reader import TokenDataset
+from tests.support.planning import objective_of
 
 PARALLEL = "parallel."
 TP2 = {"parallel.tensor_model_parallel_size": 2}
@@ -95,30 +96,51 @@ def train_tiny(run: Path, data: Path, overrides: Overrides, num_steps: int) -> T
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.batches import TrainingBatches
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.prefetch import StepPrefetcher
-    from megatron_eso.training.step import train_step
     from megatron_eso.training.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
     losses, grad_norms = [], []
     with model_parallel_groups(config.parallel) as groups:
-        batches = TrainingBatches(config, TrainingData.open(config), groups.dp.size())
+        batches = open_batches(config, groups)
         state = build_train_state(config, groups)
         checkpoints = Checkpoints(run / "checkpoints", config.checkpoint, batches)
         restore(state, config, checkpoints)
         prefetcher = StepPrefetcher(batches, groups.dp.rank(), config.data.prefetch_steps)
         with prefetcher:
             while state.counters.step < num_steps:
-                plan = prefetcher.take(state.counters.consumed_samples)
-                result = train_step(config, state, plan, groups, flops_per_token=1.0)
+                result = take_step(config, state, batches, groups, prefetcher)
                 losses.append(result.loss)
                 grad_norms.append(result.grad_norm)
         checkpoint = checkpoints.save(state, config, groups)
     return Trained(losses=losses, grad_norms=grad_norms, checkpoint=checkpoint)
+
+
+def open_batches(config: Config, groups: Any) -> Any:
+    """The batches of a small run, with its objective."""
+    from megatron_eso.training.batches import TrainingBatches
+
+    data = TrainingData.open(config.data, config.run.seed)
+    return TrainingBatches(config, objective_of(config), data, groups.dp.size())
+
+
+def take_step(config: Config, state: Any, batches: Any, groups: Any, prefetcher: Any = None) -> Any:
+    """One training step from where the state stands; its batch is planned now, or taken."""
+    from megatron_eso.training.step import train_step
+
+    step = batches.step(state.counters.step, state.counters.consumed_samples)
+    return train_step(
+        state,
+        prefetcher.take(step) if prefetcher else batches.plan_step(step, groups.dp.rank()),
+        batches.objective,
+        config.train,
+        groups,
+        flops_per_token=1.0,
+        dropout_seed=config.run.seed if config.model.hidden_dropout > 0 else None,
+    )
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Tensor]:

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from checkpoints_conversion.official import fold_official, read_official
+from megatron_eso.model.attention_backend import BACKENDS
 from megatron_eso.objectives.dealing import Dealing
-from megatron_eso.objectives.loss import count_phase_tokens
 from megatron_eso.objectives.noise import Noise, diffusion_times, draw_noise
-from megatron_eso.objectives.rows import RowPlan, plan_rows
+from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.objectives.schedule import LogLinearSchedule
 from tests.support.dense_oracle import (
     OracleConfig,
@@ -25,6 +25,7 @@ from tests.support.dense_oracle import (
     row_objective,
     sequential_logits,
 )
+from tests.support.planning import eso_lm, plan_noise
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # The golden numbers are float32: tests/golden/README.md.
@@ -51,9 +52,9 @@ def draw_batch(
 ) -> tuple[NDArray[np.int64], Noise]:
     indices = np.arange(dealing.global_batch_size)
     x_0 = np.random.default_rng(SEED).integers(0, MASK, (len(indices), length))
-    times = diffusion_times(SEED, 0, dealing, indices)
-    is_sequential = dealing.is_sequential(indices)
-    noise = draw_noise(SEED, indices, is_sequential, times, alpha_0, length, length_B=length_B)
+    times = diffusion_times(SEED, 0, dealing.split, indices)
+    is_sequential, schedule = dealing.split.phases(indices) == 1, LogLinearSchedule(alpha_0)
+    noise = draw_noise(SEED, indices, is_sequential, times, schedule, length, length_B=length_B)
     return x_0, noise
 
 
@@ -101,16 +102,11 @@ def assert_agree(
 ) -> tuple[float, float]:
     """Compares per-token losses, objective and every gradient; returns the largest differences."""
     config, parameters = build_model(**options)
+    objective, backend = eso_lm(MASK, alpha_0=alpha_0, loss_type=loss_type), BACKENDS["torch"]()
 
-    def plan(places: NDArray[np.int64]) -> RowPlan:
-        return plan_rows(
-            x_0[places],
-            pick(noise, places),
-            schedule=LogLinearSchedule(alpha_0),
-            loss_type=loss_type,
-            mask_token_id=MASK,
-            row_multiple=row_multiple,
-        )
+    def plan(places: NDArray[np.int64]) -> MicroBatch:
+        some = pick(noise, places)
+        return plan_noise(objective, x_0[places], some, row_multiple=row_multiple)
 
     batches = [
         places
@@ -122,10 +118,10 @@ def assert_agree(
     )
     loss_difference = 0.0
     for places in batches:
-        rows = plan(places)
-        real = slice(rows.num_loss_rows)
-        nll = row_losses(parameters, config, rows)[real]
-        samples = places[rows.sample_E[real].numpy()]
+        batch = plan(places)
+        real, loss_rows = slice(batch.loss.num_real), batch.loss
+        nll = row_losses(parameters, config, batch, backend)[real]
+        samples = places[loss_rows.sample_E[real].numpy()]
         expected = torch.cat(
             [
                 losses.nll_BT[b, : noise.length_B[b]][-noise.is_masked_BT[b].sum() :]
@@ -134,15 +130,16 @@ def assert_agree(
             or [nll]
         )
         assert len(nll) == noise.is_masked_BT[places].sum()
-        assert torch.equal(losses.weights_B[samples].float(), rows.weights_E[real])
-        assert torch.equal(losses.elbo_weights_B[samples].float(), rows.elbo_weights_E[real])
+        assert torch.equal(losses.weights_B[samples].float(), loss_rows.weights_E[real])
+        assert torch.equal(losses.elbo_weights_B[samples].float(), loss_rows.elbo_weights_E[real])
         if len(nll):
             loss_difference = max(loss_difference, (nll - expected).abs().max().item())
     assert loss_difference < LOSS_TOLERANCE
 
     expected_loss = dense_objective(losses, noise, dealing)
-    tokens = count_phase_tokens(dealing, noise.length_B)
-    loss = row_objective(parameters, config, [plan(p) for p in batches], tokens)
+    tokens = dealing.count_tokens(noise.length_B, 2)
+    planned = [plan(places) for places in batches]
+    loss = row_objective(parameters, config, planned, objective, tokens, backend)
     assert abs((loss - expected_loss).item()) < LOSS_TOLERANCE
     expected_gradients, found_gradients = (gradients(x, parameters) for x in (expected_loss, loss))
     gradient_difference = max(
@@ -257,14 +254,7 @@ def test_oracle_and_rows_give_the_numbers_of_the_reference() -> None:
     assert (weighted - expected).abs().max() < GOLDEN_TOLERANCE
     assert (losses.nll_BT[:num_samples] - diffusion["nll_low_var"]).abs().max() < GOLDEN_TOLERANCE
 
-    plan = plan_rows(
-        both,
-        noise,
-        schedule=LogLinearSchedule(0.25),
-        loss_type="elbo",
-        mask_token_id=mask_token_id,
-        row_multiple=1,
-    )
-    found = row_losses(parameters, config, plan) * plan.weights_E
+    batch = plan_noise(eso_lm(mask_token_id, alpha_0=0.25), both.numpy(), noise)
+    found = row_losses(parameters, config, batch, BACKENDS["torch"]()) * batch.loss.weights_E
     in_slots = is_masked.gather(1, torch.from_numpy(noise.permutation_BT))
     assert (found - expected[in_slots]).abs().max() < GOLDEN_TOLERANCE

@@ -17,13 +17,24 @@ PACKAGES = ("megatron_eso", "pretrain", "data_tools", "checkpoints_conversion")
 OUTSIDE = ("tests", "slurm", "setup")
 
 ERRORS = ("megatron_eso.errors",)
-BASE = (*ERRORS, "megatron_eso.files")
+BASE = (
+    *ERRORS,
+    "megatron_eso.files",
+    "megatron_eso.locks",
+    "megatron_eso.progress",
+    "megatron_eso.quantities",
+    "megatron_eso.retries",
+)
 CONFIG = ("megatron_eso.config",)
+SECTIONS = ("megatron_eso.config.sections",)
 RANDOMNESS = ("megatron_eso.randomness",)
 OBJECTIVES = ("megatron_eso.objectives",)
 RUNS = ("megatron_eso.runs",)
 ESTIMATES = ("megatron_eso.estimates",)
-SHARDS = ("megatron_eso.data.shards", "megatron_eso.data.remote", "megatron_eso.data.tokenizers")
+TOKENIZERS = ("megatron_eso.data.tokenizers",)
+FINGERPRINT = ("megatron_eso.data.tokenizers.fingerprint",)
+SHARDS = ("megatron_eso.data.shards", *FINGERPRINT)
+REMOTE = ("megatron_eso.data.remote", *SHARDS)
 SAMPLES = ("megatron_eso.data.samples",)
 MODEL = ("megatron_eso.model",)
 TRAINING = ("megatron_eso.training",)
@@ -32,35 +43,33 @@ SAMPLER = ("megatron_eso.sampler",)
 # Room -> what of ours it may import beside itself; the longest name that fits a module counts.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.errors": (),
-    "megatron_eso.files": (),
+    "megatron_eso.quantities": (),
+    "megatron_eso.retries": (),
+    "megatron_eso.locks": ERRORS,
+    "megatron_eso.files": (*ERRORS, "megatron_eso.locks"),
+    "megatron_eso.progress": ("megatron_eso.quantities",),
     "megatron_eso.config": ERRORS,
     "megatron_eso.randomness": (),
     "megatron_eso.objectives": ERRORS + CONFIG + RANDOMNESS,
     "megatron_eso.runs": BASE + CONFIG,
     "megatron_eso.estimates": ERRORS + CONFIG + OBJECTIVES,
     "megatron_eso.data": (),
-    "megatron_eso.data.tokenizers": BASE + SHARDS,
-    "megatron_eso.data.remote": BASE + CONFIG + SHARDS,
-    "megatron_eso.data.shards": BASE + CONFIG + RANDOMNESS + SHARDS,
-    "megatron_eso.data.samples": BASE + CONFIG + RANDOMNESS + SHARDS,
+    "megatron_eso.data.tokenizers": ERRORS,
+    "megatron_eso.data.shards": BASE + RANDOMNESS + FINGERPRINT,
+    "megatron_eso.data.remote": BASE + SHARDS,
+    "megatron_eso.data.samples": ERRORS + SECTIONS + RANDOMNESS + REMOTE,
     "megatron_eso.model": ERRORS + CONFIG + OBJECTIVES,
     "megatron_eso.training": BASE
-    + (CONFIG + RANDOMNESS + OBJECTIVES + RUNS + ESTIMATES + SHARDS + SAMPLES + MODEL),
+    + (CONFIG + RANDOMNESS + OBJECTIVES + RUNS + ESTIMATES + SAMPLES + FINGERPRINT + MODEL),
     "megatron_eso.sampler": BASE + RANDOMNESS + ("megatron_eso.objectives.schedule",),
     "megatron_eso.sampler.__main__": BASE + SAMPLER + ("megatron_eso.data.tokenizers",),
-    "data_tools": BASE + CONFIG + RANDOMNESS + RUNS + SHARDS + SAMPLES,
-    "data_tools.text": BASE + ("megatron_eso.data.tokenizers",),
-    "data_tools.build": BASE + SHARDS + RANDOMNESS + ("data_tools.text", "data_tools.progress"),
-    "data_tools.imports": BASE + SHARDS + ("data_tools.build", "data_tools.progress"),
+    "data_tools": BASE + REMOTE + TOKENIZERS,
+    "data_tools.text": BASE + TOKENIZERS,
+    "data_tools.build": BASE + SHARDS + TOKENIZERS + RANDOMNESS + ("data_tools.text",),
+    "data_tools.imports": BASE + SHARDS + TOKENIZERS + ("data_tools.build",),
     "data_tools.reports": BASE
-    + (
-        CONFIG
-        + RUNS
-        + SHARDS
-        + SAMPLES
-        + ("data_tools.locations", "data_tools.progress", "data_tools.build")
-    ),
-    "checkpoints_conversion": BASE + CONFIG + RANDOMNESS + RUNS + SHARDS + SAMPLER,
+    + (CONFIG + RUNS + REMOTE + TOKENIZERS + SAMPLES + ("data_tools.build",)),
+    "checkpoints_conversion": BASE + CONFIG + RANDOMNESS + RUNS + TOKENIZERS + SAMPLER,
     "checkpoints_conversion.parameter_map": ERRORS + SAMPLER,
     "pretrain": ("megatron_eso", "data_tools", "checkpoints_conversion"),
 }
@@ -159,13 +168,15 @@ def test_a_violation_is_found(tmp_path: Path, file: str, line: str, violation: s
     [
         (
             "megatron torch numpy",
-            "megatron_eso.config.loading megatron_eso.errors megatron_eso.runs.run_directory "
+            "megatron_eso.config.loading megatron_eso.errors megatron_eso.files "
+            "megatron_eso.progress megatron_eso.retries megatron_eso.runs.run_directory "
             "megatron_eso.runs.checkpoint_state megatron_eso.runs.restarts pretrain.status",
         ),
-        ("megatron torch", "megatron_eso.data.shards.shard_format megatron_eso.estimates.dry_run"),
+        ("megatron torch", "megatron_eso.data.shards.format megatron_eso.runs.file_index"),
         (
             "megatron",
-            "megatron_eso.objectives.rows megatron_eso.data.samples.training_data "
+            "megatron_eso.objectives.build megatron_eso.data.samples.training_data "
+            "megatron_eso.estimates.dry_run "
             "megatron_eso.sampler megatron_eso.runs.torch_dist "
             "checkpoints_conversion.parameter_map",
         ),

@@ -38,7 +38,7 @@ class Corpus:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Phase:
+class BlendPhase:
     """A stretch of the run with one blend. Its tuples are by corpus, and end with the last known.
 
     A corpus that is no longer drawn has quota 0.
@@ -69,14 +69,16 @@ class Blend:
 
     seed: int
     corpora: tuple[Corpus, ...]
-    phases: tuple[Phase, ...]
+    phases: tuple[BlendPhase, ...]
 
     @classmethod
     def begin(
         cls, seed: int, corpora: Sequence[Corpus], quotas: Sequence[int], number: int = 1
     ) -> "Blend":
         """The order of a run that starts with this blend."""
-        phase = Phase(number=number, start=0, quotas=tuple(quotas), first_draws=(0,) * len(corpora))
+        phase = BlendPhase(
+            number=number, start=0, quotas=tuple(quotas), first_draws=(0,) * len(corpora)
+        )
         return cls(seed=seed, corpora=tuple(corpora), phases=(phase,))
 
     @property
@@ -106,7 +108,7 @@ class Blend:
             first + quota * blocks
             for first, quota in zip(last.first_draws, last.quotas, strict=True)
         ]
-        phase = Phase(
+        phase = BlendPhase(
             number=number,
             start=start,
             quotas=tuple(wanted.get(corpus.dataset_id, 0) for corpus in run_corpora),

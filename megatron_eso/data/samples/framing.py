@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_eso.config.sections import DataConfig
-from megatron_eso.data.shards.manifest import TokenizerFingerprint
+from megatron_eso.data.tokenizers.fingerprint import TokenizerFingerprint
 from megatron_eso.errors import ConfigError
 
 

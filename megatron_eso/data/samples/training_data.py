@@ -7,50 +7,64 @@ import dataclasses
 import json
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_eso.config.sections import Config, DataConfig
-from megatron_eso.data.remote.shard_cache import ShardCache
+from megatron_eso.config.sections import DataConfig
 from megatron_eso.data.samples.blend import (
     BLOCK_SAMPLES,
     Blend,
+    BlendPhase,
     Corpus,
-    Phase,
     Places,
     resolve_quotas,
 )
+from megatron_eso.data.samples.corpora import (
+    check_tokenizer,
+    open_corpus,
+    read_quarantine,
+    read_vocabulary,
+    warn_of_unknown,
+)
+from megatron_eso.data.samples.framing import Framing
 from megatron_eso.data.samples.order import ORDER_VERSION
-from megatron_eso.data.shards.quarantine import Quarantine
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.shards.sources import ShardSource
+from megatron_eso.data.tokenizers.fingerprint import name_differences
 from megatron_eso.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 
 class TrainingData:
-    """The corpora of a run in the order of its samples. Reading is safe from several threads.
+    """The corpora of a run in the order of its samples; a `SampleSource`.
 
     Attributes:
         datasets: by dataset id, those of the present blend.
         blend: the order of the run.
         row_tokens: S.
         tokenizer: of all corpora.
+        vocabulary: the ids that may occur, and the mask token, which never does.
         tokenizer_directory: where its files lie.
     """
 
-    def __init__(self, config: Config, datasets: tuple[TokenDataset, ...]) -> None:
-        """The start of a run with `datasets`, in the order of `data.train`.
+    def __init__(self, data: DataConfig, seed: int, datasets: tuple[TokenDataset, ...]) -> None:
+        """The start of a run.
+
+        Args:
+            data: the section of the configuration.
+            seed: `run.seed`.
+            datasets: of `data.train`, in its order.
 
         Raises:
-            ConfigError: they do not go together.
+            ConfigError: they do not go together, or lack the tokens of the framing.
             DataError: one has no row.
         """
-        data = config.data
         self.tokenizer = datasets[0].manifest.tokenizer
+        self.vocabulary = read_vocabulary(datasets[0])
         for corpus, dataset in zip(data.train_corpora, datasets, strict=True):
             check_tokenizer("data.train", corpus, dataset, self.tokenizer.identity)
         self.datasets = {dataset.dataset_id: dataset for dataset in datasets}
@@ -60,6 +74,8 @@ class TrainingData:
                 f"it once, and raise its weight in data.train_weights"
             )
         self.row_tokens = data.row_tokens
+        self._framing = Framing.resolve(data, self.tokenizer)
+        self._phase = data.phase
         self.tokenizer_directory = datasets[0].tokenizer_directory
         self._names = dict(zip(self.datasets, data.train_corpora, strict=True))
         self._quarantine_sha256 = read_quarantine(data).sha256
@@ -68,28 +84,26 @@ class TrainingData:
             for dataset in datasets
         )
         self._quotas = _resolve(data, [corpus.num_rows for corpus in self._corpora])
-        self.blend = Blend.begin(config.run.seed, self._corpora, self._quotas, data.phase)
+        self.blend = Blend.begin(seed, self._corpora, self._quotas, data.phase)
 
     @classmethod
-    def open(cls, config: Config) -> "TrainingData":
+    def open(cls, data: DataConfig, seed: int) -> "TrainingData":
         """Open the corpora of `data.train` for the start of a run.
+
+        Args:
+            data: the section of the configuration.
+            seed: `run.seed`.
 
         Raises:
             ConfigError: they do not go together.
             DataError: one is missing or damaged, or has no row.
         """
-        corpora = config.data.train_corpora
-        return cls(config, tuple(open_dataset(corpus, config.data) for corpus in corpora))
+        return cls(data, seed, tuple(open_corpus(name, data) for name in data.train_corpora))
 
     @property
-    def vocab_size(self) -> int:
-        """Ids of the tokenizer, the mask token among them."""
-        return self.tokenizer.vocab_size
-
-    @property
-    def mask_token_id(self) -> int:
-        """Id of the mask token; it never occurs in the data."""
-        return self.tokenizer.mask_token_id
+    def sources(self) -> list[ShardSource]:
+        """Where the shards come from, for `stage_shards`."""
+        return [dataset.shards for dataset in self.datasets.values()]
 
     def locate(self, sample_indices: npt.NDArray[np.int64]) -> Places:
         """Where samples come from; the rows are those that are read, quarantine considered.
@@ -105,8 +119,12 @@ class TrainingData:
             row_N[of_corpus_N] = rows
         return dataclasses.replace(places, row_N=row_N)
 
+    def samples(self, indices_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Read samples with their framing, without end; see `SampleSource.samples`."""
+        return self._framing.frame(self.rows(indices_B))
+
     def rows(self, sample_indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Read samples, without framing.
+        """Read the text of samples, without framing.
 
         Args:
             sample_indices: int64 [N], from 0 upwards without end.
@@ -166,15 +184,12 @@ class TrainingData:
             "quarantine_sha256": self._quarantine_sha256,
         }
 
-    def resume(
-        self, state: Mapping[str, Any], *, consumed_samples: int, phase: int, source: str
-    ) -> None:
+    def resume(self, state: Mapping[str, Any], *, consumed_samples: int, source: str) -> None:
         """Continue the order of a checkpoint, in a new phase where `data.phase` says so.
 
         Args:
             state: `state` of the run that wrote the checkpoint.
             consumed_samples: of that run.
-            phase: `data.phase`.
             source: the checkpoint, for errors.
 
         Raises:
@@ -183,7 +198,7 @@ class TrainingData:
         elsewhere = f"another run.directory with checkpoint.init_from = {source}"
         if state["tokenizer"] != self.tokenizer.identity:
             names = ", ".join(self._names.values())
-            found = _name_differences(state["tokenizer"], self.tokenizer.identity)
+            found = name_differences(state["tokenizer"], self.tokenizer.identity)
             raise ConfigError(
                 f"data.train = {names}: its tokenizer is not that of {source} ({found}): name "
                 f"shards of the run's tokenizer, or start {elsewhere} and "
@@ -197,10 +212,10 @@ class TrainingData:
                     f"its order; start {elsewhere}"
                 )
         blend = _decode_blend(state)
-        if blend.quotas == self.blend.quotas and phase <= blend.phases[-1].number:
+        if blend.quotas == self.blend.quotas and self._phase <= blend.phases[-1].number:
             self.blend = blend
         else:
-            self.blend = self._change(blend, consumed_samples, phase, source)
+            self.blend = self._change(blend, consumed_samples, source)
         self._check_open(consumed_samples)
         if state["quarantine_sha256"] != self._quarantine_sha256:
             logger.warning(
@@ -208,10 +223,10 @@ class TrainingData:
                 "those that it names", source,
             )  # fmt: skip
 
-    def _change(self, blend: Blend, consumed_samples: int, phase: int, source: str) -> Blend:
+    def _change(self, blend: Blend, consumed_samples: int, source: str) -> Blend:
         """The run's order with the configured blend as a new phase."""
         old, new = self.describe(blend), self.describe()
-        last = blend.phases[-1].number
+        phase, last = self._phase, blend.phases[-1].number
         if phase != last + 1:
             what = "another blend" if blend.quotas != self.blend.quotas else "the same blend"
             raise ConfigError(
@@ -240,78 +255,30 @@ class TrainingData:
                     )
 
 
-def open_run_data(config: Config) -> tuple[TrainingData, TokenDataset | None]:
+def open_run_data(data: DataConfig, seed: int) -> tuple[TrainingData, ValidationData | None]:
     """Open the shards of a run: for training, and for validation where there are any.
+
+    Args:
+        data: the section of the configuration.
+        seed: `run.seed`.
 
     Raises:
         ConfigError: they do not go together.
         DataError: shards are missing or damaged, or have no row.
     """
-    train = TrainingData.open(config)
-    validation = open_validation(config.data)
+    train = TrainingData.open(data, seed)
+    validation = ValidationData.open(data)
+    dataset_ids = list(train.datasets)
     if validation is not None:
-        location = str(config.data.validation)
-        check_tokenizer("data.validation", location, validation, train.tokenizer.identity)
-    known = {*train.datasets, *([] if validation is None else [validation.dataset_id])}
-    for unknown in sorted(read_quarantine(config.data).records.keys() - known):
-        logger.warning("data.quarantine: no dataset of this run has the id %s", unknown)
+        validation.check_tokenizer(train.tokenizer.identity)
+        dataset_ids.append(validation.dataset.dataset_id)
+    warn_of_unknown(data, dataset_ids)
     return train, validation
-
-
-def open_validation(data: DataConfig) -> TokenDataset | None:
-    """Open the validation shards, where there are any.
-
-    Raises:
-        DataError: they are missing or damaged.
-    """
-    return None if data.validation is None else open_dataset(data.validation, data)
-
-
-def open_dataset(location: str, data: DataConfig) -> TokenDataset:
-    """Open shards as the configuration says.
-
-    Raises:
-        DataError: they or the quarantine list are missing or damaged.
-    """
-    cache = ShardCache.at(data.cache_directory, data.cache_gib)
-    return TokenDataset.open(location, quarantine=read_quarantine(data), cache=cache)
-
-
-def read_quarantine(data: DataConfig) -> Quarantine:
-    """The list that `data.quarantine` names, an empty one where it names none."""
-    return Quarantine.read(Path(data.quarantine)) if data.quarantine else Quarantine()
-
-
-def check_tokenizer(
-    key: str, location: str, dataset: TokenDataset, expected: Mapping[str, Any]
-) -> None:
-    """Refuse a dataset whose token ids mean something else.
-
-    Args:
-        key: that names the dataset in the configuration.
-        location: its value.
-        dataset: to be checked.
-        expected: `identity` of the run's tokenizer.
-
-    Raises:
-        ConfigError: another tokenizer.
-    """
-    found = dataset.manifest.tokenizer.identity
-    if found != expected:
-        raise ConfigError(
-            f"{key} = {location}: its tokenizer is not that of the run's other shards "
-            f"({_name_differences(expected, found)}): build all shards of a run with one tokenizer"
-        )
-
-
-def _name_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    return ", ".join(f"{name} {new.get(name)}, not {old.get(name)}" for name in names)
 
 
 def _decode_blend(state: Mapping[str, Any]) -> Blend:
     phases = [
-        Phase(
+        BlendPhase(
             number=phase["number"],
             start=phase["start"],
             quotas=tuple(phase["quotas"]),

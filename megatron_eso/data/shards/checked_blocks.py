@@ -11,13 +11,13 @@ import errno
 import logging
 import os
 import struct
-import time
 from pathlib import Path
 
 import xxhash
 
-from megatron_eso.data.shards.shard_files import OpenFile, OpenShards, ShardSource
-from megatron_eso.data.shards.shard_format import BLOCK_BYTES
+from megatron_eso.data.shards.format import BLOCK_BYTES
+from megatron_eso.data.shards.sources import OpenFile, OpenShards, ShardSource
+from megatron_eso.retries import retry
 
 RETRY_SECONDS = (0.0, 0.5, 2.0, 8.0)
 """Pauses before further readings of what could not be read or did not match its hash."""
@@ -65,20 +65,25 @@ class CheckedBlocks:
         Raises:
             BlockError: they cannot be read, or are not those of the dataset.
         """
-        for attempt, pause in enumerate(self._retry_seconds):
-            try:
-                self._read_once(view, shard, offset, first_block)
-                return
-            except BlockError as error:
-                if not error.is_transient:
-                    raise
-                where = f"{self._shards.name(shard)}, offset {error.offset}"
-                logger.warning("%s %s; reading it again after %g s", where, error, pause)
-            time.sleep(pause)
-            self._open_shards.forget(shard, offset, len(view))
-            if attempt > 0:
+        num_failures = 0
+
+        def read() -> None:
+            if num_failures > 0:
+                self._open_shards.forget(shard, offset, len(view))
+            if num_failures > 1:
                 self._shards.discard(shard)
-        self._read_once(view, shard, offset, first_block)
+            self._read_once(view, shard, offset, first_block)
+
+        def log(error: Exception, pause: float) -> None:
+            nonlocal num_failures
+            assert isinstance(error, BlockError)
+            if not error.is_transient:
+                raise error
+            num_failures += 1
+            where = f"{self._shards.name(shard)}, offset {error.offset}"
+            logger.warning("%s %s; reading it again after %g s", where, error, pause)
+
+        retry(read, errors=BlockError, pauses=self._retry_seconds, on_error=log)
 
     def _read_once(self, view: memoryview, shard: int, offset: int, first_block: int) -> None:
         num_blocks = -(-len(view) // BLOCK_BYTES)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from megatron_eso.data.shards.shard_format import (
+from megatron_eso.data.shards.format import (
     BLOCK_BYTES,
     BLOCKS_FILE,
     DOCUMENTS_FILE,
@@ -26,35 +26,10 @@ from megatron_eso.data.shards.shard_format import (
     TokenDtype,
     shard_name,
 )
+from megatron_eso.data.tokenizers.fingerprint import TokenizerFingerprint
 from megatron_eso.errors import DataError
 
 Split = Literal["all", "train", "validation"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenizerFingerprint:
-    """What two tokenizers must share for their ids to mean the same."""
-
-    kind: str
-    """Family of the tokenizer: `sentencepiece` or `hugging_face`."""
-    model_sha256: str
-    """sha256 of the model file."""
-    pieces_sha256: str
-    """sha256 of the pieces, scores and types in id order, and of all else that decides on ids."""
-    vocab_size: int
-    """Ids, the mask token among them."""
-    mask_token_id: int
-    eos_token_id: int | None
-    bos_token_id: int | None
-    pad_token_id: int | None
-    unk_token_id: int | None
-
-    @property
-    def identity(self) -> dict[str, str | int | None]:
-        """What makes ids mean the same: all but the file, in which training leaves its traces."""
-        fields = dataclasses.asdict(self)
-        del fields["model_sha256"]
-        return fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_eso.data.shards.shard_format import ShardLayout
+from megatron_eso.data.shards.format import ShardLayout
 from megatron_eso.errors import DataError
 from megatron_eso.randomness.permutation import permute, round_keys
 from megatron_eso.randomness.purposes import Purpose

@@ -16,19 +16,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_eso.data.remote.remote_folder import is_remote
-from megatron_eso.data.remote.shard_cache import ShardCache
-from megatron_eso.data.remote.staging import RemoteShards
 from megatron_eso.data.shards.checked_blocks import RETRY_SECONDS, BlockError, CheckedBlocks
-from megatron_eso.data.shards.manifest import HashedFile, Manifest, read_manifest
-from megatron_eso.data.shards.quarantine import Quarantine
-from megatron_eso.data.shards.shard_files import LocalShards, ShardSource
-from megatron_eso.data.shards.shard_format import (
+from megatron_eso.data.shards.format import (
     BLOCK_BYTES,
     TOKENIZER_FOLDER,
     numpy_dtype,
     record_name,
 )
+from megatron_eso.data.shards.manifest import HashedFile, Manifest, read_manifest
+from megatron_eso.data.shards.quarantine import Quarantine
+from megatron_eso.data.shards.sources import LocalShards, ShardSource
 from megatron_eso.errors import DataError
 
 _MAX_READ_BYTES = 16 * BLOCK_BYTES
@@ -68,34 +65,29 @@ class TokenDataset:
     @classmethod
     def open(
         cls,
-        location: str | Path,
+        directory: str | Path,
         *,
         quarantine: Quarantine | None = None,
         retry_seconds: tuple[float, ...] = RETRY_SECONDS,
-        cache: ShardCache | None = None,
+        shards: ShardSource | None = None,
     ) -> "TokenDataset":
         """Open a dataset; check manifest, hashes of the index files and the size of every shard.
 
         Args:
-            location: directory of the dataset, or its URL (`staging.py`).
+            directory: of the dataset, or of its index files alone.
             quarantine: records whose rows are replaced by others.
             retry_seconds: pauses before further readings of what fails; empty: it fails at once.
-            cache: for local copies of what has a URL; None: in TMPDIR.
+            shards: where the shards come from, which checks them; None: they are in `directory`.
 
         Raises:
-            ConfigError: a URL that cannot be read with what is installed.
             DataError: there is no dataset, its version is unknown, or files are missing or damaged.
         """
-        remote = None
-        if is_remote(location):
-            remote = RemoteShards.connect(str(location), cache or ShardCache.at())
-        directory = remote.directory if remote else Path(location)
+        directory = Path(directory)
         quarantine = quarantine or Quarantine()
         manifest, dataset_id = read_manifest(directory)
         quarantine.check(dataset_id, manifest.layout)
-        # Those behind a URL are checked as they are copied.
-        shards = () if remote else manifest.shards
-        for file in (*shards, manifest.blocks, manifest.documents):
+        local_shards = manifest.shards if shards is None else ()
+        for file in (*local_shards, manifest.blocks, manifest.documents):
             check_size(directory, file)
         for file in (manifest.blocks, manifest.documents):
             if hash_file(directory / file.name) != file.sha256:
@@ -106,7 +98,7 @@ class TokenDataset:
             directory,
             manifest,
             dataset_id,
-            remote or LocalShards(directory, manifest),
+            shards or LocalShards(directory, manifest),
             quarantine=quarantine,
             retry_seconds=retry_seconds,
         )

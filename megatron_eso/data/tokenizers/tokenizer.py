@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_eso.data.shards.manifest import TokenizerFingerprint
+from megatron_eso.data.tokenizers.fingerprint import TokenizerFingerprint
 from megatron_eso.data.tokenizers.hugging_face_model import JSON_FILE, NAME_FILES, HuggingFaceModel
 from megatron_eso.data.tokenizers.sentencepiece_model import MODEL_FILE, SentencePieceModel
 from megatron_eso.errors import DataError

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_eso.config.loading import config_to_dict, read_config
 from megatron_eso.config.sections import Config
-from megatron_eso.data.shards.manifest import TokenizerFingerprint
+from megatron_eso.data.tokenizers.fingerprint import TokenizerFingerprint
 from megatron_eso.errors import CheckpointError, ConfigError
 from megatron_eso.runs.checkpoint_state import STATE_FILE, read_state
 from megatron_eso.runs.run_directory import CONFIG_FILE, RunDirectory

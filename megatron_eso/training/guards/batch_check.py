@@ -18,7 +18,7 @@ import xxhash
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_eso.errors import DataError
-from megatron_eso.training.batches import MicroBatch
+from megatron_eso.objectives.rows import MicroBatch
 
 
 def check_batches(
@@ -81,8 +81,8 @@ def hash_batches(micro_batches: Iterable[MicroBatch]) -> int:
     """xxh3_64 of samples, tokens (given and to predict) and positions, in order."""
     hasher = xxhash.xxh3_64()
     for micro_batch in micro_batches:
-        plan = micro_batch.plan
-        hasher.update(micro_batch.indices.tobytes())
-        for tensor in (plan.tokens_R, plan.positions_R, plan.targets_E):
+        rows, loss = micro_batch.rows, micro_batch.loss
+        hasher.update(micro_batch.indices_B.tobytes())
+        for tensor in (rows.tokens_R, rows.positions_R, loss.targets_E):
             hasher.update(tensor.numpy().tobytes())
     return hasher.intdigest()

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_eso.files import write_atomically
+from megatron_eso.files import write_text
 from megatron_eso.runs.checkpoint_state import Counters
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.training.records.wandb_log import WandbLog
@@ -196,7 +196,7 @@ def keep_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
             continue
         if values["step"] <= last_step:
             kept.append(values)
-    write_atomically(path, "".join(json.dumps(values) + "\n" for values in kept))
+    write_text(path, "".join(json.dumps(values) + "\n" for values in kept))
     return kept
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_eso.quantities import format_seconds
 from megatron_eso.runs.checkpoint_state import Counters
 from megatron_eso.training.guards.stragglers import Straggler
 from megatron_eso.training.step import StepResult
@@ -50,8 +51,7 @@ def list_values(
     values = {
         "train/loss": result.loss,
         "train/nelbo": result.nelbo,
-        "train/loss_diffusion": result.loss_diffusion,
-        "train/loss_sequential": result.loss_sequential,
+        **{f"train/loss_{phase}": loss for phase, loss in result.losses.items()},
         "train/grad_norm": result.grad_norm,
         "train/learning_rate": result.learning_rate,
         "train/deviations": result.deviations,
@@ -129,12 +129,5 @@ def published_peak() -> float | None:
     return next((peak for part, peak in PUBLISHED_PEAKS.items() if part in name), None)
 
 
-def format_seconds(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"
-
-
 def _describe_phases(result: StepResult) -> str:
-    return f"diffusion {result.loss_diffusion:.4f}, sequential {result.loss_sequential:.4f}"
+    return ", ".join(f"{phase} {loss:.4f}" for phase, loss in result.losses.items())

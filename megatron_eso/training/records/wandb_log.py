@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eso.errors import ConfigError
-from megatron_eso.files import write_atomically
+from megatron_eso.files import write_text
 
 ID_FILE = "wandb_id"
 
@@ -48,7 +48,7 @@ class WandbLog:
         self._run: Any = None
         path = folder / ID_FILE
         if not path.exists():
-            write_atomically(path, uuid.uuid4().hex[:16] + "\n")
+            write_text(path, uuid.uuid4().hex[:16] + "\n")
         try:
             self._run = wandb.init(
                 project=project,

@@ -16,18 +16,16 @@ from megatron_eso.config.sections import (
     RunConfig,
     TrainConfig,
 )
-from megatron_eso.estimates.costs import (
+from megatron_eso.estimates.flops import forward_flops, training_flops_per_token
+from megatron_eso.estimates.memory import MemoryEstimate, estimate_checkpoint, estimate_memory
+from megatron_eso.estimates.parameters import count_parameters, count_rank_parameters
+from megatron_eso.objectives.build import build_objective
+from megatron_eso.objectives.row_counts import (
     RowCounts,
     count_diffusion_rows,
-    count_parameters,
-    count_rank_parameters,
     count_sequential_rows,
-    estimate_checkpoint,
-    estimate_memory,
     expect_diffusion_rows,
     expect_sequential_rows,
-    forward_flops,
-    training_flops_per_token,
 )
 from megatron_eso.objectives.schedule import LogLinearSchedule
 
@@ -47,6 +45,16 @@ def build(**changes: object) -> Config:
         "optimizer": OptimizerConfig(learning_rate=1e-3),
     }
     return Config(**(sections | changes))  # type: ignore[arg-type]
+
+
+def flops_per_token(config: Config) -> float:
+    objective = build_objective(config.objective, seed=1, mask_token_id=0)
+    return training_flops_per_token(config.model, VOCAB_SIZE, objective, 1024)
+
+
+def memory_of(config: Config, data_parallel_size: int) -> MemoryEstimate:
+    objective = build_objective(config.objective, seed=1, mask_token_id=0)
+    return estimate_memory(config, VOCAB_SIZE, objective, data_parallel_size)
 
 
 def average(counts: list[RowCounts], weights: np.ndarray) -> RowCounts:
@@ -75,7 +83,7 @@ def test_diffusion_rows_are_expected_as_summed_over_times_and_masks(alpha_0: flo
     alphas = LogLinearSchedule(alpha_0=alpha_0).alpha(times)
     probabilities = sum(w / 2 * binomial(1 - a) for a, w in zip(alphas, weights, strict=True))
     summed = average(counts, np.asarray(probabilities))
-    expected = expect_diffusion_rows(NUM_TOKENS, objective)
+    expected = expect_diffusion_rows(NUM_TOKENS, alpha_0, eps)
     np.testing.assert_allclose(
         dataclasses.astuple(expected), dataclasses.astuple(summed), rtol=INTEGRAL_TOLERANCE
     )
@@ -85,7 +93,7 @@ def test_diffusion_rows_are_expected_as_summed_over_times_and_masks(alpha_0: flo
 def test_sequential_rows_are_expected_as_summed_over_masks(alpha_0: float) -> None:
     counts = [count_sequential_rows(NUM_TOKENS, m) for m in range(NUM_TOKENS + 1)]
     summed = average(counts, binomial(1 - alpha_0))
-    expected = expect_sequential_rows(NUM_TOKENS, ObjectiveConfig(alpha_0=alpha_0))
+    expected = expect_sequential_rows(NUM_TOKENS, alpha_0)
     np.testing.assert_allclose(
         dataclasses.astuple(expected), dataclasses.astuple(summed), rtol=INTEGRAL_TOLERANCE
     )
@@ -116,16 +124,19 @@ def test_the_hybrid_objective_costs_a_quarter_more_than_a_causal_model() -> None
     pairs = 1024 * 1025 / 2
     causal = RowCounts(rows=1024, pairs=pairs, loss_rows=1024, loss_pairs=pairs)
     per_token = 3 * forward_flops(SMALL, VOCAB_SIZE, causal) / 1024
-    ratio = training_flops_per_token(build(), VOCAB_SIZE) / per_token
+    ratio = flops_per_token(build()) / per_token
     assert ratio == pytest.approx(1.25, abs=DESIGN_TOLERANCE)
 
 
 @pytest.mark.parametrize(("alpha_0", "phase"), [(1.0, "diffusion"), (0.0, "sequential")])
 def test_an_edge_of_alpha_0_costs_its_phase_alone(alpha_0: float, phase: str) -> None:
     objective = ObjectiveConfig(alpha_0=alpha_0)
-    expect = expect_diffusion_rows if phase == "diffusion" else expect_sequential_rows
-    flops = 3 * forward_flops(SMALL, VOCAB_SIZE, expect(1024, objective)) / 1024
-    per_token = training_flops_per_token(build(objective=objective), VOCAB_SIZE)
+    counts = {
+        "diffusion": expect_diffusion_rows(1024, alpha_0, objective.sampling_eps),
+        "sequential": expect_sequential_rows(1024, alpha_0),
+    }[phase]
+    flops = 3 * forward_flops(SMALL, VOCAB_SIZE, counts) / 1024
+    per_token = flops_per_token(build(objective=objective))
     assert per_token == pytest.approx(flops)
 
 
@@ -153,8 +164,9 @@ def test_ranks_hold_the_model_and_replicas(tensor: int, pipeline: int, tied: boo
     parallel = ParallelConfig(
         tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
     )
-    config = build(model=model, parallel=parallel)
-    held = sum(tensor * count_rank_parameters(config, 98, stage) for stage in range(pipeline))
+    held = sum(
+        tensor * count_rank_parameters(model, parallel, 98, stage) for stage in range(pipeline)
+    )
     counts = count_parameters(model, 98)
     replicated_per_layer = 2 * 2 * 64 + 2 * 2 * 16 + 2 * 64 + 2 * 64
     replicas = (tensor - 1) * (4 * replicated_per_layer + 2 * 64)
@@ -168,12 +180,12 @@ def test_state_takes_its_bytes_per_parameter() -> None:
         optimizer=OptimizerConfig(learning_rate=1e-3, ema_decay=0.9999),
     )
     total = count_parameters(SMALL, VOCAB_SIZE).total
-    memory = estimate_memory(config, VOCAB_SIZE, world_size=4)
+    memory = memory_of(config, 4)
     assert (memory.weights, memory.gradients) == (2 * total, 4 * total)
     assert (memory.optimizer, memory.ema) == (12 * total, 4 * total)
     assert estimate_checkpoint(config, VOCAB_SIZE) == (12 + 4) * total
     sharded = dataclasses.replace(config, parallel=ParallelConfig(use_distributed_optimizer=True))
-    memory = estimate_memory(sharded, VOCAB_SIZE, world_size=4)
+    memory = memory_of(sharded, 4)
     assert memory.optimizer == 12 * math.ceil(total / 4)
 
 
@@ -186,7 +198,7 @@ def test_recomputation_and_tensor_parallelism_save_activations() -> None:
             recompute_granularity=recompute,  # type: ignore[arg-type]
         )
         config = build(train=train, parallel=parallel)
-        return estimate_memory(config, VOCAB_SIZE, parallel.model_parallel_size).activations
+        return memory_of(config, 1).activations
 
     plain = estimate(ParallelConfig(), "none")
     assert estimate(ParallelConfig(), "full") < plain

@@ -13,8 +13,9 @@ import pytest
 
 from data_tools.text.embedded_corpus import collect_documents
 from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
-from megatron_eso.data.shards.manifest import Source, TokenizerFingerprint
-from megatron_eso.data.shards.shard_writer import DatasetWriter
+from megatron_eso.data.shards.manifest import Source
+from megatron_eso.data.shards.writer import DatasetWriter
+from megatron_eso.data.tokenizers.fingerprint import TokenizerFingerprint
 
 EOS = 2
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from megatron_eso.data.samples.blend import (
     BLOCK_SAMPLES,
     Blend,
+    BlendPhase,
     Corpus,
-    Phase,
     Places,
     resolve_quotas,
 )
@@ -42,7 +42,7 @@ def restart(blend: Blend) -> Blend:
     """The blend that a checkpoint gives back."""
     state = json.loads(json.dumps(dataclasses.asdict(blend)))
     phases = tuple(
-        Phase(
+        BlendPhase(
             number=phase["number"],
             start=phase["start"],
             quotas=tuple(phase["quotas"]),

@@ -15,8 +15,8 @@ import pytest
 from data_tools.__main__ import main
 from data_tools.reports.verify_shards import verify_dataset
 from data_tools.text.embedded_corpus import collect_documents
+from megatron_eso.data.shards.format import BLOCK_BYTES, ShardLayout
 from megatron_eso.data.shards.reader import TokenDataset
-from megatron_eso.data.shards.shard_format import BLOCK_BYTES, ShardLayout
 from megatron_eso.errors import DataError
 
 # Two blocks to a record, two records to a shard.

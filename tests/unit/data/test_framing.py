@@ -11,32 +11,28 @@ from numpy.typing import NDArray
 from megatron_eso.config.sections import Config
 from megatron_eso.data.samples.framing import Framing
 from megatron_eso.data.samples.training_data import TrainingData
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError
-from megatron_eso.training.batches import (
-    MicroBatch,
-    TrainingBatches,
-    count_validation_samples,
-    plan_any_order,
-    plan_validation,
-)
+from megatron_eso.objectives.rows import MicroBatch
+from megatron_eso.training.batches import TrainingBatches, ValidationBatches
+from tests.support.planning import objective_of
 from tests.support.training import Overrides, tiny_config
 
 T = 24
 FRAMED: Overrides = {"data.framing": '"bos_eos"', "data.sequence_length": T}
-ONE_RANK = {"data_parallel_rank": 0, "data_parallel_size": 1}
 
 
 def samples_of(micro_batches: Iterable[MicroBatch], mask_token_id: int) -> NDArray[np.int64]:
     """Tokens by position of every sample that a plan shows, from its rows and targets; [N, T]."""
     samples = []
     for batch in micro_batches:
-        plan = batch.plan
+        plan = batch.rows
         tokens = plan.tokens_R.numpy().copy()
-        tokens[plan.loss_rows_E] = plan.targets_E
+        tokens[plan.loss_rows_E] = batch.loss.targets_E
         positions = plan.positions_R.numpy()
         row, query = 0, sum(plan.stream_lengths)
-        queries = (0,) * plan.num_diffusion_streams + plan.query_lengths
+        queries = (0,) * plan.num_mixed_streams + plan.query_lengths
         for length, num_queries in zip(plan.stream_lengths, queries, strict=True):
             sample = np.full(T, mask_token_id)
             sample[positions[row : row + length]] = tokens[row : row + length]
@@ -55,6 +51,12 @@ def assert_framed(
     assert {row.tobytes() for row in samples[:, 1:-1]} == {row.tobytes() for row in text}
 
 
+def held_out_of(config: Config) -> ValidationBatches:
+    data = ValidationData.open(config.data)
+    assert data is not None
+    return ValidationBatches(config, objective_of(config), data)
+
+
 @pytest.fixture
 def config(tiny_data: Path, tmp_path: Path) -> Config:
     # Every sample has masked tokens.
@@ -62,45 +64,48 @@ def config(tiny_data: Path, tmp_path: Path) -> Config:
 
 
 def test_every_sample_has_bos_text_and_eos(config: Config, tiny_data: Path) -> None:
-    train = TrainingData.open(config)
+    train = TrainingData.open(config.data, config.run.seed)
     validation = TokenDataset.open(tiny_data / "validation")
-    mask = train.mask_token_id
-    batches = TrainingBatches(config, train, 1)
-    samples = samples_of(batches.plan_step(80, 0).micro_batches, mask)
+    mask = train.vocabulary.mask_token_id
+    batches = TrainingBatches(config, objective_of(config), train, 1)
+    samples = samples_of(batches.plan_step(batches.step(10, 80), 0).micro_batches, mask)
     assert_framed(samples, train.rows(80 + np.arange(8)), validation)
 
-    num_samples = count_validation_samples(config, validation)
+    held_out = held_out_of(config)
+    num_samples = held_out.num_samples
     assert num_samples == validation.num_rows(T - 2) > validation.num_rows(T)
     text = validation.rows(np.arange(num_samples), T - 2)
-    samples = samples_of(plan_validation(config, validation, **ONE_RANK), mask)
+    samples = samples_of(held_out.plan(0, 1), mask)
     assert len(samples) == 2 * num_samples
     assert_framed(samples, text, validation)
-    samples = samples_of(plan_any_order(config, validation, 0, **ONE_RANK), mask)
+    samples = samples_of(held_out.plan_order(0, 0, 1), mask)
     assert len(samples) == num_samples
     assert_framed(samples, text, validation)
 
 
-def test_both_tokens_are_masked_like_any_other(config: Config, tiny_data: Path) -> None:
+def test_both_tokens_are_masked_like_any_other(config: Config) -> None:
     """At a rate of at least 1 - alpha_0 in either phase, here 3/4, of 2 phases x 190 samples."""
-    validation = TokenDataset.open(tiny_data / "validation")
+    held_out = held_out_of(config)
     targets = [
-        (plan.positions_R[plan.loss_rows_E], plan.num_loss_rows)
-        for plan in (batch.plan for batch in plan_validation(config, validation, **ONE_RANK))
+        (rows.positions_R[rows.loss_rows_E], rows.num_loss_rows)
+        for rows in (batch.rows for batch in held_out.plan(0, 1))
     ]
     masked = np.concatenate([positions[:number] for positions, number in targets])
     counts = np.bincount(masked, minlength=T)
-    assert counts[[0, T - 1]].min() > 0.6 * 2 * count_validation_samples(config, validation)
+    assert counts[[0, T - 1]].min() > 0.6 * 2 * held_out.num_samples
 
 
-def test_validation_samples_are_never_cut(config: Config, tiny_data: Path) -> None:
+def test_validation_samples_are_never_cut(config: Config) -> None:
     data = dataclasses.replace(config.data, ssl_ratio=1.0)
-    validation = TokenDataset.open(tiny_data / "validation")
-    for plan in (plan_validation, lambda *a, **k: plan_any_order(*a, 0, **k)):
-        whole, cut = (
-            [batch.plan.stream_lengths for batch in plan(some, validation, **ONE_RANK)]
-            for some in (config, dataclasses.replace(config, data=data))
+    whole, cut = (held_out_of(some) for some in (config, dataclasses.replace(config, data=data)))
+    for planned, expected in (
+        (cut.plan(0, 1), whole.plan(0, 1)),
+        (cut.plan_order(0, 0, 1), whole.plan_order(0, 0, 1)),
+    ):
+        lengths, of_whole = (
+            [b.rows.stream_lengths for b in found] for found in (planned, expected)
         )
-        assert whole == cut
+        assert lengths == of_whole
 
 
 def test_tokens_stand_around_rows_of_text() -> None:

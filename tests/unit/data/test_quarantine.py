@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_eso.data.shards.format import ShardLayout
 from megatron_eso.data.shards.quarantine import Quarantine
-from megatron_eso.data.shards.shard_format import ShardLayout
 from megatron_eso.errors import DataError
 
 SUBSTITUTES = [976482, 639931, 966798]

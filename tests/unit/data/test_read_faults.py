@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from megatron_eso.data.shards.format import BLOCK_BYTES
 from megatron_eso.data.shards.reader import TokenDataset
-from megatron_eso.data.shards.shard_format import BLOCK_BYTES
 from megatron_eso.errors import DataError
 
 MakeDataset = Callable[..., npt.NDArray[np.int64]]

@@ -9,8 +9,8 @@ import numpy.typing as npt
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_eso.data.shards.format import ShardLayout, choose_dtype
 from megatron_eso.data.shards.manifest import read_manifest
-from megatron_eso.data.shards.shard_format import ShardLayout, choose_dtype
 
 MakeDataset = Callable[..., npt.NDArray[np.int64]]
 

@@ -29,9 +29,10 @@ from megatron_eso.config.sections import (
     RunConfig,
     TrainConfig,
 )
-from megatron_eso.data.remote import remote_folder
-from megatron_eso.data.remote.shard_cache import ShardCache
-from megatron_eso.data.remote.staging import find_remote_datasets, stage_shards
+from megatron_eso.data.remote import folder as remote_folder
+from megatron_eso.data.remote.cache import ShardCache
+from megatron_eso.data.remote.datasets import find_datasets, open_dataset
+from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError, DataError, UserError
@@ -92,7 +93,7 @@ def list_files(folder: Path) -> list[Path]:
 def test_rows_over_http_equal_those_on_disk(
     server: FileServer, corpora: Path, cache: ShardCache
 ) -> None:
-    dataset = TokenDataset.open(f"{server.url}/a/", cache=cache)
+    dataset = open_dataset(f"{server.url}/a/", cache=cache)
     assert not any(name.endswith(".tar") for name in server.num_requests)
     stage_shards([dataset.shards])
     names = [shard.name for shard in dataset.manifest.shards]
@@ -104,7 +105,7 @@ def test_rows_over_http_equal_those_on_disk(
         assert staged.read_bytes() == path.read_bytes()
     # Another start asks for the manifest alone.
     server.num_requests.clear()
-    again = TokenDataset.open(f"{server.url}/a", cache=cache)
+    again = open_dataset(f"{server.url}/a", cache=cache)
     stage_shards([again.shards])
     assert dict(server.num_requests) == {"a/manifest.json": 1}
 
@@ -112,7 +113,7 @@ def test_rows_over_http_equal_those_on_disk(
 def test_equally_named_shards_do_not_mix(
     server: FileServer, corpora: Path, cache: ShardCache
 ) -> None:
-    datasets = [TokenDataset.open(f"{server.url}/{name}", cache=cache) for name in "ab"]
+    datasets = [open_dataset(f"{server.url}/{name}", cache=cache) for name in "ab"]
     a, b = (dataset.manifest.shards for dataset in datasets)
     assert [shard.name for shard in a] == [shard.name for shard in b]
     assert not {shard.sha256 for shard in a} & {shard.sha256 for shard in b}
@@ -136,7 +137,7 @@ def test_a_failed_download_is_repeated(
     server: FileServer, corpora: Path, cache: ShardCache, faults: list[Fault]
 ) -> None:
     server.fail("a/shard-00002.tar", *faults)
-    dataset = TokenDataset.open(f"{server.url}/a", cache=cache)
+    dataset = open_dataset(f"{server.url}/a", cache=cache)
     stage_shards([dataset.shards])
     assert server.num_requests["a/shard-00002.tar"] == 1 + len(faults)
     assert is_equal(dataset, corpora / "a")
@@ -148,7 +149,7 @@ def test_a_damaged_shard_is_never_delivered(
 ) -> None:
     name = "a/shard-00001.tar"
     server.fail(name, *[Fault(flipped_byte=place)] * 100)
-    dataset = TokenDataset.open(f"{server.url}/a", cache=cache)
+    dataset = open_dataset(f"{server.url}/a", cache=cache)
     expected = dataset.manifest.shards[1].sha256
     with pytest.raises(DataError, match=rf"{server.url}/{name}: its sha256 is [0-9a-f]+.*3 times"):
         stage_shards([dataset.shards])
@@ -163,36 +164,36 @@ def test_refusals_name_the_url(server: FileServer, cache: ShardCache, tmp_path: 
     with pytest.raises(
         DataError, match=f"{server.url}/absent/manifest.json: there is no such file"
     ):
-        TokenDataset.open(f"{server.url}/absent", cache=cache)
+        open_dataset(f"{server.url}/absent", cache=cache)
     assert server.num_requests["absent/manifest.json"] == 1
     for name in ("train", "validation"):
         shutil.copytree(server.folder / "a", tmp_path / name)
     with serve_folder(tmp_path) as split:
         parts = [f"{split.url}/train", f"{split.url}/validation"]
         with pytest.raises(DataError, match=f"several datasets; give {' or '.join(parts)}"):
-            TokenDataset.open(split.url, cache=cache)
-        assert find_remote_datasets(split.url) == parts
-        assert find_remote_datasets(parts[0]) == parts[:1]
+            open_dataset(split.url, cache=cache)
+        assert find_datasets(split.url) == parts
+        assert find_datasets(parts[0]) == parts[:1]
     server.fail("a/manifest.json", Fault(status=403))
     with pytest.raises(DataError, match="HTTP status 403.*credentials"):
-        TokenDataset.open(f"{server.url}/a", cache=cache)
+        open_dataset(f"{server.url}/a", cache=cache)
     assert server.num_requests["a/manifest.json"] == 1
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/a"
         with pytest.raises(DataError, match=f"cannot read {url}/manifest.json.*asked 7 times"):
-            TokenDataset.open(url, cache=cache)
+            open_dataset(url, cache=cache)
 
 
 def test_a_damaged_manifest_is_asked_for_again(
     server: FileServer, corpora: Path, cache: ShardCache
 ) -> None:
     server.fail("a/manifest.json", Fault(flipped_byte=300), Fault(cut_at=300, is_short=True))
-    dataset = TokenDataset.open(f"{server.url}/a", cache=cache)
+    dataset = open_dataset(f"{server.url}/a", cache=cache)
     assert dataset.dataset_id == TokenDataset.open(corpora / "a").dataset_id
     server.fail("a/manifest.json", *[Fault(flipped_byte=300)] * 3)
     with pytest.raises(DataError, match=r"a/manifest.json is damaged"):
-        TokenDataset.open(f"{server.url}/a", cache=cache)
+        open_dataset(f"{server.url}/a", cache=cache)
 
 
 def test_a_run_over_urls_is_that_over_local_shards(
@@ -213,21 +214,24 @@ def test_a_run_over_urls_is_that_over_local_shards(
             optimizer=OptimizerConfig(learning_rate=1e-3),
         )
 
-    remote = TrainingData.open(configure(f"{server.url}/a", f"{server.url}/b"))
-    local = TrainingData.open(configure(str(corpora / "a"), str(corpora / "b")))
-    stage_shards([dataset.shards for dataset in remote.datasets.values()])
+    def open_data(config: Config) -> TrainingData:
+        return TrainingData.open(config.data, config.run.seed)
+
+    remote = open_data(configure(f"{server.url}/a", f"{server.url}/b"))
+    local = open_data(configure(str(corpora / "a"), str(corpora / "b")))
+    stage_shards(remote.sources)
     samples = np.arange(500)
     assert np.array_equal(remote.rows(samples), local.rows(samples))
     assert remote.state == local.state
     # The URL is not what counts, but what is there.
-    resumed: dict[str, Any] = {"consumed_samples": 8, "phase": 1, "source": "runs/x"}
+    resumed: dict[str, Any] = {"consumed_samples": 8, "source": "runs/x"}
     shutil.copytree(corpora / "a", tmp_path / "served")
     with serve_folder(tmp_path / "served") as other:
         config = configure(other.url, f"{server.url}/b")
-        TrainingData.open(config).resume(remote.state, **resumed)
+        open_data(config).resume(remote.state, **resumed)
         shutil.copytree(corpora / "c", tmp_path / "served", dirs_exist_ok=True)
         with pytest.raises(ConfigError, match="data.phase"):
-            TrainingData.open(config).resume(remote.state, **resumed)
+            open_data(config).resume(remote.state, **resumed)
 
 
 def test_a_changed_dataset_has_another_id(corpora: Path, cache: ShardCache, tmp_path: Path) -> None:
@@ -236,7 +240,7 @@ def test_a_changed_dataset_has_another_id(corpora: Path, cache: ShardCache, tmp_
         ids = []
         for name in "ab":
             shutil.copytree(corpora / name, served, dirs_exist_ok=True)
-            dataset = TokenDataset.open(server.url, cache=cache)
+            dataset = open_dataset(server.url, cache=cache)
             assert is_equal(dataset, corpora / name)
             ids.append(dataset.dataset_id)
     assert ids[0] != ids[1]
@@ -249,7 +253,7 @@ def test_a_shard_of_another_size_is_found_at_the_start(
     shutil.copytree(corpora / "a", served)
     cache = ShardCache.at(str(tmp_path / "cache"), 300_000 / 2**30)
     with serve_folder(served) as server:
-        dataset = TokenDataset.open(server.url, cache=cache)
+        dataset = open_dataset(server.url, cache=cache)
         stage_shards([dataset.shards])
         assert re.search("the shards take .* GiB, data.cache_gib = .*raise", caplog.text)
         os.truncate(served / "shard-00006.tar", 5000)
@@ -258,7 +262,7 @@ def test_a_shard_of_another_size_is_found_at_the_start(
 
 
 def test_a_damaged_copy_is_made_anew(server: FileServer, corpora: Path, cache: ShardCache) -> None:
-    dataset = TokenDataset.open(f"{server.url}/a", cache=cache, retry_seconds=(0.0, 0.0))
+    dataset = open_dataset(f"{server.url}/a", cache=cache, retry_seconds=(0.0, 0.0))
     stage_shards([dataset.shards])
     flipped, shortened = dataset.manifest.shards[3:5]
     path = cache.shards / flipped.sha256
@@ -276,7 +280,7 @@ def test_a_small_cache_stays_small(server: FileServer, corpora: Path, tmp_path: 
     shard_bytes = (corpora / "a/shard-00000.tar").stat().st_size
     bound = int(2.5 * shard_bytes)
     cache = ShardCache.at(str(tmp_path / "cache"), bound / 2**30)
-    datasets = [TokenDataset.open(f"{server.url}/{name}", cache=cache) for name in "ab"]
+    datasets = [open_dataset(f"{server.url}/{name}", cache=cache) for name in "ab"]
     expected = [read_all(TokenDataset.open(corpora / name)) for name in "ab"]
     sizes: list[int] = []
     problems: list[BaseException] = []
@@ -313,7 +317,7 @@ def test_the_shard_used_longest_ago_makes_room(
 ) -> None:
     shard_bytes = (corpora / "a/shard-00000.tar").stat().st_size
     cache = ShardCache.at(str(tmp_path / "cache"), 3.5 * shard_bytes / 2**30)
-    shards = TokenDataset.open(f"{server.url}/a", cache=cache).shards
+    shards = open_dataset(f"{server.url}/a", cache=cache).shards
     files = TokenDataset.open(corpora / "a").manifest.shards
     held = shards.open(0)
     for shard in (1, 2, 0, 3):
@@ -333,11 +337,11 @@ def test_the_shard_used_longest_ago_makes_room(
 WORKER = """
 import hashlib, sys
 import numpy as np
-from megatron_eso.data.shards.reader import TokenDataset
-from megatron_eso.data.remote.shard_cache import ShardCache
+from megatron_eso.data.remote.datasets import open_dataset
+from megatron_eso.data.remote.cache import ShardCache
 from megatron_eso.data.remote.staging import stage_shards
 url, cache, length, first = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "first"
-dataset = TokenDataset.open(url, cache=ShardCache.at(cache, 0.1))
+dataset = open_dataset(url, cache=ShardCache.at(cache, 0.1))
 print("open", flush=True)
 if first:
     stage_shards([dataset.shards])
@@ -442,20 +446,20 @@ def test_remains_of_killed_processes_are_removed(
     live = cache.shards / f"{'2' * 64}.x.tmp"
     live.write_bytes(b"half a shard")
     with cache.lock("2" * 64):
-        dataset = TokenDataset.open(f"{server.url}/a", cache=cache)
+        dataset = open_dataset(f"{server.url}/a", cache=cache)
         assert not any(path.exists() for path in dead)
         assert live.exists()
         assert is_equal(dataset, corpora / "a")
         assert live.exists()
-    TokenDataset.open(f"{server.url}/a", cache=cache)
+    open_dataset(f"{server.url}/a", cache=cache)
     assert not live.exists()
 
 
 def test_removed_shards_do_not_keep_their_room(
     server: FileServer, cache: ShardCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_eso.data.shards.shard_files._DROP_SECONDS", 0.0)
-    dataset = TokenDataset.open(f"{server.url}/a", cache=cache)
+    monkeypatch.setattr("megatron_eso.data.shards.sources._DROP_SECONDS", 0.0)
+    dataset = open_dataset(f"{server.url}/a", cache=cache)
     last = dataset.num_rows(LENGTH) - 1
     dataset.rows(np.arange(last // 2), LENGTH)
     for path in list_files(cache.shards):
@@ -481,13 +485,13 @@ def test_urls_that_cannot_be_used(
 ) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ConfigError, match=message) as caught:
-        TokenDataset.open(location, cache=cache)
+        open_dataset(location, cache=cache)
     assert "secret" not in str(caught.value)
 
 
 def test_caches_that_cannot_be_used(server: FileServer, tmp_path: Path) -> None:
     def open_and_read(directory: str, gib: float) -> None:
-        dataset = TokenDataset.open(f"{server.url}/a", cache=ShardCache.at(directory, gib))
+        dataset = open_dataset(f"{server.url}/a", cache=ShardCache.at(directory, gib))
         dataset.rows(np.array([0]), LENGTH)
 
     (tmp_path / "file").touch()
@@ -514,7 +518,7 @@ def test_a_manifest_cannot_name_files_elsewhere(
             dataclasses.replace(local, tokenizer_files=files).encode()
         )
         with serve_folder(served) as other, pytest.raises(DataError, match="is no name of"):
-            TokenDataset.open(other.url, cache=cache)
+            open_dataset(other.url, cache=cache)
 
 
 @pytest.fixture(scope="module")
@@ -559,20 +563,20 @@ def test_rows_over_s3_equal_those_on_disk(
     s3_url: str, corpora: Path, cache: ShardCache, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="megatron_eso")
-    datasets = [TokenDataset.open(f"{s3_url}/{name}", cache=cache) for name in "ab"]
+    datasets = [open_dataset(f"{s3_url}/{name}", cache=cache) for name in "ab"]
     stage_shards([dataset.shards for dataset in datasets])
     for name, dataset in zip("ab", datasets, strict=True):
         assert is_equal(dataset, corpora / name)
     assert "staged" in caplog.text
     assert "secret-of-the-test" not in caplog.text
     assert dataset.shards.name(1) == f"{s3_url}/b/shard-00001.tar"
-    assert find_remote_datasets(f"{s3_url}/a") == [f"{s3_url}/a"]
+    assert find_datasets(f"{s3_url}/a") == [f"{s3_url}/a"]
 
 
 def test_refusals_over_s3(s3_url: str, cache: ShardCache) -> None:
     for url in (f"{s3_url}/absent", "s3://no-such-bucket/a"):
         with pytest.raises(DataError, match=f"cannot read {url}/manifest.json: there is no such"):
-            TokenDataset.open(url, cache=cache)
+            open_dataset(url, cache=cache)
 
 
 def test_another_object_in_a_shards_place_is_refused(
@@ -582,7 +586,7 @@ def test_another_object_in_a_shards_place_is_refused(
     files = fsspec.filesystem("s3")
     files.copy("bucket/corpora/a", "bucket/mixed", recursive=True)
     files.copy("bucket/corpora/b/shard-00000.tar", "bucket/mixed/shard-00000.tar")
-    dataset = TokenDataset.open("s3://bucket/mixed", cache=cache)
+    dataset = open_dataset("s3://bucket/mixed", cache=cache)
     with pytest.raises(DataError, match="s3://bucket/mixed/shard-00000.tar: its sha256 is"):
         stage_shards([dataset.shards])
     files.pipe("bucket/mixed/shard-00000.tar", b"short")

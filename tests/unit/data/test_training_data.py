@@ -18,11 +18,13 @@ from megatron_eso.config.sections import (
     OptimizerConfig,
     RunConfig,
     TrainConfig,
+    Vocabulary,
 )
 from megatron_eso.data.samples.blend import BLOCK_SAMPLES
 from megatron_eso.data.samples.training_data import TrainingData, open_run_data
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.reader import TokenDataset
-from megatron_eso.errors import ConfigError, UserError
+from megatron_eso.errors import ConfigError, DataError, UserError
 
 MakeDataset = Callable[..., npt.NDArray[np.int64]]
 Corpora = dict[str, npt.NDArray[np.int64]]
@@ -43,6 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, make_dataset: MakeDataset) 
     make_dataset(folder / "other_vocabulary", 20_000, RECORD_TOKENS, vocab_size=49_999)
     make_dataset(folder / "other_file", 20_000, RECORD_TOKENS, model_sha256="f" * 64)
     make_dataset(folder / "tiny", 400, RECORD_TOKENS)
+    make_dataset(folder / "short", 40, RECORD_TOKENS)
+    make_dataset(folder / "framed", 20_000, RECORD_TOKENS, bos_token_id=1)
     return folder
 
 
@@ -62,6 +66,14 @@ def configure(folder: Path, names: str | list[str], seed: int = 3, **changes: An
     )
 
 
+def open_data(config: Config) -> TrainingData:
+    return TrainingData.open(config.data, config.run.seed)
+
+
+def open_run(config: Config) -> tuple[TrainingData, ValidationData | None]:
+    return open_run_data(config.data, config.run.seed)
+
+
 def read_rows(folder: Path, name: str) -> npt.NDArray[np.int64]:
     """All rows of a corpus by another path: the dataset's own, one after the other."""
     dataset = TokenDataset.open(folder / name)
@@ -75,8 +87,8 @@ def checkpoint(data: TrainingData) -> dict[str, Any]:
 
 
 def resume(config: Config, state: dict[str, Any], consumed_samples: int) -> TrainingData:
-    data = TrainingData.open(config)
-    data.resume(state, consumed_samples=consumed_samples, phase=config.data.phase, source=SOURCE)
+    data = open_data(config)
+    data.resume(state, consumed_samples=consumed_samples, source=SOURCE)
     return data
 
 
@@ -89,7 +101,7 @@ def refuse(config: Config, state: dict[str, Any], consumed_samples: int = 100) -
 
 def test_samples_are_the_rows_that_locate_names(folder: Path) -> None:
     names = ["b", "a", "c"]
-    data = TrainingData.open(configure(folder, names, train_weights=(0.5, 0.25, 0.25)))
+    data = open_data(configure(folder, names, train_weights=(0.5, 0.25, 0.25)))
     samples = np.random.default_rng(0).integers(0, 20_000, 3000)
     places, found = data.locate(samples), data.rows(samples)
     assert found.dtype == np.int64
@@ -103,22 +115,41 @@ def test_samples_are_the_rows_that_locate_names(folder: Path) -> None:
 
 
 def test_shares_follow_the_rows_where_no_weights_are_given(folder: Path) -> None:
-    data = TrainingData.open(configure(folder, ["a", "b", "c"]))
+    data = open_data(configure(folder, ["a", "b", "c"]))
     rows = np.array([len(read_rows(folder, name)) for name in "abc"])
     shares = np.array(data.blend.phases[0].quotas) / BLOCK_SAMPLES
     assert np.allclose(shares, rows / rows.sum(), atol=1 / BLOCK_SAMPLES)
 
 
 def test_framing_leaves_two_tokens_less_of_text(folder: Path) -> None:
-    data = TrainingData.open(configure(folder, "a", framing="bos_eos"))
+    data = open_data(configure(folder, "framed", framing="bos_eos"))
     assert data.rows(np.arange(3)).shape == (3, LENGTH - 2)
+    framed = data.samples(np.arange(3))
+    assert np.array_equal(framed[:, 1:-1], data.rows(np.arange(3)))
+    assert (framed[:, [0, -1]] == [1, 2]).all()
+    with pytest.raises(ConfigError, match="no BOS token"):
+        open_data(configure(folder, "a", framing="bos_eos"))
+
+
+def test_the_validation_set_is_every_row_in_order(folder: Path) -> None:
+    config = configure(folder, "a", validation=str(folder / "b"))
+    train, validation = open_run(config)
+    assert validation is not None
+    rows = read_rows(folder, "b")
+    assert validation.num_samples == len(rows)
+    assert np.array_equal(validation.samples(np.arange(len(rows))), rows)
+    assert validation.vocabulary == train.vocabulary == Vocabulary(size=50_000, mask_token_id=4)
+    assert len(validation.sources) == len(train.sources) == 1
+    assert ValidationData.open(configure(folder, "a").data) is None
+    with pytest.raises(DataError, match="has no row of 50 tokens"):
+        ValidationData.open(configure(folder, "a", validation=str(folder / "short")).data)
 
 
 def test_a_corpus_that_would_never_be_drawn_is_refused(folder: Path) -> None:
     for changes in ({"train_weights": (1e6, 1.0)}, {"train_weights": (1.0, 1e-5)}):
         with pytest.raises(ConfigError, match=r"tiny: its share 1e-0[56] .* 1/4096: leave it out"):
-            TrainingData.open(configure(folder, ["a", "tiny"], **changes))
-    TrainingData.open(configure(folder, ["a", "tiny"], train_weights=(1.0, 0.0)))
+            open_data(configure(folder, ["a", "tiny"], **changes))
+    open_data(configure(folder, ["a", "tiny"], train_weights=(1.0, 0.0)))
 
 
 def test_the_same_dataset_under_two_names_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -126,9 +157,7 @@ def test_the_same_dataset_under_two_names_is_refused(folder: Path, tmp_path: Pat
     config = configure(folder, ["a", "b"])
     train = (str(folder / "a"), str(tmp_path / "again"))
     with pytest.raises(ConfigError, match="two of these are the same dataset"):
-        TrainingData.open(
-            dataclasses.replace(config, data=dataclasses.replace(config.data, train=train))
-        )
+        open_data(dataclasses.replace(config, data=dataclasses.replace(config.data, train=train)))
 
 
 @pytest.mark.parametrize(
@@ -145,20 +174,20 @@ def test_shards_of_another_tokenizer_are_refused(folder: Path, name: str, differ
         (configure(folder, "a", validation=validation), "data.validation"),
     ):
         with pytest.raises(ConfigError) as raised:
-            open_run_data(config)
+            open_run(config)
         assert f"{key} = {folder / name}: its tokenizer is not that" in str(raised.value)
         assert difference in str(raised.value)
-    state = checkpoint(TrainingData.open(configure(folder, "a")))
+    state = checkpoint(open_data(configure(folder, "a")))
     line = refuse(configure(folder, name), state)
     assert difference in line
     assert "checkpoint.init_other_tokenizer = true" in line
     # The same pieces in another file, which training on more threads gives.
-    open_run_data(configure(folder, ["a", "other_file"]))
+    open_run(configure(folder, ["a", "other_file"]))
 
 
 def test_a_resumed_run_sees_what_it_would_have_seen(folder: Path) -> None:
     config = configure(folder, ["a", "b"], train_weights=(3.0, 1.0))
-    straight = TrainingData.open(config)
+    straight = open_data(config)
     state = checkpoint(straight)
     assert len(json.dumps(state)) < 1024
     swapped = configure(folder, ["b", "a"], train_weights=(0.25, 0.75))
@@ -173,7 +202,7 @@ def test_a_resumed_run_sees_what_it_would_have_seen(folder: Path) -> None:
 def test_another_blend_is_a_new_phase_or_refused(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = TrainingData.open(configure(folder, ["a", "b"], train_weights=(3.0, 1.0)))
+    first = open_data(configure(folder, ["a", "b"], train_weights=(3.0, 1.0)))
     state = checkpoint(first)
     changed = {"train_weights": (1.0, 1.0, 2.0)}
     line = refuse(configure(folder, ["a", "b", "c"], **changed), state)
@@ -203,7 +232,7 @@ def test_another_blend_is_a_new_phase_or_refused(
 
 
 def test_a_corpus_is_kept_until_its_last_block(folder: Path) -> None:
-    state = checkpoint(TrainingData.open(configure(folder, ["a", "b"])))
+    state = checkpoint(open_data(configure(folder, ["a", "b"])))
     line = refuse(configure(folder, "a", phase=2), state, 100)
     assert "up to sample 4096: name it too, with weight 0 in data.train_weights" in line
     kept = configure(folder, ["a", "b"], phase=2, train_weights=(1.0, 0.0))
@@ -219,7 +248,7 @@ def test_a_corpus_is_kept_until_its_last_block(folder: Path) -> None:
     [({"sequence_length": 49}, "data.row_tokens = 50"), ({"seed": 4}, "data.seed = 3")],
 )
 def test_another_order_is_refused(folder: Path, changes: dict[str, Any], key: str) -> None:
-    state = checkpoint(TrainingData.open(configure(folder, "a")))
+    state = checkpoint(open_data(configure(folder, "a")))
     line = refuse(configure(folder, "a", **changes), state)
     assert key in line
     assert "a run keeps its order" in line
@@ -231,7 +260,7 @@ def test_damage_names_the_sample_and_a_quarantine_that_helps(
     for name, num_tokens in NUM_TOKENS.items():
         make_dataset(tmp_path / name, num_tokens, RECORD_TOKENS)
     config = configure(tmp_path, ["a", "b"])
-    data = TrainingData.open(config)
+    data = open_data(config)
     sound = data.rows(np.arange(3000))
     places = data.locate(np.arange(3000))
     dataset = TokenDataset.open(tmp_path / "b")
@@ -244,7 +273,7 @@ def test_damage_names_the_sample_and_a_quarantine_that_helps(
     is_bad = (places.corpus_N == 1) & (places.row_N // (RECORD_TOKENS // LENGTH) == bad_record)
     (samples,) = np.nonzero(is_bad)
     datasets = tuple(TokenDataset.open(tmp_path / name, retry_seconds=()) for name in "ab")
-    impatient = TrainingData(config, datasets)
+    impatient = TrainingData(config.data, config.run.seed, datasets)
     with pytest.raises(UserError) as raised:
         impatient.rows(np.arange(samples[0] - 5, samples[0] + 5))
     line = str(raised.value)
@@ -256,8 +285,8 @@ def test_damage_names_the_sample_and_a_quarantine_that_helps(
     listed.write_text(json.dumps({"format_version": 1, "records": records}))
     repaired = configure(tmp_path, ["a", "b"], quarantine=str(listed))
     with caplog.at_level(logging.WARNING):
-        again, _ = open_run_data(repaired)
-        again.resume(checkpoint(data), consumed_samples=100, phase=1, source=SOURCE)
+        again, _ = open_run(repaired)
+        again.resume(checkpoint(data), consumed_samples=100, source=SOURCE)
     assert "no dataset of this run" in caplog.messages[0]
     assert "data.quarantine: another list than that of" in caplog.messages[1]
     assert checkpoint(again)["quarantine_sha256"] != checkpoint(data)["quarantine_sha256"]

@@ -67,7 +67,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def open_data(layers: list[str]) -> TrainingData:
-    return TrainingData.open(load_config(layers, folder=CONFIGS).config)
+    config = load_config(layers, folder=CONFIGS).config
+    return TrainingData.open(config.data, config.run.seed)
 
 
 def write_checkpoint(directory: Path, layers: list[str], consumed_samples: int) -> None:
@@ -76,7 +77,10 @@ def write_checkpoint(directory: Path, layers: list[str], consumed_samples: int) 
     checkpoint = directory / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config_to_dict(config)))
-    state = {"consumed_samples": consumed_samples, "data": TrainingData.open(config).state}
+    state = {
+        "consumed_samples": consumed_samples,
+        "data": open_data(layers).state,
+    }
     (checkpoint / "state.json").write_text(json.dumps(state))
     (directory / "checkpoints" / "latest").write_text("step_00000001\n")
 

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_eso.errors import ConfigError
-from megatron_eso.objectives.dealing import Dealing
+from megatron_eso.objectives.dealing import Dealing, PhaseSplit
 
 SHARES = [Fraction(0), Fraction(1), Fraction(1, 2), Fraction(3, 4), Fraction(1, 3), Fraction(7, 10)]
 
@@ -31,7 +31,7 @@ def test_every_place_is_dealt_once_and_alike_on_all_ranks(
     assert sorted(places.tolist()) == list(range(global_batch_size))
     assert {len(batches) for batches in ranks} == {num_micro_batches}
     assert {len(places) for batches in ranks for places in batches} == {micro_batch_size}
-    phases = [[dealing.is_sequential(places).tolist() for places in batches] for batches in ranks]
+    phases = [[dealing.split.phases(places).tolist() for places in batches] for batches in ranks]
     assert all(batches == phases[0] for batches in phases)
     assert all(phase == sorted(phase) for phase in phases[0])
     counts = [sum(phase) for phase in phases[0]]
@@ -45,7 +45,7 @@ def test_every_place_is_dealt_once_and_alike_on_all_ranks(
 @settings(max_examples=200, deadline=None)
 def test_phases_are_spread_evenly_over_places(multiple: int, share: Fraction) -> None:
     size = multiple * share.denominator
-    is_diffusion = ~Dealing(size, 1, 1, float(share)).is_sequential(np.arange(size))
+    is_diffusion = Dealing(size, 1, 1, float(share)).split.phases(np.arange(size)) == 0
     assert is_diffusion.sum() == size * share
     # Any run of places holds its share of diffusion samples to within one.
     excess = np.concatenate([[0.0], np.cumsum(is_diffusion - float(share))])
@@ -55,23 +55,23 @@ def test_phases_are_spread_evenly_over_places(multiple: int, share: Fraction) ->
 def test_single_phase_micro_batches_alternate_evenly() -> None:
     dealing = Dealing(16, 1, 2, 0.75)
     for rank in range(2):
-        kinds = [bool(dealing.is_sequential(places)[0]) for places in dealing.micro_batches(rank)]
+        kinds = [bool(dealing.split.phases(places)[0]) for places in dealing.micro_batches(rank)]
         assert kinds == [True, False, False, False] * 2
 
 
 def test_a_places_phase_depends_on_no_layout() -> None:
-    expected = Dealing(24, 1, 1, 0.5).is_sequential(np.arange(24))
+    expected = Dealing(24, 1, 1, 0.5).split.phases(np.arange(24))
     for micro_batch_size, data_parallel_size in [(2, 3), (1, 6), (4, 2), (12, 2), (3, 4)]:
         dealing = Dealing(24, micro_batch_size, data_parallel_size, 0.5)
-        assert np.array_equal(dealing.is_sequential(np.arange(24)), expected)
-        assert [bool(dealing.is_sequential(p)) for p in range(24)] == expected.tolist()
+        assert np.array_equal(dealing.split.phases(np.arange(24)), expected)
+        assert [int(dealing.split.phases(p)) for p in range(24)] == expected.tolist()
 
 
 def test_diffusion_places_are_numbered_without_gaps() -> None:
-    dealing = Dealing(20, 1, 1, 0.7)
-    places = np.flatnonzero(~dealing.is_sequential(np.arange(20)))
-    assert dealing.diffusion_ranks(places).tolist() == list(range(14))
-    assert dealing.num_diffusion_samples == 14
+    split = PhaseSplit(20, 0.7)
+    places = np.flatnonzero(split.phases(np.arange(20)) == 0)
+    assert split.numbers_in_first(places).tolist() == list(range(14))
+    assert split.num_first == 14
 
 
 @given(st.integers(1, 60), st.integers(1, 6), st.integers(1, 4), st.sampled_from(SHARES))

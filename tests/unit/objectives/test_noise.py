@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron_eso.objectives.dealing import Dealing
+from megatron_eso.data.samples.lengths import draw_lengths
+from megatron_eso.objectives.dealing import Dealing, PhaseSplit
 from megatron_eso.objectives.noise import (
     SAMPLING_EPSILON,
     Noise,
     diffusion_times,
-    draw_lengths,
     draw_noise,
     validation_times,
 )
@@ -52,7 +52,7 @@ def draw(
         indices,
         np.full(len(indices), sequential),
         np.full(len(indices), t),
-        alpha_0,
+        LogLinearSchedule(alpha_0),
         T,
     )
 
@@ -165,7 +165,14 @@ def test_a_samples_length_depends_on_seed_and_index_alone() -> None:
 
 @pytest.mark.parametrize("sequential", [False, True])
 def test_a_cut_sample_has_the_whole_ones_noise_without_what_lies_beyond(sequential: bool) -> None:
-    arguments = (SEED, np.arange(64), np.full(64, sequential), np.full(64, 0.5), 0.5, 20)
+    arguments = (
+        SEED,
+        np.arange(64),
+        np.full(64, sequential),
+        np.full(64, 0.5),
+        LogLinearSchedule(0.5),
+        20,
+    )
     whole, lengths = draw_noise(*arguments), 1 + np.arange(64) % 20
     cut = draw_noise(*arguments, length_B=lengths)
     for b, n in enumerate(lengths):
@@ -177,12 +184,12 @@ def test_a_cut_sample_has_the_whole_ones_noise_without_what_lies_beyond(sequenti
 
 @pytest.mark.parametrize("batch_split", [0.5, 1.0])
 def test_each_diffusion_sample_of_a_step_has_a_stratum_of_its_own(batch_split: float) -> None:
-    dealing = Dealing(64, 1, 1, batch_split)
+    split = PhaseSplit(64, batch_split)
     places = np.arange(64)
     jitter = []
     for step in range(40):
-        t = diffusion_times(SEED, 64 * step, dealing, places)
-        assert np.array_equal(np.isnan(t), dealing.is_sequential(places))
+        t = diffusion_times(SEED, 64 * step, split, places)
+        assert np.array_equal(np.isnan(t), split.phases(places) == 1)
         t = t[~np.isnan(t)]
         assert t.min() >= SAMPLING_EPSILON
         assert t.max() < 1
@@ -194,11 +201,11 @@ def test_each_diffusion_sample_of_a_step_has_a_stratum_of_its_own(batch_split: f
 
 
 def test_no_place_always_sees_low_or_high_times() -> None:
-    dealing, num_steps = Dealing(16, 1, 1, 0.5), 400
+    split, num_steps = PhaseSplit(16, 0.5), 400
     times = np.stack(
-        [diffusion_times(SEED, 16 * s, dealing, np.arange(16)) for s in range(num_steps)]
+        [diffusion_times(SEED, 16 * s, split, np.arange(16)) for s in range(num_steps)]
     )
-    for place in np.flatnonzero(~dealing.is_sequential(np.arange(16))):
+    for place in np.flatnonzero(split.phases(np.arange(16)) == 0):
         assert_uniform((times[:, place] - SAMPLING_EPSILON) / (1 - SAMPLING_EPSILON))
 
 
@@ -212,15 +219,15 @@ def test_validation_times_are_stratified_over_the_set() -> None:
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (4, 1), (1, 4), (2, 4), (4, 4), (16, 2)])
 def test_noise_depends_on_neither_micro_batch_nor_rank(layout: tuple[int, int]) -> None:
-    first_index, alpha_0, length = 320, 0.3, 20
+    first_index, schedule, length = 320, LogLinearSchedule(0.3), 20
     places = np.arange(32)
-    whole = Dealing(32, 32, 1, 0.5)
+    split = PhaseSplit(32, 0.5)
     expected = draw_noise(
         SEED,
         first_index + places,
-        whole.is_sequential(places),
-        diffusion_times(SEED, first_index, whole, places),
-        alpha_0,
+        split.phases(places) == 1,
+        diffusion_times(SEED, first_index, split, places),
+        schedule,
         length,
     )
     dealing = Dealing(32, *layout, 0.5)
@@ -229,9 +236,9 @@ def test_noise_depends_on_neither_micro_batch_nor_rank(layout: tuple[int, int]) 
             noise = draw_noise(
                 SEED,
                 first_index + some,
-                dealing.is_sequential(some),
-                diffusion_times(SEED, first_index, dealing, some),
-                alpha_0,
+                split.phases(some) == 1,
+                diffusion_times(SEED, first_index, split, some),
+                schedule,
                 length,
             )
             assert equal(
@@ -255,7 +262,7 @@ def test_seeds_samples_purposes_and_phases_have_noise_of_their_own() -> None:
     }
     words = [word for four in drawn.values() for word in four]
     assert len(set(words)) == len(words)
-    arguments = (np.array([5]), np.array([False]), np.array([0.5]), 0.5, 64)
+    arguments = (np.array([5]), np.array([False]), np.array([0.5]), LogLinearSchedule(0.5), 64)
     masks = [
         draw_noise(SEED, *arguments).is_masked_BT,
         draw_noise(SEED, *arguments, is_validation=True).is_masked_BT,
@@ -308,15 +315,16 @@ def test_noise_version_1_stays_as_it_is() -> None:
     assert sorted(Purpose)[:15] == list(range(1, 16))
     assert random_bits(1234, Purpose.TIME, 5, 2).tolist() == PINNED_BITS
     dealing, places = Dealing(8, 2, 2, 0.5), np.arange(8)
-    t = diffusion_times(1234, 80, dealing, places)
+    t = diffusion_times(1234, 80, dealing.split, places)
     assert [float(x).hex() for x in t[~np.isnan(t)]] == PINNED_TIMES
     assert draw_lengths(1234, 80 + places, 0.5, 1000).tolist() == PINNED_LENGTHS
-    noise = draw_noise(1234, 80 + places, dealing.is_sequential(places), t, 0.25, 16)
+    schedule = LogLinearSchedule(0.25)
+    noise = draw_noise(1234, 80 + places, dealing.split.phases(places) == 1, t, schedule, 16)
     assert noise.permutation_BT[0].tolist() == PINNED_SEQUENTIAL_ORDER
     assert noise.permutation_BT[1].tolist() == PINNED_DIFFUSION_ORDER
     assert digest(noise.is_masked_BT, noise.permutation_BT) == PINNED_NOISE
     t = validation_times(1234, places, 8)
-    validation = draw_noise(1234, places, places % 2 == 0, t, 0.25, 16, is_validation=True)
+    validation = draw_noise(1234, places, places % 2 == 0, t, schedule, 16, is_validation=True)
     arrays = (validation.is_masked_BT, validation.permutation_BT, t)
     assert digest(*arrays) == PINNED_VALIDATION
     assert dealing.micro_batches(1)[0].tolist() == [3, 2]

@@ -1,4 +1,4 @@
-"""What a row plan holds; that it computes the right thing is shown against the dense oracle."""
+"""What the rows of a micro-batch hold; the dense oracle shows that they compute the right thing."""
 
 import dataclasses
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_eso.objectives.noise import Noise
-from megatron_eso.objectives.rows import RowPlan, plan_rows
-from megatron_eso.objectives.schedule import LogLinearSchedule
+from megatron_eso.objectives.rows import LossRows, MicroBatch, Rows
+from tests.support.planning import eso_lm, plan_noise
 
 MASK = 99
 T = 4
@@ -24,28 +24,33 @@ NOISE = Noise(
 X_0 = np.array([[10, 11, 12, 13], [20, 21, 22, 23], [30, 31, 32, 33]])
 
 
-def plan(x_0: np.ndarray = X_0, noise: Noise = NOISE, **options: object) -> RowPlan:
-    arguments = {
-        "schedule": LogLinearSchedule(0.5),
-        "loss_type": "elbo",
-        "mask_token_id": MASK,
-        "row_multiple": 1,
-    }
-    return plan_rows(x_0, noise, **{**arguments, **options})
+def plan(
+    x_0: np.ndarray = X_0,
+    noise: Noise = NOISE,
+    *,
+    row_multiple: int = 1,
+    alpha_0: float = 0.5,
+    loss_type: str = "elbo",
+) -> MicroBatch:
+    objective = eso_lm(MASK, alpha_0=alpha_0, loss_type=loss_type)
+    return plan_noise(objective, x_0, noise, row_multiple=row_multiple)
 
 
 def test_rows_are_packed_diffusion_first_then_clean_streams_then_queries() -> None:
-    rows = plan()
+    batch = plan()
+    rows, loss = batch.rows, batch.loss
     assert rows.stream_lengths == (T, T - 1)
-    assert rows.num_diffusion_streams == 1
+    assert rows.num_mixed_streams == 1
     assert rows.query_lengths == (2,)
     assert rows.loss_lengths == (2, 2)
     assert rows.tokens_R.tolist() == [31, 32, MASK, MASK, 12, 10, 11, MASK, MASK]
     assert rows.positions_R.tolist() == [1, 2, 3, 0, 2, 0, 1, 1, 3]
     assert rows.loss_rows_E.tolist() == [2, 3, 7, 8]
-    assert rows.targets_E.tolist() == [33, 30, 11, 13]
-    assert rows.is_sequential_E.tolist() == [False, False, True, True]
-    assert rows.sample_E.tolist() == [2, 2, 0, 0]
+    assert loss.targets_E.tolist() == [33, 30, 11, 13]
+    assert loss.phase_E.tolist() == [0, 0, 1, 1]
+    assert loss.sample_E.tolist() == [2, 2, 0, 0]
+    assert loss.lengths == (2, 2)
+    assert batch.phase_B.tolist() == [1, 0, 0]
     assert (rows.num_rows, rows.num_loss_rows) == (9, 4)
 
 
@@ -58,54 +63,61 @@ def test_what_lies_beyond_a_samples_length_has_no_row() -> None:
         t_B=np.array([np.nan, np.nan, 0.5]),
         is_sequential_B=np.array([True, True, False]),
     )
-    rows = plan(noise=noise)
+    batch = plan(noise=noise)
+    rows, loss = batch.rows, batch.loss
     assert rows.stream_lengths == (2, 2, 0)
     assert rows.query_lengths == (1, 1)
     assert rows.loss_lengths == (1, 1, 1)
     assert rows.tokens_R.tolist() == [30, MASK, 12, 10, MASK, MASK]
     assert rows.positions_R.tolist() == [0, 1, 2, 0, 1, 0]
     assert rows.loss_rows_E.tolist() == [1, 4, 5]
-    assert rows.targets_E.tolist() == [31, 11, 20]
-    assert rows.sample_E.tolist() == [2, 0, 1]
+    assert loss.targets_E.tolist() == [31, 11, 20]
+    assert loss.sample_E.tolist() == [2, 0, 1]
     # Neither the tokens nor the order of what lies beyond matters.
     x_0 = np.where(np.arange(T) < noise.length_B[:, None], X_0, -1)
     beyond = noise.permutation_BT.copy()
     beyond[2, 2:] = [3, 2]
     other = plan(x_0, dataclasses.replace(noise, permutation_BT=beyond))
-    assert torch.equal(other.tokens_R, rows.tokens_R)
-    assert torch.equal(other.targets_E, rows.targets_E)
+    assert torch.equal(other.rows.tokens_R, rows.tokens_R)
+    assert torch.equal(other.loss.targets_E, loss.targets_E)
 
 
 def test_weights_are_those_of_the_loss_type() -> None:
     weight = 0.5 * 0.999 / (1 - 0.5 * (1 - 0.999 * 0.5))
     for loss_type, expected in (("elbo", weight), ("low_var", 1.0)):
-        rows = plan(loss_type=loss_type)
-        np.testing.assert_allclose(rows.weights_E, [expected] * 2 + [1.0] * 2, rtol=1e-6)
-        np.testing.assert_allclose(rows.elbo_weights_E, [weight] * 2 + [1.0] * 2, rtol=1e-6)
+        loss = plan(loss_type=loss_type).loss
+        np.testing.assert_allclose(loss.weights_E, [expected] * 2 + [1.0] * 2, rtol=1e-6)
+        np.testing.assert_allclose(loss.elbo_weights_E, [weight] * 2 + [1.0] * 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 4, 16])
 def test_padding_fills_up_to_a_multiple_and_carries_nothing(multiple: int) -> None:
-    rows, exact = plan(row_multiple=multiple), plan()
-    for tensor in (rows.tokens_R, rows.targets_E):
+    batch, exact = plan(row_multiple=multiple), plan()
+    rows, loss = batch.rows, batch.loss
+    for tensor in (rows.tokens_R, loss.targets_E):
         assert len(tensor) % multiple == 0
     assert len(rows.tokens_R) - rows.num_rows < multiple
-    assert len(rows.targets_E) - rows.num_loss_rows < multiple
+    assert len(loss.targets_E) - rows.num_loss_rows < multiple
     assert (rows.tokens_R[rows.num_rows :] == MASK).all()
-    for name in ("loss_rows_E", "targets_E", "weights_E", "elbo_weights_E", "sample_E"):
-        values = getattr(rows, name)
-        assert torch.equal(values[: rows.num_loss_rows], getattr(exact, name))
-        assert not values[rows.num_loss_rows :].any()
+    padded = {"loss_rows_E": (rows.loss_rows_E, exact.rows.loss_rows_E)} | {
+        field.name: (getattr(loss, field.name), getattr(exact.loss, field.name))
+        for field in dataclasses.fields(LossRows)
+        if field.name != "lengths"
+    }
+    for name, (values, expected) in padded.items():
+        assert torch.equal(values[: rows.num_loss_rows], expected), name
+        assert not values[rows.num_loss_rows :].any(), name
     assert not rows.positions_R[rows.num_rows :].any()
 
 
 def test_a_micro_batch_without_masks_is_padding_alone() -> None:
     noise = dataclasses.replace(NOISE, is_masked_BT=np.zeros((3, T), dtype=np.bool_))
-    rows = plan(noise=noise, row_multiple=4)
+    batch = plan(noise=noise, row_multiple=4)
+    rows, loss = batch.rows, batch.loss
     assert (rows.num_rows, rows.num_loss_rows) == (0, 0)
     assert rows.stream_lengths == rows.query_lengths == rows.loss_lengths == ()
-    assert len(rows.tokens_R) == len(rows.targets_E) == 4
-    assert not rows.weights_E.any()
+    assert len(rows.tokens_R) == len(loss.targets_E) == 4
+    assert not loss.weights_E.any()
 
 
 @pytest.mark.parametrize(("alpha_0", "is_sequential"), [(1.0, False), (0.0, True)])
@@ -117,25 +129,24 @@ def test_the_edges_of_alpha_0_compute_no_row_in_vain(alpha_0: float, is_sequenti
         t_B=np.full(3, 1.0),
         is_sequential_B=np.full(3, is_sequential),
     )
-    rows = plan(noise=noise, schedule=LogLinearSchedule(alpha_0))
+    rows = plan(noise=noise, alpha_0=alpha_0).rows
     assert rows.num_rows == 3 * (2 * T - 1 if is_sequential else T)
     assert rows.num_loss_rows == 3 * T
 
 
-def test_tensors_and_arrays_plan_alike_and_move_as_one() -> None:
-    rows, moved = plan(torch.from_numpy(X_0)), plan().to("meta")
-    for field in dataclasses.fields(RowPlan):
-        value, there = getattr(rows, field.name), getattr(moved, field.name)
-        if isinstance(value, torch.Tensor):
-            assert there.device.type == "meta"
-            assert (there.dtype, there.shape) == (value.dtype, value.shape)
-            assert torch.equal(value, getattr(plan(), field.name))
-        else:
-            assert value == there
+def test_the_tensors_of_a_micro_batch_move_as_one() -> None:
+    batch, moved = plan(), plan().to("meta")
+    parts = [(Rows, batch.rows, moved.rows), (LossRows, batch.loss, moved.loss)]
+    for kind, part, there in parts:
+        for field in dataclasses.fields(kind):
+            value, found = getattr(part, field.name), getattr(there, field.name)
+            if isinstance(value, torch.Tensor):
+                assert found.device.type == "meta"
+                assert (found.dtype, found.shape) == (value.dtype, value.shape)
+            else:
+                assert value == found
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="loss_type 'nelbo'"):
-        plan(loss_type="nelbo")
     with pytest.raises(ValueError, match="shape"):
         plan(X_0[:, :3])

@@ -15,8 +15,10 @@ import torch
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import DataError
+from megatron_eso.objectives.objective import Step
 from megatron_eso.training.batches import StepPlan, TrainingBatches
 from megatron_eso.training.prefetch import StepPrefetcher
+from tests.support.planning import objective_of
 from tests.support.training import tiny_config
 
 BATCH = 8
@@ -32,9 +34,9 @@ class RecordedBatches(TrainingBatches):
         self.places: list[int] = []
         self.threads: set[threading.Thread] = set()
 
-    def plan_step(self, consumed_samples: int, data_parallel_rank: int) -> StepPlan:
-        plan = super().plan_step(consumed_samples, data_parallel_rank)
-        self.places.append(consumed_samples)
+    def plan_step(self, step: Step, data_parallel_rank: int) -> StepPlan:
+        plan = super().plan_step(step, data_parallel_rank)
+        self.places.append(step.first_index)
         self.threads.add(threading.current_thread())
         return plan
 
@@ -43,18 +45,25 @@ def make_batches(data: Path, folder: Path) -> RecordedBatches:
     overrides = {"data.ssl_ratio": 0.5, "train.global_batch_size": BATCH}
     config = tiny_config(folder / "run", data, overrides)
     dataset = TokenDataset.open(data / "train", retry_seconds=())
-    return RecordedBatches(config, TrainingData(config, (dataset,)), 2)
+    return RecordedBatches(
+        config, objective_of(config), TrainingData(config.data, config.run.seed, (dataset,)), 2
+    )
 
 
 def assert_equal(first: StepPlan, second: StepPlan) -> None:
     assert first.tokens == second.tokens
     for one, other in zip(first.micro_batches, second.micro_batches, strict=True):
-        assert np.array_equal(one.indices, other.indices)
-        assert np.array_equal(one.is_sequential, other.is_sequential)
-        for field in dataclasses.fields(one.plan):
-            value, expected = getattr(one.plan, field.name), getattr(other.plan, field.name)
-            same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
-            assert same(value, expected), field.name
+        assert np.array_equal(one.indices_B, other.indices_B)
+        assert np.array_equal(one.phase_B, other.phase_B)
+        for part, expected_part in ((one.rows, other.rows), (one.loss, other.loss)):
+            for field in dataclasses.fields(part):
+                value, expected = getattr(part, field.name), getattr(expected_part, field.name)
+                same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+                assert same(value, expected), field.name
+
+
+def step_at(number: int) -> Step:
+    return Step(number=number, first_index=number * BATCH, batch_size=BATCH)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -76,7 +85,7 @@ def test_plans_are_those_of_the_batches_wherever_they_are_asked_for(
     batches, plain = make_batches(tiny_data, tmp_path), make_batches(tiny_data, tmp_path)
     with StepPrefetcher(batches, 1, steps_ahead) as prefetcher:
         for step in (3, 4, 5, 6, 4, 5, 1000, 1001, 1001):
-            assert_equal(prefetcher.take(step * BATCH), plain.plan_step(step * BATCH, 1))
+            assert_equal(prefetcher.take(step_at(step)), plain.plan_step(step_at(step), 1))
     assert bool(threads_of(batches)) == (steps_ahead > 0)
     assert not any(thread.is_alive() for thread in threads_of(batches))
 
@@ -86,13 +95,13 @@ def test_the_next_steps_are_ready_before_they_are_asked_for(
 ) -> None:
     batches = make_batches(tiny_data, tmp_path)
     with StepPrefetcher(batches, 0, STEPS_AHEAD) as prefetcher:
-        prefetcher.take(0)
+        prefetcher.take(step_at(0))
         wait_until(lambda: len(batches.places) == 1 + STEPS_AHEAD)
         (thread,) = threads_of(batches)
         assert thread.daemon
         thread.join(0.1)  # no more than these
         assert batches.places == [0, BATCH, 2 * BATCH]
-        prefetcher.take(BATCH)
+        prefetcher.take(step_at(1))
         wait_until(lambda: batches.places[3:] == [3 * BATCH])
     assert not thread.is_alive()
 
@@ -106,21 +115,21 @@ def test_an_error_in_the_thread_is_raised_where_its_step_is_taken(
     batches, plain = make_batches(data, tmp_path), make_batches(tiny_data, tmp_path)
     whole = {shard: shard.read_bytes() for shard in (data / "train").glob("*.tar")}
     with StepPrefetcher(batches, 0, STEPS_AHEAD) as prefetcher:
-        prefetcher.take(0)
+        prefetcher.take(step_at(0))
         wait_until(lambda: len(batches.places) == 1 + STEPS_AHEAD)
         for shard in whole:
             shard.write_bytes(b"")
         for step in (1, 2):
-            assert_equal(prefetcher.take(step * BATCH), plain.plan_step(step * BATCH, 0))
+            assert_equal(prefetcher.take(step_at(step)), plain.plan_step(step_at(step), 0))
         with pytest.raises(DataError, match=r"shard-\d+\.tar, .*sample 2\d") as raised:
-            prefetcher.take(3 * BATCH)
+            prefetcher.take(step_at(3))
         with pytest.raises(DataError) as direct:
-            batches.plan_step(3 * BATCH, 0)
+            batches.plan_step(step_at(3), 0)
         assert str(raised.value) == str(direct.value)
         assert not any(thread.is_alive() for thread in threads_of(batches))
         for shard, content in whole.items():
             shard.write_bytes(content)
-        assert_equal(prefetcher.take(3 * BATCH), plain.plan_step(3 * BATCH, 0))
+        assert_equal(prefetcher.take(step_at(3)), plain.plan_step(step_at(3), 0))
 
 
 def test_leaving_on_an_error_ends_the_thread(tiny_data: Path, tmp_path: Path) -> None:
@@ -128,7 +137,7 @@ def test_leaving_on_an_error_ends_the_thread(tiny_data: Path, tmp_path: Path) ->
 
     def fail() -> None:
         with StepPrefetcher(batches, 0, STEPS_AHEAD) as prefetcher:
-            prefetcher.take(0)
+            prefetcher.take(step_at(0))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

@@ -13,23 +13,23 @@ is garbage. A removed shard stays readable for those who have it open.
 The index files (0.013 % of a corpus) do not count towards the bound and are kept.
 """
 
-import fcntl
 import os
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from megatron_eso.data.shards.manifest import HashedFile
 from megatron_eso.errors import ConfigError, DataError
-from megatron_eso.files import sync_path
+from megatron_eso.files import new_path, rename
+from megatron_eso.locks import Lock, hold_lock
+from megatron_eso.quantities import GIB
 
-_GIB = 2**30
 _TEMPORARY = ".tmp"
 _POLL_SECONDS = 0.1
 
@@ -59,7 +59,7 @@ class ShardCache:
             raise ConfigError(f"data.cache_gib = {gib}: give a size above 0, in GiB")
         default = Path(tempfile.gettempdir(), f"megatron-eso-cache-{os.getuid()}")
         folder = Path(directory).expanduser() if directory else default
-        return cls(directory=folder.absolute(), max_bytes=int(gib * _GIB))
+        return cls(directory=folder.absolute(), max_bytes=int(gib * GIB))
 
     @property
     def shards(self) -> Path:
@@ -122,25 +122,19 @@ class ShardCache:
         """
         if file.bytes > self.max_bytes:
             raise ConfigError(
-                f"data.cache_gib = {self.max_bytes / _GIB:.3g} is less than the {file.bytes} bytes "
+                f"data.cache_gib = {self.max_bytes / GIB:.3g} is less than the {file.bytes} bytes "
                 f"of the shard {file.name}; raise it"
             )
-        with self._explaining_errors(), self.lock(file.sha256, wait=wait) as is_held:
-            if not is_held:
+        with self._explaining_errors(), self.lock(file.sha256, wait=wait) as lock:
+            if not lock.is_held:
                 return None
             handle = self.open(file)
-            if handle is not None:
-                return handle
-            temporary = self._reserve(file)
-            try:
-                with temporary.open("r+b") as stream:
-                    download(stream)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                handle = os.open(temporary, os.O_RDONLY)
-                temporary.rename(self._path(file))
-            finally:
-                temporary.unlink(missing_ok=True)
+            if handle is None:
+                with new_path(self._path(file), self._reserve(file)) as temporary:
+                    with temporary.open("r+b") as stream:
+                        download(stream)
+                    # Before the copy has its name: another process may remove it at once.
+                    handle = os.open(temporary, os.O_RDONLY)
             return handle
 
     def make_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
@@ -165,25 +159,14 @@ class ShardCache:
                 )
                 try:
                     fill(temporary)
-                    temporary.rename(folder)
-                    sync_path(self.datasets)
+                    rename(temporary, folder)
                 finally:
                     shutil.rmtree(temporary, ignore_errors=True)
         return folder
 
-    @contextmanager
-    def lock(self, name: str, *, wait: bool = True) -> Iterator[bool]:
-        """Hold a lock among all threads and processes; the body is told whether it is held."""
-        descriptor = os.open(self._locks / name, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            is_held = _try_lock(descriptor)
-            # Asked for again and again, so that an interrupt from the keyboard is heeded.
-            while wait and not is_held:
-                time.sleep(_POLL_SECONDS)
-                is_held = _try_lock(descriptor)
-            yield is_held
-        finally:
-            os.close(descriptor)
+    def lock(self, name: str, *, wait: bool = True) -> AbstractContextManager[Lock]:
+        """A lock among all threads and processes; see `hold_lock`."""
+        return hold_lock(self._locks / name, wait=wait)
 
     def allocated_bytes(self) -> int:
         """What the shards take of the disk now."""
@@ -230,8 +213,8 @@ class ShardCache:
     def _remove_garbage(self) -> None:
         for folder in (self.shards, self.datasets):
             for name in {path.name.partition(".")[0] for path in folder.glob(f"*{_TEMPORARY}")}:
-                with self.lock(name, wait=False) as is_held:
-                    if is_held:
+                with self.lock(name, wait=False) as lock:
+                    if lock.is_held:
                         self._remove_garbage_of(folder, name)
 
     def _remove_garbage_of(self, folder: Path, name: str) -> None:
@@ -251,11 +234,3 @@ class ShardCache:
                 f"cannot keep shards in {self.directory}: {error.strerror or error}; give "
                 "data.cache_directory a folder on a disk of this node that holds data.cache_gib"
             ) from error
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -3,15 +3,15 @@
 import hashlib
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
+from megatron_eso.data.shards.format import MANIFEST_FILE
 from megatron_eso.data.shards.manifest import HashedFile, Manifest, decode_manifest
-from megatron_eso.data.shards.shard_format import MANIFEST_FILE
 from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.retries import retry
 
 FIRST_WAIT_SECONDS = 1.0
 """Before the second attempt; it doubles from attempt to attempt."""
@@ -157,40 +157,47 @@ class RemoteFolder:
         return f"{self._root.rstrip('/')}/{name}"
 
     def _retrying(self, name: str, read: Callable[[], _T]) -> _T:
-        """Do `read` until it succeeds, as often as the kind of its failure allows."""
-        num_damaged = 0
-        wait_seconds = FIRST_WAIT_SECONDS
-        for attempt in range(1, NETWORK_ATTEMPTS + 1):
-            try:
-                return read()
-            except _LocalError as error:
-                raise error.error from error
-            except (_DamagedError, DataError) as error:
-                num_damaged += 1
-                failure: Exception = error
-                reason, is_last = str(error), num_damaged == HASH_ATTEMPTS
-                remedy = "put the dataset there again"
-            except Exception as error:  # fsspec's backends have no common base
-                failure = error
-                reason, is_last = _explain(error), _is_final(error)
-                remedy = "check the URL, and the network and credentials of this machine"
-            if is_last or attempt == NETWORK_ATTEMPTS:
-                break
-            logger.warning("%s: %s; again in %.2g s", self.name(name), reason, wait_seconds)
-            time.sleep(wait_seconds)
-            wait_seconds *= 2
-        if isinstance(failure, DataError):
-            raise failure
-        times = f" (asked {attempt} times)" if attempt > 1 else ""
-        raise DataError(f"cannot read {self.name(name)}: {reason}{times}; {remedy}") from failure
+        """Call `read` until it succeeds, as often as the kind of its failure allows."""
+        num_attempts = num_damaged = 0
+
+        def attempt() -> _T:
+            nonlocal num_attempts
+            num_attempts += 1
+            return read()
+
+        def log_or_give_up(error: Exception, seconds: float) -> None:
+            nonlocal num_damaged
+            num_damaged += _is_damage(error)
+            if _is_final(error) or num_damaged == HASH_ATTEMPTS:
+                raise error
+            logger.warning("%s: %s; again in %.2g s", self.name(name), _explain(error), seconds)
+
+        pauses = [FIRST_WAIT_SECONDS * 2**number for number in range(NETWORK_ATTEMPTS - 1)]
+        try:
+            # fsspec's backends have no common base of their errors.
+            return retry(attempt, errors=Exception, pauses=pauses, on_error=log_or_give_up)
+        except _LocalError as error:
+            raise error.error from error
+        except DataError:
+            raise
+        except Exception as error:
+            times = f" (asked {num_attempts} times)" if num_attempts > 1 else ""
+            remedy = (
+                "put the dataset there again"
+                if _is_damage(error)
+                else "check the URL, and the network and credentials of this machine"
+            )
+            raise DataError(
+                f"cannot read {self.name(name)}: {_explain(error)}{times}; {remedy}"
+            ) from error
 
 
 class _DamagedError(Exception):
-    """What came is not what the manifest tells."""
+    """What the server sent is not what the manifest says."""
 
 
 class _LocalError(Exception):
-    """A failure of the local disk, which no other attempt mends."""
+    """A failure of the local disk; another request would not help."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(str(error))
@@ -204,8 +211,15 @@ def _write_locally(stream: BinaryIO, piece: bytes) -> None:
         raise _LocalError(error) from error
 
 
+def _is_damage(error: Exception) -> bool:
+    """Whether an answer came, but not the dataset's file."""
+    return isinstance(error, (_DamagedError, DataError))
+
+
 def _is_final(error: Exception) -> bool:
-    """Whether asking again is in vain: no such file, no permission, no credentials."""
+    """Whether another request cannot help: no such file, no permission, no credentials."""
+    if isinstance(error, _LocalError):
+        return True
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return 400 <= status < 500 and status not in _PASSING_STATUSES
@@ -217,6 +231,8 @@ def _is_final(error: Exception) -> bool:
 
 def _explain(error: Exception) -> str:
     """What went wrong, without the signed addresses that some servers redirect to."""
+    if _is_damage(error):
+        return str(error)
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return f"the server answers with HTTP status {status}"

@@ -7,25 +7,16 @@ leaves nothing that looks complete.
 """
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_eso.data.shards.manifest import (
-    HashedFile,
-    Manifest,
-    Source,
-    Split,
-    TokenizerFingerprint,
-    dataset_id,
-)
-from megatron_eso.data.shards.shard_format import (
+from megatron_eso.data.shards.format import (
     BLOCK_BYTES,
     BLOCKS_FILE,
     DOCUMENTS_FILE,
@@ -42,8 +33,10 @@ from megatron_eso.data.shards.shard_format import (
     numpy_dtype,
     shard_name,
 )
+from megatron_eso.data.shards.manifest import HashedFile, Manifest, Source, Split, dataset_id
+from megatron_eso.data.tokenizers.fingerprint import TokenizerFingerprint
 from megatron_eso.errors import DataError
-from megatron_eso.files import sync_path
+from megatron_eso.files import new_file, sync_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -341,8 +334,8 @@ class HashingFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._unfinished = path.with_name(f"{path.name}.unfinished")
-        self._file: BinaryIO = self._unfinished.open("wb")
+        self._closing = ExitStack()
+        self._file = self._closing.enter_context(new_file(path))
         self._sha256 = hashlib.sha256()
         self._bytes = 0
 
@@ -353,11 +346,8 @@ class HashingFile:
         self._bytes += len(data)
 
     def close(self) -> HashedFile:
-        """Flush to the disk, take the name, and say what was written."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._unfinished.rename(self._path)
+        """Give the file its name, and say what was written."""
+        self._closing.close()
         return HashedFile(name=self._path.name, bytes=self._bytes, sha256=self._sha256.hexdigest())
 
 

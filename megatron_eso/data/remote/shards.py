@@ -1,0 +1,137 @@
+"""Datasets behind a URL: s3://, gs:// and https:// by fsspec, whole shards copied to a local cache.
+
+Copying whole shards makes reading as fast and as checked as from a local disk: the sha256 of every
+copy is compared with the manifest's while it is downloaded, and the hash of every block whenever it
+is read. Samples are drawn from the whole corpus, so a run needs all shards soon: `stage_shards`
+fetches them before the first step, each once per node. Where they do not fit into the cache they
+are fetched as rows ask for them.
+
+Credentials, endpoints and proxies are fsspec's business (AWS_PROFILE, AWS_ENDPOINT_URL,
+GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_S3_ENDPOINT_URL, ...); a URL must not hold any.
+"""
+
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from megatron_eso.data.remote.cache import ShardCache
+from megatron_eso.data.remote.folder import RemoteFolder
+from megatron_eso.data.shards.format import MANIFEST_FILE, TOKENIZER_FOLDER
+from megatron_eso.data.shards.manifest import Manifest, dataset_id
+from megatron_eso.errors import DataError
+from megatron_eso.files import sync_tree
+
+
+class RemoteShards:
+    """The shards of a dataset behind a URL, read from copies in a local cache.
+
+    Attributes:
+        url: of the dataset.
+        cache: where the copies are.
+        manifest: as the server has it now.
+        directory: local folder of the index files: the dataset without its shards.
+    """
+
+    def __init__(
+        self, folder: RemoteFolder, cache: ShardCache, manifest: Manifest, directory: Path
+    ) -> None:
+        """Use `connect` instead."""
+        self.url = folder.url
+        self.cache = cache
+        self.manifest = manifest
+        self.directory = directory
+        self._folder = folder
+
+    @classmethod
+    def connect(cls, url: str, cache: ShardCache) -> "RemoteShards":
+        """Read the manifest and have the index files in the cache; shards come when asked for.
+
+        Raises:
+            ConfigError: the library for such URLs is not installed.
+            DataError: there is no dataset, or it cannot be read; or the cache cannot be written.
+        """
+        folder = RemoteFolder(url)
+        cache.prepare()
+        try:
+            manifest, encoded = folder.read_manifest()
+        except DataError as error:
+            parts = find_parts(folder) if isinstance(error.__cause__, FileNotFoundError) else []
+            if parts:
+                raise DataError(
+                    f"{folder.url} holds several datasets; give {' or '.join(parts)}"
+                ) from error
+            raise
+
+        def fill(directory: Path) -> None:
+            (directory / MANIFEST_FILE).write_bytes(encoded)
+            (directory / TOKENIZER_FOLDER).mkdir()
+            names = [(file.name, file) for file in (manifest.blocks, manifest.documents)]
+            for file in manifest.tokenizer_files:
+                if file.name in ("", ".", "..") or PurePosixPath(file.name).name != file.name:
+                    raise DataError(f"{folder.url}: {file.name!r} is no name of a tokenizer's file")
+                names.append((f"{TOKENIZER_FOLDER}/{file.name}", file))
+            for name, file in names:
+                with (directory / name).open("wb") as stream:
+                    folder.download(name, file, stream)
+            sync_tree(directory)
+
+        directory = cache.make_folder(dataset_id(encoded), fill)
+        return cls(folder, cache, manifest, directory)
+
+    def open(self, shard: int) -> int:
+        """Open the local copy of a shard, staging it first where there is none.
+
+        Returns:
+            A descriptor, which the caller closes.
+
+        Raises:
+            DataError: the shard cannot be had.
+        """
+        handle = self.cache.open(self.manifest.shards[shard])
+        if handle is None:
+            handle = self.stage(shard)
+        assert handle is not None  # since `stage` waits
+        return handle
+
+    def name(self, shard: int) -> str:
+        """The URL of a shard."""
+        return self._folder.name(self.manifest.shards[shard].name)
+
+    def discard(self, shard: int) -> None:
+        """Remove the local copy of a shard, which does not read well; `open` makes another."""
+        self.cache.remove(self.manifest.shards[shard])
+
+    def stage(
+        self,
+        shard: int,
+        *,
+        wait: bool = True,
+        advance: Callable[[int], None] = lambda num_bytes: None,
+    ) -> int | None:
+        """Have a copy of a shard in the cache and open it; see `ShardCache.stage`."""
+        file = self.manifest.shards[shard]
+
+        def download(stream: BinaryIO) -> None:
+            self._folder.download(file.name, file, stream, advance)
+
+        return self.cache.stage(file, download, wait=wait)
+
+    def check_size(self, shard: int) -> None:
+        """Compare a shard's size on the server with the manifest's.
+
+        Raises:
+            DataError: it is missing or of another size.
+        """
+        file = self.manifest.shards[shard]
+        size = self._folder.size(file.name)
+        if size is not None and size != file.bytes:
+            raise DataError(
+                f"{self.name(shard)} has {size} bytes, not the manifest's {file.bytes}; "
+                "put the dataset there again"
+            )
+
+
+def find_parts(folder: RemoteFolder) -> list[str]:
+    """The URLs of the datasets in a folder's `train` and `validation`."""
+    parts = ("train", "validation")
+    return [folder.name(part) for part in parts if folder.has(f"{part}/{MANIFEST_FILE}")]

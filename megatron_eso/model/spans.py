@@ -1,0 +1,73 @@
+"""What reads what: causal streams and strict queries, from the rows of a micro-batch.
+
+A *strict query* i of m over the n keys of its stream reads the keys `[0, n - m + 1 + i)` and
+itself: causal attention with bottom-right alignment, and its own key and value besides. How that
+is computed is the matter of an attention backend.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+from megatron_eso.objectives.rows import Rows
+
+
+class QuerySpan(NamedTuple):
+    """The strict queries of one stream, and the keys that the last of them reads."""
+
+    num_queries: int
+    first_key: int
+    num_keys: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BodySpans:
+    """What the rows read in a layer that keeps all of them, in the order of the rows.
+
+    Attributes:
+        mixed_lengths: Lengths of the mixed streams; each attends causally.
+        clean_lengths: Lengths of the clean streams; each attends causally.
+        queries: Strict queries over the clean streams, whose keys are numbered from 0 on.
+    """
+
+    mixed_lengths: tuple[int, ...]
+    clean_lengths: tuple[int, ...]
+    queries: tuple[QuerySpan, ...]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Rows of the mixed streams, of the clean streams, and of the queries."""
+        num_queries = sum(span.num_queries for span in self.queries)
+        return sum(self.mixed_lengths), sum(self.clean_lengths), num_queries
+
+
+def find_body_spans(rows: Rows) -> BodySpans:
+    """Return what rows read in the body: streams causally, mask queries the clean streams."""
+    clean_lengths = rows.stream_lengths[rows.num_mixed_streams :]
+    return BodySpans(
+        mixed_lengths=rows.stream_lengths[: rows.num_mixed_streams],
+        clean_lengths=clean_lengths,
+        queries=tuple(
+            QuerySpan(count, end - length, length)
+            for count, length, end in zip(
+                rows.query_lengths, clean_lengths, accumulate(clean_lengths), strict=True
+            )
+        ),
+    )
+
+
+def find_loss_spans(rows: Rows) -> tuple[QuerySpan, ...]:
+    """Return what loss rows read in the last layer: each the first n - 1 rows of its stream.
+
+    n are the tokens of the sample. Keys are numbered as the rows.
+    """
+    # Clean streams lack the row of the last slot already.
+    num_clean_streams = len(rows.stream_lengths) - rows.num_mixed_streams
+    unread = (1,) * rows.num_mixed_streams + (0,) * num_clean_streams
+    ends = accumulate(rows.stream_lengths)
+    return tuple(
+        QuerySpan(count, end - length, length - less)
+        for count, length, less, end in zip(
+            rows.loss_lengths, rows.stream_lengths, unread, ends, strict=True
+        )
+    )

@@ -1,0 +1,185 @@
+"""Eso-LM, variant B: a diffusion phase and a sequential phase (arXiv 2506.01928, section 3).
+
+The diffusion phase reveals the share alpha_0 of the tokens, the sequential phase the rest from
+left to right. A training sample goes through one of the two, a validation sample through both.
+
+Shapes: B samples of a micro-batch, T positions, N samples of a validation set.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_eso.config.sections import ObjectiveConfig
+from megatron_eso.objectives.dealing import PhaseSplit
+from megatron_eso.objectives.noise import (
+    Noise,
+    diffusion_times,
+    draw_any_order,
+    draw_noise,
+    validation_times,
+)
+from megatron_eso.objectives.objective import VALIDATION_SEED, Phase, Samples, Step
+from megatron_eso.objectives.row_counts import (
+    RowCounts,
+    expect_diffusion_rows,
+    expect_sequential_rows,
+)
+from megatron_eso.objectives.rows import MicroBatch, plan_rows
+from megatron_eso.objectives.schedule import LogLinearSchedule
+
+DIFFUSION, SEQUENTIAL = 0, 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EsoLmObjective:
+    """The hybrid objective of Eso-LM.
+
+    Attributes:
+        seed: The run's seed.
+        mask_token_id: Token of masked slots.
+        schedule: The noise schedule, with alpha_0.
+        batch_split: Share of the samples that go through the diffusion phase.
+        is_weighted: Whether the diffusion phase is weighted as in the NELBO ("elbo"), or by 1
+            ("low_var").
+        sampling_eps: Lowest time.
+    """
+
+    seed: int
+    mask_token_id: int
+    schedule: LogLinearSchedule
+    batch_split: float
+    is_weighted: bool
+    sampling_eps: float
+
+    @classmethod
+    def from_config(cls, config: ObjectiveConfig, *, seed: int, mask_token_id: int) -> Self:
+        """Build the objective from its section."""
+        return cls(
+            seed=seed,
+            mask_token_id=mask_token_id,
+            schedule=LogLinearSchedule(config.alpha_0),
+            batch_split=config.batch_split,
+            is_weighted=config.loss_type == "elbo",
+            sampling_eps=config.sampling_eps,
+        )
+
+    @property
+    def phases(self) -> tuple[Phase, Phase]:
+        """Diffusion, and then sequential; one has a share of 0 where alpha_0 is 0 or 1."""
+        return (
+            Phase(name="diffusion", share=self.batch_split),
+            Phase(name="sequential", share=1 - self.batch_split),
+        )
+
+    def plan(self, samples: Samples, step: Step) -> MicroBatch:
+        """Plan a micro-batch: each sample in the phase of its place."""
+        split = PhaseSplit(step.batch_size, self.batch_split)
+        places_B = samples.indices_B - step.first_index
+        noise = draw_noise(
+            self.seed,
+            samples.indices_B,
+            split.phases(places_B) == SEQUENTIAL,
+            diffusion_times(
+                self.seed, step.first_index, split, places_B, sampling_eps=self.sampling_eps
+            ),
+            self.schedule,
+            samples.tokens_BT.shape[1],
+            length_B=samples.length_B,
+        )
+        return self.plan_noise(samples, noise)
+
+    def plan_validation(self, samples: Samples, num_samples: int) -> MicroBatch:
+        """Plan samples in both phases, or in the one that is there; times are stratified over N."""
+        empty = {0.0: DIFFUSION, 1.0: SEQUENTIAL}.get(self.schedule.alpha_0)
+        phases = [phase for phase in (DIFFUSION, SEQUENTIAL) if phase != empty]
+        num_phases, size = len(phases), len(samples.indices_B)
+        times_B = validation_times(
+            VALIDATION_SEED, samples.indices_B, num_samples, sampling_eps=self.sampling_eps
+        )
+        tiled = Samples(
+            tokens_BT=np.tile(samples.tokens_BT, (num_phases, 1)),
+            indices_B=np.tile(samples.indices_B, num_phases),
+            length_B=np.tile(samples.length_B, num_phases),
+        )
+        noise = draw_noise(
+            VALIDATION_SEED,
+            tiled.indices_B,
+            np.repeat(phases, size) == SEQUENTIAL,
+            np.tile(times_B, num_phases),
+            self.schedule,
+            tiled.tokens_BT.shape[1],
+            length_B=tiled.length_B,
+            is_validation=True,
+        )
+        return self.plan_noise(tiled, noise, for_nelbo=True)
+
+    def plan_order(self, samples: Samples, number: int) -> MicroBatch:
+        """Plan orders of the sequential phase: alpha_0 T tokens at random, the rest in order."""
+        noise = draw_any_order(
+            VALIDATION_SEED,
+            samples.indices_B,
+            number,
+            self.schedule.alpha_0,
+            samples.tokens_BT.shape[1],
+        )
+        return self.plan_noise(samples, noise, for_nelbo=True)
+
+    def plan_largest(self, phase_B: NDArray[np.int64], sequence_length: int) -> MicroBatch:
+        """Plan T rows for a diffusion sample, T - 1 clean rows and T queries for a sequential."""
+        shape = (len(phase_B), sequence_length)
+        noise = Noise(
+            length_B=np.full(shape[0], sequence_length),
+            is_masked_BT=np.ones(shape, dtype=np.bool_),
+            permutation_BT=np.tile(np.arange(sequence_length), (shape[0], 1)),
+            t_B=np.where(phase_B == SEQUENTIAL, np.nan, 1.0),
+            is_sequential_B=phase_B == SEQUENTIAL,
+        )
+        samples = Samples(
+            # Any token but the mask can be a target.
+            tokens_BT=np.full(shape, int(self.mask_token_id == 0)),
+            indices_B=np.arange(shape[0]),
+            length_B=noise.length_B,
+        )
+        return self.plan_noise(samples, noise)
+
+    def validation_times(self, num_samples: int) -> Mapping[str, NDArray[np.float64]]:
+        """Return the times of the diffusion phase, where there is one."""
+        if self.schedule.alpha_0 == 0:
+            return {}
+        indices_N = np.arange(num_samples)
+        times_N = validation_times(
+            VALIDATION_SEED, indices_N, num_samples, sampling_eps=self.sampling_eps
+        )
+        return {"diffusion": times_N}
+
+    def expect_rows(self, num_tokens: int) -> tuple[RowCounts, RowCounts]:
+        """Return the expected rows of a sample of either phase."""
+        return (
+            expect_diffusion_rows(num_tokens, self.schedule.alpha_0, self.sampling_eps),
+            expect_sequential_rows(num_tokens, self.schedule.alpha_0),
+        )
+
+    def combine(self, losses_P: Tensor) -> Tensor:
+        """Return the sum of both phases."""
+        return losses_P.sum()
+
+    def plan_noise(self, samples: Samples, noise: Noise, *, for_nelbo: bool = False) -> MicroBatch:
+        """Plan rows with the weights of the objective, or of the NELBO."""
+        elbo_weight_B = np.ones(len(noise.length_B))
+        is_diffusion_B = ~noise.is_sequential_B
+        elbo_weight_B[is_diffusion_B] = self.schedule.elbo_weight(noise.t_B[is_diffusion_B])
+        is_weighted = self.is_weighted or for_nelbo
+        return plan_rows(
+            samples.tokens_BT,
+            noise,
+            indices_B=samples.indices_B,
+            phase_B=noise.is_sequential_B.astype(np.int64),
+            weight_B=elbo_weight_B if is_weighted else np.ones_like(elbo_weight_B),
+            elbo_weight_B=elbo_weight_B,
+            mask_token_id=self.mask_token_id,
+        )

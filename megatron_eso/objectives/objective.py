@@ -1,0 +1,105 @@
+"""What an objective is: all that training, validation, estimates and records know of one.
+
+An objective is a value that is iterated, never a name that is compared. It plans the rows of a
+micro-batch, says which phases they belong to, and how the losses of the phases combine.
+
+Shapes: B samples of a micro-batch, T positions, P phases, N samples of a validation set.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_eso.objectives.row_counts import RowCounts
+from megatron_eso.objectives.rows import MicroBatch
+
+# The noise of validation does not depend on a run's seed: runs are compared on the same noise.
+VALIDATION_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """A part of an objective whose loss is divided by the tokens of its own samples."""
+
+    name: str
+    """Part of the tags, as in `train/loss_NAME`."""
+    share: float
+    """Share of the samples of a training step, in [0, 1]; the shares of all phases add up to 1."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """Where a training step stands in its run."""
+
+    number: int
+    """Steps taken before it."""
+    first_index: int
+    """Global index of its first sample."""
+    batch_size: int
+    """Samples of the step over all ranks: `train.global_batch_size`."""
+
+    def next(self) -> "Step":
+        """Return the step after this one."""
+        return Step(
+            number=self.number + 1,
+            first_index=self.first_index + self.batch_size,
+            batch_size=self.batch_size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Samples:
+    """Texts to plan rows for.
+
+    Attributes:
+        tokens_BT: int64, natural order; anything beyond a sample's length.
+        indices_B: int64, global indices of the samples, or indices in the validation set.
+        length_B: int64, real tokens of each sample.
+    """
+
+    tokens_BT: NDArray[np.int64]
+    indices_B: NDArray[np.int64]
+    length_B: NDArray[np.int64]
+
+
+class Objective(Protocol):
+    """A training objective. All that it draws is a function of (seed, index of the sample)."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases in the order of their numbers; one or two."""
+
+    def plan(self, samples: Samples, step: Step) -> MicroBatch:
+        """Plan a micro-batch of a training step.
+
+        The phase of a sample is that of its place, its index minus `step.first_index`, as
+        `dealing.PhaseSplit` has it: batches are dealt to ranks by the same rule.
+        """
+
+    def plan_validation(self, samples: Samples, num_samples: int) -> MicroBatch:
+        """Plan samples of a validation set of N, each once for every phase that it goes through.
+
+        The noise is that of `VALIDATION_SEED`, the weights are those of the NELBO.
+        """
+
+    def plan_order(self, samples: Samples, number: int) -> MicroBatch:
+        """Plan samples with every token predicted, each in the `number`-th of its orders.
+
+        The sum of a sample's losses is then its exact negative log-likelihood in that order.
+        """
+
+    def plan_largest(self, phase_B: NDArray[np.int64], sequence_length: int) -> MicroBatch:
+        """Plan the largest micro-batch that samples of these phases can give: all tokens masked."""
+
+    def validation_times(self, num_samples: int) -> Mapping[str, NDArray[np.float64]]:
+        """Return the times `[N]` of a validation set by phase, for the phases that have times."""
+
+    def expect_rows(self, num_tokens: int) -> tuple[RowCounts, ...]:
+        """Return what one sample of each phase costs in the mean over its noise."""
+
+    def combine(self, losses_P: Tensor) -> Tensor:
+        """Return the objective, or the NELBO, of the losses of the phases, each per token."""

@@ -1,0 +1,85 @@
+"""Progress of long work: share done, speed, time left."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from megatron_eso.quantities import format_mb, format_seconds
+
+_REPORT_SECONDS = 10.0
+_TERMINAL_SECONDS = 0.5
+
+
+class Progress:
+    """Reports how many bytes are done; several threads may count.
+
+    The report is a line each 10 seconds. On a terminal one line is renewed instead.
+
+    Args:
+        label: Names the work.
+        total_bytes: Of all the work; 0 if nobody knows.
+        done_bytes: What an earlier run has done; it does not count for the speed.
+        report: Takes each line, for example a logger's `info`; None writes to stderr.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total_bytes: int,
+        done_bytes: int = 0,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        self._label = label
+        self._total = total_bytes
+        self._earlier = done_bytes
+        self._done = done_bytes
+        self._report = report
+        self._start = time.monotonic()
+        self._is_terminal = report is None and sys.stderr.isatty()
+        self._interval_seconds = _TERMINAL_SECONDS if self._is_terminal else _REPORT_SECONDS
+        self._next = self._start + self._interval_seconds
+        self._lock = threading.Lock()
+
+    def advance(self, num_bytes: int) -> None:
+        """Count bytes as done and report if it is time; negative ones are not done after all."""
+        with self._lock:
+            self._done += num_bytes
+            now = time.monotonic()
+            if now >= self._next:
+                self._next = now + self._interval_seconds
+                self._write(now)
+
+    def finish(self) -> float:
+        """Report the end.
+
+        Returns:
+            Seconds taken.
+        """
+        now = time.monotonic()
+        self._write(now)
+        if self._is_terminal:
+            sys.stderr.write("\n")
+        return now - self._start
+
+    def _write(self, now: float) -> None:
+        line = self._describe(max(now - self._start, 1e-9))
+        if self._report is not None:
+            self._report(line)
+            return
+        sys.stderr.write(f"\r{line:<100}" if self._is_terminal else f"{line}\n")
+        sys.stderr.flush()
+
+    def _describe(self, seconds: float) -> str:
+        speed = (self._done - self._earlier) / seconds
+        parts = [format_mb(self._done)]
+        if self._total:
+            parts = [
+                f"{100 * self._done / self._total:.0f} %",
+                f"{self._done / 1e6:.1f} of {format_mb(self._total)}",
+            ]
+        parts += [f"{format_mb(speed)}/s", f"{format_seconds(seconds)} elapsed"]
+        if self._total and speed:
+            left_seconds = (self._total - self._done) / speed
+            parts.append(f"{format_seconds(left_seconds)} left")
+        return f"{self._label}: {', '.join(parts)}"
