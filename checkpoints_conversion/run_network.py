@@ -13,7 +13,7 @@ from checkpoints_conversion.sampler_directory import (
     copy_tokenizer,
     hash_tensors,
     new_directory,
-    write_json,
+    write_sorted_json,
 )
 from megatron_eso.config.loading import config_to_dict
 from megatron_eso.config.sections import (
@@ -133,7 +133,7 @@ def read_network(
 
 
 def write_run_directory(
-    directory: str | Path,
+    directory: Path,
     description: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     tokenizer: Path | None,
@@ -164,8 +164,8 @@ def write_run_directory(
             checkpoint, map_to_megatron(network, tensors, padded_vocab_size=padded_vocab_size)
         )
         for folder in (partial, checkpoint):
-            write_json(folder / CONFIG_FILE, config_to_dict(config))
-        write_json(checkpoint / STATE_FILE, state.to_json())
+            write_sorted_json(folder / CONFIG_FILE, config_to_dict(config))
+        write_sorted_json(checkpoint / STATE_FILE, state.to_json())
         write_file_index(
             checkpoint, {file.name: describe_file(file) for file in checkpoint.iterdir()}
         )

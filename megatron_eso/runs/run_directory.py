@@ -1,6 +1,5 @@
 """A run's directory: where its files are, and which process holds it."""
 
-import fcntl
 import logging
 import os
 import shutil
@@ -13,7 +12,8 @@ from pathlib import Path
 from megatron_eso.config.loading import config_to_dict
 from megatron_eso.config.sections import Config
 from megatron_eso.errors import ConfigError
-from megatron_eso.files import write_json
+from megatron_eso.files import new_folder, write_json
+from megatron_eso.locks import hold_lock
 from megatron_eso.runs.status import JobFacts, RunStatus, State, read_status, write_status
 
 CONFIG_FILE = "config.json"
@@ -94,30 +94,22 @@ class RunDirectory:
 
         Raises:
             ConfigError: Another process holds it; the message states its host and job.
+            UserError: The file system gives no locks.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                lock.seek(0)
+        with hold_lock(self.path / ".lock", holder=describe_process()) as lock:
+            if not lock.is_held:
                 raise ConfigError(
-                    f"run.directory = {self.path}: {lock.read().strip() or 'another process'} "
-                    f"is running there: wait for it, or choose another run.directory"
-                ) from error
-            lock.truncate(0)
-            lock.write(describe_process())
-            lock.flush()
+                    f"run.directory = {self.path}: {lock.holder or 'another process'} is running "
+                    f"there: wait for it, or choose another run.directory"
+                )
             yield
 
     def write_config(self, config: Config, tokenizer: Path) -> None:
         """Record the resolved configuration, and the tokenizer that its data were made with."""
         write_json(self.config, config_to_dict(config))
         if not self.tokenizer.exists():
-            partial = self.path / "tokenizer.tmp"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(tokenizer, partial)
-            partial.replace(self.tokenizer)
+            with new_folder(self.tokenizer) as partial:
+                shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
 
     def write_status(
         self,

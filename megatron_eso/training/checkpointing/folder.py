@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_eso.config.sections import CheckpointConfig
 from megatron_eso.errors import CheckpointError
-from megatron_eso.files import sync_path
+from megatron_eso.files import remove_folder, rename
 from megatron_eso.runs.checkpoint_state import CheckpointState, read_state
 from megatron_eso.runs.steps import LATEST, list_checkpoints, step_number, write_latest
 
@@ -45,8 +45,7 @@ def begin(partial: Path, num_bytes: int) -> None:
 
 def publish(partial: Path, final: Path, config: CheckpointConfig) -> None:
     """Give a written checkpoint its name, and take those away that are not to be kept."""
-    partial.replace(final)
-    sync_path(final.parent)
+    rename(partial, final)
     write_latest(final)
     try:
         remove(set(list_checkpoints(final.parent)) - list_kept(final.parent, config))
@@ -55,13 +54,9 @@ def publish(partial: Path, final: Path, config: CheckpointConfig) -> None:
 
 
 def remove(checkpoints: Iterable[Path]) -> None:
-    """Delete checkpoints."""
+    """Delete checkpoints; one that is half deleted does not have the name of a checkpoint."""
     for checkpoint in checkpoints:
-        # Renamed first: a half-deleted folder must not look like a checkpoint.
-        leftover = checkpoint.with_suffix(".deleting")
-        shutil.rmtree(leftover, ignore_errors=True)
-        checkpoint.replace(leftover)
-        shutil.rmtree(leftover)
+        remove_folder(checkpoint, checkpoint.with_suffix(".deleting"))
 
 
 def list_kept(folder: Path, config: CheckpointConfig) -> set[Path]:
