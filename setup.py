@@ -21,6 +21,7 @@ setup(
     ),
     package_data={"pretrain": ["configs/*.toml", "configs/parallel/*.toml"]},
     install_requires=[
+        "annotated-types",
         "megatron-core==0.16.1",
         "numpy>=1.26",
         "psutil",  # megatron-core's checkpoint writer imports it and does not declare it

@@ -17,8 +17,8 @@ from checkpoints_conversion.sampler_directory import write_sampler_directory
 from checkpoints_conversion.verify import Comparison, compare, load_any, recorded_weights
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
 from megatron_eso.runs.checkpoint import open_checkpoint
-from megatron_eso.sampler.directory import build_network, read_config, read_weights
-from megatron_eso.sampler.network_eso_lm import NetworkConfig
+from megatron_eso.sampler.directory import build_network, read_description, read_weights
+from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 Weights = Literal["ema", "raw"]
 
@@ -126,7 +126,7 @@ def convert_to_megatron(sampler_dir: Path, run_dir: Path) -> Conversion:
         CheckpointError: The one is no sampler directory or damaged, or the other exists.
         DataError: The tokenizer is damaged.
     """
-    description = read_config(sampler_dir)
+    description = read_description(sampler_dir)
     tensors = {name: tensor.float() for name, tensor in read_weights(sampler_dir).items()}
     build_network(NetworkConfig.from_dict(description), tensors, torch.float32, "cpu")
     write_run_directory(run_dir, description, tensors, sampler_dir)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_eso.errors import CheckpointError
 from megatron_eso.runs.unpickling import load_torch_file, plain_value
-from megatron_eso.sampler.network_eso_lm import NetworkConfig
+from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,5 @@
 """Run directories: the network of a checkpoint, and a run directory made from a network."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from checkpoints_conversion.network_fields import build_run_config, describe_network
 from checkpoints_conversion.parameter_map import list_keys, map_to_megatron, map_to_sampler
 from checkpoints_conversion.sampler_directory import (
     copy_tokenizer,
@@ -16,23 +16,15 @@ from checkpoints_conversion.sampler_directory import (
     write_sorted_json,
 )
 from megatron_eso.config.loading import config_to_dict
-from megatron_eso.config.sections import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    RunConfig,
-    TrainConfig,
-)
 from megatron_eso.errors import CheckpointError
 from megatron_eso.runs.checkpoint import EMA_PREFIX, Checkpoint
-from megatron_eso.runs.checkpoint_state import STATE_FILE, CheckpointState, Counters
+from megatron_eso.runs.checkpoint_state import STATE_FILE, CheckpointState
+from megatron_eso.runs.counters import Counters
 from megatron_eso.runs.file_index import describe_file, write_file_index
 from megatron_eso.runs.run_directory import CONFIG_FILE, RunDirectory
 from megatron_eso.runs.steps import step_name, write_latest
 from megatron_eso.runs.torch_dist import list_shapes, read_tensors, write_tensors
-from megatron_eso.sampler.network_eso_lm import NetworkConfig
+from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 MAIN_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.", "")
 """Where the float32 main parameters may be; the model's own tensors come last."""
@@ -53,39 +45,6 @@ def check_objective(checkpoint: Checkpoint) -> None:
             f"{', '.join(SAMPLER_OBJECTIVES)} only; evaluate this run with python -m "
             f"pretrain.evaluate"
         )
-
-
-def describe_network(config: Config, source: Path) -> NetworkConfig:
-    """The network that a run's configuration, read from `source`, describes.
-
-    Raises:
-        CheckpointError: the configuration does not state the vocabulary.
-    """
-    model, data = config.model, config.data
-    if data.vocab_size is None or data.mask_token_id is None:
-        raise CheckpointError(
-            f"{source}: data.vocab_size and data.mask_token_id are not set; give a checkpoint of "
-            "this version"
-        )
-    return NetworkConfig(
-        vocab_size=data.vocab_size,
-        hidden_size=model.hidden_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_query_groups,
-        head_dim=model.head_dim,
-        intermediate_size=model.ffn_hidden_size,
-        activation=model.activation,
-        normalization=model.normalization,
-        norm_epsilon=model.norm_epsilon,
-        rotary_base=float(model.rotary_base),
-        add_bias_linear=model.add_bias_linear,
-        qk_layernorm=model.qk_layernorm,
-        head_bias=model.head_bias,
-        tie_word_embeddings=model.share_embeddings_and_output_weights,
-        mask_token_id=data.mask_token_id,
-        max_length=data.sequence_length,
-    )
 
 
 def read_network(
@@ -173,49 +132,3 @@ def write_run_directory(
             run.tokenizer.mkdir()
             copy_tokenizer(tokenizer, run.tokenizer, description)
         write_latest(checkpoint)
-
-
-def build_run_config(
-    network: NetworkConfig, description: Mapping[str, Any], directory: str
-) -> Config:
-    """A configuration that describes the network; of training it says the least that is valid.
-
-    Raises:
-        CheckpointError: Megatron-Core has no such network.
-    """
-    if network.head_dim * network.num_attention_heads != network.hidden_size:
-        raise CheckpointError(
-            f"head_dim {network.head_dim} x {network.num_attention_heads} heads is not hidden_size "
-            f"{network.hidden_size}; a run cannot describe such a network"
-        )
-    if not network.rotary_base.is_integer():
-        raise CheckpointError(f"rotary_base {network.rotary_base} is no whole number")
-    activation: Any = network.activation
-    normalization: Any = network.normalization
-    return Config(
-        run=RunConfig(directory=directory),
-        objective=ObjectiveConfig(alpha_0=float(description["alpha_0"])),
-        model=ModelConfig(
-            num_layers=network.num_hidden_layers,
-            hidden_size=network.hidden_size,
-            num_attention_heads=network.num_attention_heads,
-            num_query_groups=network.num_key_value_heads,
-            ffn_hidden_size=network.intermediate_size,
-            normalization=normalization,
-            norm_epsilon=network.norm_epsilon,
-            activation=activation,
-            rotary_base=math.floor(network.rotary_base),
-            qk_layernorm=network.qk_layernorm,
-            add_bias_linear=network.add_bias_linear,
-            share_embeddings_and_output_weights=network.tie_word_embeddings,
-            head_bias=network.head_bias,
-        ),
-        data=DataConfig(
-            train="",
-            sequence_length=network.max_length,
-            vocab_size=network.vocab_size,
-            mask_token_id=network.mask_token_id,
-        ),
-        train=TrainConfig(num_steps=1, global_batch_size=2, micro_batch_size=1),
-        optimizer=OptimizerConfig(learning_rate=1e-4),
-    )

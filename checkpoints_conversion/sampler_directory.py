@@ -22,7 +22,12 @@ from megatron_eso.sampler.directory import FORMAT_VERSION, INDEX_FILE, WEIGHTS_F
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 5_000_000_000
-CODE_FILES = ("modeling_eso_lm.py", "configuration_eso_lm.py", "network_eso_lm.py")
+CODE_FILES = (
+    "modeling_eso_lm.py",
+    "configuration_eso_lm.py",
+    "network_eso_lm.py",
+    "layers_eso_lm.py",
+)
 OWN_FILES = {"config.json", "generation_config.json", WEIGHTS_FILE, INDEX_FILE, *CODE_FILES}
 MODEL_CLASS = "modeling_eso_lm.EsoLMModel"
 

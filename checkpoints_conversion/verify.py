@@ -25,8 +25,8 @@ from megatron_eso.randomness.purposes import Purpose
 from megatron_eso.runs.checkpoint import open_checkpoint
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.torch_dist import is_torch_dist
-from megatron_eso.sampler.directory import build_network, read_config, read_weights
-from megatron_eso.sampler.network_eso_lm import NetworkConfig
+from megatron_eso.sampler.directory import build_network, read_description, read_weights
+from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 MAX_TEST_LENGTH = 32
 
@@ -77,7 +77,7 @@ def recorded_weights(path: str | Path) -> str | None:
     """Which weights a sampler directory was made of; None for anything else."""
     if not is_sampler_directory(Path(path)):
         return None
-    source = read_config(path).get("source")
+    source = read_description(path).get("source")
     return source.get("weights") if isinstance(source, dict) else None
 
 
@@ -111,7 +111,7 @@ def load_any(
             weights=official.weights,
         )
     if is_sampler_directory(path):
-        config = NetworkConfig.from_dict(read_config(path))
+        config = NetworkConfig.from_dict(read_description(path))
         return Loaded(
             kind="sampler directory",
             config=config,

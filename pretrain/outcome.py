@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 from megatron_eso.config.loading import load_config
+from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.errors import ConfigError, run_command
 from megatron_eso.runs.restarts import Decision, Outcome, append_outcome, read_outcomes
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import newest, step_number
-from pretrain.train import CONFIGS
 
 MAX_FRUITLESS_RESTARTS = 3
 
@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("layers", nargs="+", metavar="CONFIG.toml|section.key=value")
     parser.add_argument("--directory", action="store_true", help="print the run directory instead")
     arguments = parser.parse_intermixed_args(argv)
-    run = RunDirectory(Path(load_config(arguments.layers, folder=CONFIGS).config.run.directory))
+    run = RunDirectory(
+        Path(load_config(arguments.layers, folder=SHIPPED_CONFIGS).config.run.directory)
+    )
     if arguments.directory:
         sys.stdout.write(f"{run.path}\n")
         return

@@ -19,12 +19,14 @@ import numpy as np
 
 from megatron_eso.config.loading import load_config
 from megatron_eso.config.sections import Config
+from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import UserError, run_command
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.status import read_status
+from megatron_eso.training.records.tags import VAL_PERPLEXITY
 
-CONFIG = Path(__file__).parent / "configs" / "quickstart.toml"
+CONFIG = SHIPPED_CONFIGS / "quickstart.toml"
 VOCAB_SIZE = 2048
 VALIDATION_SHARE = 0.05
 NUM_PROCESSES = 2
@@ -33,7 +35,7 @@ NUM_SAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One command, and the path whose presence says that it was finished."""
+    """One command, and the path that exists once it has finished."""
 
     title: str
     product: Path
@@ -42,7 +44,7 @@ class Stage:
 
 
 class StageError(UserError):
-    """A command of the quickstart failed; it has said why."""
+    """A command of the quickstart failed; its own output explains why."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     began = time.monotonic()
     for number, stage in enumerate(stages := plan_stages(config, overrides, data, sampler), 1):
         run_stage(f"{number}/{len(stages)} {stage.title}", stage)
-    report(config, run, sampler, time.monotonic() - began)
+    show_results(config, run, sampler, time.monotonic() - began)
 
 
 def plan_stages(config: Config, overrides: list[str], data: Path, sampler: Path) -> list[Stage]:
@@ -100,7 +102,7 @@ def plan_stages(config: Config, overrides: list[str], data: Path, sampler: Path)
 
 
 def is_training_finished(status: Path) -> bool:
-    """Whether the run's status says that it reached its last step."""
+    """Whether the run has reached its last step, by its status."""
     found = read_status(status)
     return found is not None and found.state == "finished"
 
@@ -112,9 +114,9 @@ def run_stage(title: str, stage: Stage) -> None:
         StageError: The command failed.
     """
     if stage.is_finished(stage.product):
-        say(f"\n[{title}] kept: {stage.product}")
+        show(f"\n[{title}] kept: {stage.product}")
         return
-    say(f"\n[{title}]\n$ {shlex.join([relative_python(), *stage.command[1:]])}")
+    show(f"\n[{title}]\n$ {shlex.join([relative_python(), *stage.command[1:]])}")
     stage.product.parent.mkdir(parents=True, exist_ok=True)
     # One thread for each of the processes: gloo and torch would otherwise fight for the cores.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -123,25 +125,25 @@ def run_stage(title: str, stage: Stage) -> None:
         raise StageError(f"{stage.title}: the command above failed with exit code {code}")
 
 
-def report(config: Config, run: Path, sampler: Path, seconds: float) -> None:
+def show_results(config: Config, run: Path, sampler: Path, seconds: float) -> None:
     """Print perplexities, samples and where everything is."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    validations = [line["val/perplexity"] for line in lines if "val/perplexity" in line]
+    validations = [line[VAL_PERPLEXITY] for line in lines if VAL_PERPLEXITY in line]
     validation = TokenDataset.open(str(config.data.validation))
     unigram = unigram_perplexity(validation, config.data.sequence_length)
-    say("\nvalidation perplexity (of the NELBO, EMA weights)")
-    say(f"  before training  {validations[0]:9.1f}   (vocabulary {validation.vocab_size})")
-    say(f"  unigram model    {unigram:9.1f}   (of the validation text's own counts)")
-    say(f"  after training   {validations[-1]:9.1f}")
+    show("\nvalidation perplexity (of the NELBO, EMA weights)")
+    show(f"  before training  {validations[0]:9.1f}   (vocabulary {validation.vocab_size})")
+    show(f"  unigram model    {unigram:9.1f}   (of the validation text's own counts)")
+    show(f"  after training   {validations[-1]:9.1f}")
     sample = [sys.executable, "-m", "megatron_eso.sampler", "sample", str(sampler)]
     sample += ["--num-samples", str(NUM_SAMPLES), "--seed", "1"]
-    say(f"\n{NUM_SAMPLES} samples\n$ {shlex.join([relative_python(), *sample[1:]])}")
+    show(f"\n{NUM_SAMPLES} samples\n$ {shlex.join([relative_python(), *sample[1:]])}")
     subprocess.run(sample, check=True)
-    say(f"\nthis took {seconds / 60:.1f} minutes")
-    say(f"TensorBoard logs   {run / 'tensorboard'}   (tensorboard --logdir {run})")
-    say(f"sampler directory  {sampler}")
-    say("next, what the paper's 125M run takes on 8 GPUs:")
-    say(f"{relative_python()} -m pretrain.train owt_small.toml --dry-run --world-size 8")
+    show(f"\nthis took {seconds / 60:.1f} minutes")
+    show(f"TensorBoard logs   {run / 'tensorboard'}   (tensorboard --logdir {run})")
+    show(f"sampler directory  {sampler}")
+    show("next, what the paper's 125M run takes on 8 GPUs:")
+    show(f"{relative_python()} -m pretrain.train owt_small.toml --dry-run --world-size 8")
 
 
 def unigram_perplexity(dataset: TokenDataset, sequence_length: int) -> float:
@@ -158,7 +160,7 @@ def relative_python() -> str:
     return str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python)
 
 
-def say(text: str) -> None:
+def show(text: str) -> None:
     """Print a line of the report at once."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

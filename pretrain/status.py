@@ -17,9 +17,8 @@ from typing import Any
 
 from megatron_eso.errors import ConfigError, run_command
 from megatron_eso.quantities import format_seconds
-from megatron_eso.runs.recent_metrics import read_recent_metrics
 from megatron_eso.runs.run_directory import RunDirectory
-from megatron_eso.runs.status import RunStatus
+from megatron_eso.runs.status import RunStatus, read_recent_metrics
 from megatron_eso.runs.steps import newest
 
 _CLEAR_SCREEN = "\033[H\033[2J"

@@ -5,7 +5,7 @@ rotary embedding are left out): rows that exist, the causal half of attention, l
 layer and the head. No padding, no recomputation.
 """
 
-from megatron_eso.config.sections import ModelConfig
+from megatron_eso.config.model import ModelConfig
 from megatron_eso.objectives.objective import Objective
 from megatron_eso.objectives.row_counts import RowCounts
 

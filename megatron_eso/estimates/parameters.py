@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_eso.config.sections import ModelConfig, ParallelConfig
+from megatron_eso.config.model import ModelConfig
+from megatron_eso.config.sections import ParallelConfig
 
 Group = Literal["embedding", "layer", "final_norm", "head"]
 

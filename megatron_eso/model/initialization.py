@@ -10,7 +10,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 
-from megatron_eso.config.sections import ModelConfig
+from megatron_eso.config.model import ModelConfig
 from megatron_eso.model.eso_model import EsoModel
 from megatron_eso.model.sharding import shard_parameters
 

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from megatron_eso.config.sections import ModelConfig
+from megatron_eso.config.model import ModelConfig
 from megatron_eso.model.attention import (
     LossRowCoreAttention,
     LossRowSelfAttention,

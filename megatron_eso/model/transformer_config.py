@@ -6,7 +6,8 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch.nn import functional
 
-from megatron_eso.config.sections import ModelConfig, ParallelConfig, TrainConfig
+from megatron_eso.config.model import ModelConfig
+from megatron_eso.config.sections import ParallelConfig, TrainConfig
 
 PARAMS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -1,11 +1,15 @@
 """The table of objectives: a new objective is a file beside this one and a line here."""
 
-from megatron_eso.config.sections import ObjectiveConfig
+from collections.abc import Callable
+
+from megatron_eso.config.objective import ObjectiveConfig
+from megatron_eso.objectives.any_order_ar import AnyOrderArObjective
 from megatron_eso.objectives.eso_lm import EsoLmObjective
 from megatron_eso.objectives.objective import Objective
 
-OBJECTIVES = {
-    "eso_lm": EsoLmObjective,
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "eso_lm": EsoLmObjective.from_config,
+    "any_order_ar": AnyOrderArObjective.from_config,
 }
 
 
@@ -17,4 +21,5 @@ def build_objective(config: ObjectiveConfig, *, seed: int, mask_token_id: int) -
         seed: The run's seed, key of everything that the objective draws.
         mask_token_id: Token of masked slots.
     """
-    return OBJECTIVES[config.name].from_config(config, seed=seed, mask_token_id=mask_token_id)
+    build = OBJECTIVES[config.name]
+    return build(config, seed=seed, mask_token_id=mask_token_id)

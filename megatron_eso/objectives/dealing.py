@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.typing import NDArray
 
-from megatron_eso.config.combinations import as_share, check_dealing
+from megatron_eso.config.divisibility import as_share, check_dealing
 
 
 def _steps_up(numbers: NDArray[np.int64], share: int, whole: int) -> NDArray[np.bool_]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_eso.config.sections import ObjectiveConfig
+from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.objectives.dealing import PhaseSplit
 from megatron_eso.objectives.noise import (
     Noise,

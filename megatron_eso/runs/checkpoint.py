@@ -14,9 +14,13 @@ from megatron_eso.runs.run_directory import CONFIG_FILE, RunDirectory
 from megatron_eso.runs.steps import find_step, list_checkpoints, step_name
 from megatron_eso.runs.torch_dist import is_torch_dist, list_shapes, read_metadata
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 EMA_PREFIX = "ema."
-PREFIXES = {"param": "", "ema": EMA_PREFIX} | {name: f"optimizer.state.{name}." for name in MOMENTS}
+PREFIXES = {
+    "param": "",
+    "ema": EMA_PREFIX,
+    "exp_avg": "optimizer.state.exp_avg.",
+    "exp_avg_sq": "optimizer.state.exp_avg_sq.",
+}
 """What a tensor's name begins with, by the kind of state: main parameters, their moving average,
 Adam's moments. The rest is the model's name of the parameter."""
 

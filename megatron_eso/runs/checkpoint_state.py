@@ -7,31 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_eso.errors import CheckpointError
+from megatron_eso.runs.counters import Counters, MovingStatistics
 
 STATE_FILE = "state.json"
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Counters:
-    """How far a run has come; with the parameters, all that a checkpoint needs."""
-
-    step: int = 0
-    """Steps taken, skipped ones included."""
-    consumed_samples: int = 0
-    """Samples taken from the training order: the whole state of the data."""
-    tokens: int = 0
-    """Real tokens of these samples."""
-    flops: float = 0.0
-    """Floating-point operations that the objective needed for them."""
-    skipped_steps: int = 0
-    """Steps whose update was not applied, since loss or gradient was not finite, or exploded."""
-    skipped_in_row: int = 0
-    """Of these, the last ones without a step between them that was applied."""
-    spikes: int = 0
-    """Steps whose loss or gradient norm was flagged."""
-    rollbacks: int = 0
-    """Times that the run went back to a checkpoint and left the samples since out."""
+_OPTIONAL = ("ema_updates", "torch_version", "val_nelbo", "noise_version", "data")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +21,10 @@ class CheckpointState:
     kind: Literal["training", "weights"]
     """Of weights, step and samples are all that is stated."""
     counters: Counters
-    losses: Mapping[str, Any] = field(default_factory=dict)
-    """Moving statistics of the losses: mean, variance, count."""
-    grad_norms: Mapping[str, Any] = field(default_factory=dict)
-    """Those of the logarithms of the gradient norms."""
+    losses: MovingStatistics = field(default_factory=MovingStatistics)
+    """Of the losses of the steps that were applied."""
+    grad_norms: MovingStatistics = field(default_factory=MovingStatistics)
+    """Of the logarithms of their gradient norms."""
     ema_updates: int | None = None
     """Updates of the moving average; None where the checkpoint holds no average."""
     torch_version: str | None = None
@@ -57,17 +37,12 @@ class CheckpointState:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `state.json`."""
-        content = {"format_version": FORMAT_VERSION, "kind": self.kind}
+        content = asdict(self)
+        counters: dict[str, Any] = content.pop("counters")
+        first = {"format_version": FORMAT_VERSION, "kind": content.pop("kind")}
         if self.kind == "weights":
-            counters = self.counters
-            return content | {"step": counters.step, "consumed_samples": counters.consumed_samples}
-        others = {name: getattr(self, name) for name in _AFTER_COUNTERS}
-        return content | asdict(self.counters) | others
-
-
-_AFTER_COUNTERS = tuple(
-    each.name for each in fields(CheckpointState) if each.name not in ("kind", "counters")
-)
+            return first | {name: counters[name] for name in ("step", "consumed_samples")}
+        return {**first, **counters, **content}
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
@@ -87,16 +62,20 @@ def read_state(checkpoint: Path) -> CheckpointState:
             f"{path}: format_version {version}, this version reads {FORMAT_VERSION}: "
             f"use the megatron-eso that wrote it"
         )
-    is_training = content.get("kind") == "training"
-    counters = [each.name for each in fields(Counters) if is_training or each.name in content]
-    for name in ("step", "consumed_samples", *counters):
-        if not isinstance(content.get(name), int | float):
-            raise CheckpointError(f"{path}: {name} is no number; take another checkpoint")
-    for name in ("losses", "grad_norms") if is_training else ():
-        if not isinstance(content.get(name), dict):
-            raise CheckpointError(f"{path}: states no {name}; take another checkpoint")
+    try:
+        return _parse(content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not readable as a checkpoint's state ({error})") from error
+
+
+def _parse(content: Mapping[str, Any]) -> CheckpointState:
+    if content["kind"] != "training":
+        counters = Counters(step=content["step"], consumed_samples=content["consumed_samples"])
+        return CheckpointState(kind="weights", counters=counters)
     return CheckpointState(
-        kind="training" if is_training else "weights",
-        counters=Counters(**{name: content[name] for name in counters}),
-        **{name: content[name] for name in _AFTER_COUNTERS if name in content},
+        kind="training",
+        counters=Counters(**{each.name: content[each.name] for each in fields(Counters)}),
+        losses=MovingStatistics(**content["losses"]),
+        grad_norms=MovingStatistics(**content["grad_norms"]),
+        **{name: content[name] for name in _OPTIONAL if name in content},
     )

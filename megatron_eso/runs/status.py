@@ -1,4 +1,4 @@
-"""`status.json`: how a run stands, in one object that is replaced whole."""
+"""How a run stands: `status.json`, which is replaced whole, and the newest of `metrics.jsonl`."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from megatron_eso.errors import ConfigError
 from megatron_eso.files import write_json
 
 FORMAT_VERSION = 1
+_TAIL_BYTES = 64 * 1024
 
 State = Literal["running", "interrupted", "finished", "failed"]
 
@@ -95,3 +96,24 @@ def read_status(path: Path) -> RunStatus | None:
             f"use the megatron-eso that wrote it"
         )
     return status
+
+
+def read_recent_metrics(path: Path) -> dict[str, float]:
+    """Read the newest value of each tag in the last 64 KiB; empty where there is no file.
+
+    Lines of steps and of validations alternate, so that no single line has every tag.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return {}
+    values: dict[str, float] = {}
+    for line in lines:
+        try:
+            # A value that is not finite is text there.
+            values |= {key: float(value) for key, value in json.loads(line).items()}
+        except (ValueError, TypeError, AttributeError):  # cut by the window, or being written
+            continue
+    return values

@@ -1,6 +1,6 @@
 """The single-device model: scoring and the KV-cached sampler. Imports torch and never megatron."""
 
-from megatron_eso.sampler.generation import Generation
-from megatron_eso.sampler.model import EsoLM
+from .generation import Generation
+from .model import EsoLM
 
 __all__ = ["EsoLM", "Generation"]

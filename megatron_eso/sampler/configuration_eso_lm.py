@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 
 class EsoLMConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
-    """Hyper-parameters of an Eso-LM; the meaning of each is in `network_eso_lm.NetworkConfig`."""
+    """Hyper-parameters of an Eso-LM; the meaning of each is in `layers_eso_lm.NetworkConfig`."""
 
     model_type = "eso_lm"
 

@@ -10,14 +10,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_eso.errors import CheckpointError
-from megatron_eso.sampler.network_eso_lm import EsoNetwork, NetworkConfig
+
+from .layers_eso_lm import NetworkConfig
+from .network_eso_lm import EsoNetwork
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
+def read_description(directory: str | Path) -> dict[str, Any]:
     """Read and check `config.json`.
 
     Raises:
@@ -80,7 +82,7 @@ def load_network(directory: str | Path, dtype: torch.dtype, device: str) -> EsoN
         CheckpointError: a file is missing or damaged, or tensors and configuration do not fit.
     """
     try:
-        config = NetworkConfig.from_dict(read_config(directory))
+        config = NetworkConfig.from_dict(read_description(directory))
     except ValueError as error:
         raise CheckpointError(
             f"{Path(directory) / 'config.json'}: {error}; convert again"

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_eso.randomness.bits import uniform
-from megatron_eso.randomness.purposes import Purpose
-from megatron_eso.sampler.network_eso_lm import EsoNetworkMixin, NetworkConfig
+from ..randomness.bits import uniform
+from ..randomness.purposes import Purpose
+from .layers_eso_lm import NetworkConfig
+from .network_eso_lm import EsoNetworkMixin
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -76,7 +77,7 @@ class SlotCache:
         return self.keys[layer][:, : self.num_keys], self.values[layer][:, : self.num_keys]
 
 
-def run_schedule(
+def reveal_tokens(
     network: EsoNetworkMixin,
     tokens_NT: Tensor,
     permutation_NT: Tensor,

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_eso.sampler.directory import load_network, read_config
-from megatron_eso.sampler.generation import Generation, TokenChoice, run_schedule
-from megatron_eso.sampler.network_eso_lm import EsoNetwork, check_permutation, check_tokens
-from megatron_eso.sampler.ordering import RevealPlan, draw_order, plan_ancestral, plan_given
+from .directory import load_network, read_description
+from .generation import Generation, TokenChoice, reveal_tokens
+from .network_eso_lm import EsoNetwork, check_permutation, check_tokens
+from .ordering import RevealPlan, draw_order, plan_ancestral, plan_given
 
 Schedule = Sequence[int] | Sequence[Sequence[int]]
 
@@ -51,7 +51,7 @@ class EsoLM:
         Raises:
             CheckpointError: a file is missing or damaged, or its version is unknown.
         """
-        alpha_0 = float(read_config(directory)["alpha_0"])
+        alpha_0 = float(read_description(directory)["alpha_0"])
         return cls(load_network(directory, dtype, str(device)), alpha_0=alpha_0)
 
     @property
@@ -120,8 +120,7 @@ class EsoLM:
             schedule: tokens revealed per step, summing to the unknown tokens; a list per row where
                 rows differ. Default: the paper's ancestral schedule, then one token at a time.
             permutation: int64 `[N, T]`, the known positions in its first slots. Default: random up
-                to
-                `alpha_0 T` slots, then left to right.
+                to `alpha_0 T` slots, then left to right.
             gumbel: `[N, T, V]` slot order, ignored at known slots: a slot's token is
                 `argmax(logits / temperature + gumbel)`.
             length: T without a prompt; default `max_length`.
@@ -141,30 +140,19 @@ class EsoLM:
         steps = num_slots if steps is None else steps
         seed = secrets.randbits(63) if seed is None else seed
         _check_ranges(alpha_0=alpha_0, steps=steps, temperature=temperature, top_p=top_p, seed=seed)
-        if gumbel is not None and tuple(gumbel.shape) != (*prompt.shape, self.config.vocab_size):
-            raise ValueError(
-                f"gumbel has the shape {list(gumbel.shape)}, not [N, T, V] = "
-                f"{[*prompt.shape, self.config.vocab_size]}"
-            )
+        self._check_gumbel(gumbel, prompt)
         is_known_NT = (prompt != self.config.mask_token_id).cpu().numpy()
         plans = _plan_rows(is_known_NT, schedule, seed, alpha_0, steps)
         if permutation is None:
-            orders = [
-                draw_order(seed, row, is_known_NT[row], plan.num_random)
-                for row, plan in enumerate(plans)
-            ]
-            permutation = torch.from_numpy(np.stack(orders))
+            permutation = _draw_orders(seed, is_known_NT, plans)
         permutation = self._order(permutation, prompt)
         tokens = prompt.gather(1, permutation)
         choice = TokenChoice(temperature=temperature, top_p=top_p, seed=seed, gumbel=gumbel)
         schedules = [plan.schedule for plan in plans]
-        nfe = run_schedule(self.network, tokens, permutation, schedules, choice)
-        rows_agree = all(row == schedules[0] for row in schedules)
+        nfe = reveal_tokens(self.network, tokens, permutation, schedules, choice)
+        sequences = torch.empty_like(tokens).scatter_(1, permutation, tokens)
         return Generation(
-            sequences=torch.empty_like(tokens).scatter_(1, permutation, tokens),
-            permutation=permutation,
-            schedule=schedules[0] if rows_agree else schedules,
-            nfe=nfe,
+            sequences=sequences, permutation=permutation, schedule=_join(schedules), nfe=nfe
         )
 
     def _prompt(self, num_samples: int, prompt: Tensor | None, length: int | None) -> Tensor:
@@ -190,6 +178,13 @@ class EsoLM:
             raise ValueError(f"prompt is {prompt.dtype}, not torch.int64")
         check_tokens("prompt", prompt, self.config.vocab_size)
         return prompt.to(self.device)
+
+    def _check_gumbel(self, gumbel: Tensor | None, prompt: Tensor) -> None:
+        if gumbel is not None and tuple(gumbel.shape) != (*prompt.shape, self.config.vocab_size):
+            raise ValueError(
+                f"gumbel has the shape {list(gumbel.shape)}, not [N, T, V] = "
+                f"{[*prompt.shape, self.config.vocab_size]}"
+            )
 
     def _order(self, permutation: Tensor, prompt: Tensor) -> Tensor:
         """The permutation on the model's device, checked against the prompt."""
@@ -240,6 +235,19 @@ def _plan_rows(
         plan_given(counts, num_slots, known, alpha_0)
         for counts, known in zip(given, known_N, strict=True)
     ]
+
+
+def _draw_orders(seed: int, is_known_NT: np.ndarray, plans: Sequence[RevealPlan]) -> Tensor:
+    """int64 `[N, T]`: a permutation for each row."""
+    orders = [
+        draw_order(seed, row, is_known_NT[row], plan.num_random) for row, plan in enumerate(plans)
+    ]
+    return torch.from_numpy(np.stack(orders))
+
+
+def _join(schedules: list[list[int]]) -> list[int] | list[list[int]]:
+    """One list where all rows have the same."""
+    return schedules[0] if all(row == schedules[0] for row in schedules) else schedules
 
 
 def _schedule_rows(schedule: Any, num_samples: int) -> list[list[int]]:

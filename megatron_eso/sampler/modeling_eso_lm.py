@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from .configuration_eso_lm import EsoLMConfig
-from .network_eso_lm import EsoNetworkMixin, NetworkConfig
+from .layers_eso_lm import NetworkConfig
+from .network_eso_lm import EsoNetworkMixin
 
 
 @dataclass

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_eso.objectives.schedule import LogLinearSchedule
-from megatron_eso.randomness.bits import random_bits, uniform
-from megatron_eso.randomness.purposes import Purpose
+from ..objectives.schedule import LogLinearSchedule
+from ..randomness.bits import random_bits, uniform
+from ..randomness.purposes import Purpose
 
 Int64 = npt.NDArray[np.int64]
 

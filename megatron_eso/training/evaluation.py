@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_eso.objectives.loss import NelboEstimate, estimate_nelbo, mean_by_time, sum_samples
 from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.training.batches import ValidationBatches
-from megatron_eso.training.main_parameters import synchronize_parameters
+from megatron_eso.training.optimization.main_parameters import synchronize_parameters
 from megatron_eso.training.step import reduce_over_world, run_schedule
 from megatron_eso.training.train_state import TrainState
 
@@ -128,16 +128,3 @@ def for_evaluation(chunks: list[DistributedDataParallel]) -> Iterator[None]:
             chunk.train()
         for chunk in overlapped:
             chunk.enable_forward_pre_hook()
-
-
-def validation_metrics(estimate: NelboEstimate, prefix: str) -> dict[str, float]:
-    """Return the estimate by TensorBoard tag."""
-    values = {
-        f"{prefix}/nelbo": estimate.nelbo,
-        f"{prefix}/perplexity": estimate.perplexity,
-        **{f"{prefix}/nelbo_{phase}": value for phase, value in estimate.phases.items()},
-        f"{prefix}/nelbo_stderr": estimate.standard_error,
-    }
-    for phase, by_time in estimate.by_time.items():
-        values |= {f"{prefix}/nelbo_{phase}_by_t/{t:.2f}": value for t, value in by_time.items()}
-    return values

@@ -17,6 +17,7 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_eso.config.sections import ParallelConfig
+from megatron_eso.ranks import launched_world_size, own_rank
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -27,14 +28,13 @@ def process_group() -> Iterator[None]:
 
     NCCL where CUDA is there, gloo elsewhere. Collective over the world.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
         store=_open_store(),
-        rank=rank,
-        world_size=world_size,
+        rank=own_rank(),
+        world_size=launched_world_size(),
         timeout=COLLECTIVE_TIMEOUT,
     )
     try:

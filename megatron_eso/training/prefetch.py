@@ -24,7 +24,7 @@ class StepPrefetcher:
     Args:
         batches: What plans.
         data_parallel_rank: Of this rank.
-        steps_ahead: Plans that lie ready at most; 0: each is made when it is asked for.
+        steps_ahead: Plans that are kept ready at most; 0: each is made when it is taken.
     """
 
     def __init__(self, batches: TrainingBatches, data_parallel_rank: int, steps_ahead: int) -> None:
@@ -111,7 +111,7 @@ class _Planner:
                 return
             try:
                 self._planned.put(self._plan(self._step))
-            except BaseException as error:  # the thread that takes must not wait for ever
+            except BaseException as error:  # or the thread that takes would wait without end
                 self._planned.put(error)
                 return
             self._step = self._step.next()

@@ -19,15 +19,15 @@ from megatron.core.pipeline_parallel.utils import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 
-from megatron_eso.config.sections import Config
+from megatron_eso.config.model import ModelConfig
+from megatron_eso.config.sections import Config, ParallelConfig, TrainConfig, Vocabulary
 from megatron_eso.model.eso_model import EsoModel
 from megatron_eso.model.initialization import initialize_parameters
 from megatron_eso.model.transformer_config import build_transformer_config
-from megatron_eso.runs.checkpoint_state import Counters
-from megatron_eso.training.ema import ExponentialMovingAverage
-from megatron_eso.training.main_parameters import MainParameter, list_main_parameters
-from megatron_eso.training.optimizer import build_optimizer, build_scheduler
-from megatron_eso.training.records.moving_statistics import MovingStatistics
+from megatron_eso.runs.counters import Counters, MovingStatistics
+from megatron_eso.training.optimization.ema import ExponentialMovingAverage
+from megatron_eso.training.optimization.main_parameters import MainParameter, list_main_parameters
+from megatron_eso.training.optimization.optimizer import build_optimizer, build_scheduler
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -49,15 +49,17 @@ class TrainState:
 
 def build_train_state(config: Config, groups: ProcessGroupCollection) -> TrainState:
     """Build a fresh state on this rank; collective over the world."""
-    chunks = build_model_chunks(config, groups)
-    optimizer = build_optimizer(config, chunks, groups)
+    model, vocabulary, seed = config.model, config.data.vocabulary, config.run.seed
+    chunks = build_model_chunks(model, vocabulary, seed, config.train, config.parallel, groups)
+    precision, num_steps = config.train.precision, config.train.num_steps
+    optimizer = build_optimizer(config.optimizer, config.parallel, precision, chunks, groups)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
     parameters = list_main_parameters(chunks, optimizer)
     decay = config.optimizer.ema_decay
     return TrainState(
         chunks=chunks,
         optimizer=optimizer,
-        scheduler=build_scheduler(config, optimizer),
+        scheduler=build_scheduler(config.optimizer, num_steps, optimizer),
         parameters=parameters,
         ema=ExponentialMovingAverage(parameters, decay) if decay > 0 else None,
         counters=Counters(),
@@ -67,11 +69,24 @@ def build_train_state(config: Config, groups: ProcessGroupCollection) -> TrainSt
 
 
 def build_model_chunks(
-    config: Config, groups: ProcessGroupCollection
+    model_config: ModelConfig,
+    vocabulary: Vocabulary,
+    seed: int,
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    groups: ProcessGroupCollection,
 ) -> list[DistributedDataParallel]:
-    """Build and fill this rank's parts of the model, wrapped for bf16 and data parallelism."""
-    parallel = config.parallel
-    transformer_config = build_transformer_config(config.model, parallel, config.train)
+    """Build and fill this rank's parts of the model, wrapped for bf16 and data parallelism.
+
+    Args:
+        model_config: The network.
+        vocabulary: Of the shards.
+        seed: Of the initial weights.
+        train: Precision and recomputation.
+        parallel: The layout.
+        groups: Groups of this rank.
+    """
+    transformer_config = build_transformer_config(model_config, parallel, train)
     transformer_config.finalize_model_grads_func = finalize_model_grads
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -84,15 +99,15 @@ def build_model_chunks(
     chunks = []
     for vp_stage in [None] if vp_size is None else range(vp_size):
         model = EsoModel(
-            config.model,
-            config.data.vocabulary,
+            model_config,
+            vocabulary,
             transformer_config,
             groups,
             pre_process=is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(groups.pp),
             post_process=is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(groups.pp),
             vp_stage=vp_stage,
         )
-        initialize_parameters(model, config.model, config.run.seed)
+        initialize_parameters(model, model_config, seed)
         module = model.cuda(torch.cuda.current_device())
         if transformer_config.bf16:
             module = Float16Module(transformer_config, module)

@@ -14,8 +14,8 @@ import torch
 from checkpoints_conversion.__main__ import main as convert
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.objectives.noise import draw_any_order
+from megatron_eso.objectives.objective import VALIDATION_SEED
 from megatron_eso.sampler import EsoLM
-from megatron_eso.training.batches import VALIDATION_SEED
 from tests.support.training import TINY, tiny_arguments
 
 NELBO_TOLERANCE = 1e-6  # relative

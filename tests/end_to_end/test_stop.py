@@ -140,7 +140,7 @@ def test_a_signal_is_told_by_its_name_and_means_nothing_afterwards() -> None:
         try:
             with StopRequests(RunDirectory(Path("/nonexistent")), 0.0) as stop:
                 os.kill(os.getpid(), number)
-                assert REASONS[stop._heard] == signal.Signals(number).name
+                assert REASONS[stop._received] == signal.Signals(number).name
             os.kill(os.getpid(), number)
         finally:
             signal.signal(number, previous)

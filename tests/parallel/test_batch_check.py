@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from megatron_eso.data.shards.shard_format import BLOCK_BYTES, MANIFEST_FILE, numpy_dtype
 
 from megatron_eso.data.samples.order import SampleOrder
+from megatron_eso.data.shards.format import BLOCK_BYTES, MANIFEST_FILE, numpy_dtype
 from megatron_eso.data.shards.manifest import read_manifest
 from megatron_eso.data.shards.reader import hash_file
 from tests.support.training import (

@@ -18,7 +18,7 @@ from checkpoints_conversion.__main__ import main as convert
 from megatron_eso.errors import CheckpointError, TrainingError
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import list_checkpoints, step_number
-from pretrain.train import convert_initial_weights
+from pretrain.initial_weights import convert_initial_weights
 from tests.parallel.test_conversion import LLAMA
 from tests.parallel.test_resume import resave
 from tests.support.loop import run_loop
@@ -356,7 +356,7 @@ def test_what_changes_on_resume_is_told(world: World, tiny_data: Path, tmp_path:
 
 def stumble(trainer, _gathered: list[None]) -> None:  # type: ignore[no-untyped-def]
     """Have the third step fail on every rank, while the checkpoint of the second is written."""
-    take, write = trainer.prefetcher.take, trainer.checkpoints._write
+    take, write = trainer.prefetcher.take, trainer.saves.checkpoints._write
 
     def fail_after_two(step: object) -> object:
         if trainer.state.counters.step == 2:
@@ -368,7 +368,7 @@ def stumble(trainer, _gathered: list[None]) -> None:  # type: ignore[no-untyped-
         write(*arguments)
 
     trainer.prefetcher.take = fail_after_two
-    trainer.checkpoints._write = write_slowly
+    trainer.saves.checkpoints._write = write_slowly
 
 
 def test_a_run_that_fails_ends_the_save_in_the_background(
@@ -382,17 +382,17 @@ def test_a_run_that_fails_ends_the_save_in_the_background(
 
 def stumble_once(trainer, _gathered: list[None]) -> None:  # type: ignore[no-untyped-def]
     """Have the first save fail, as a full disk makes it."""
-    write = trainer.checkpoints._write
+    write = trainer.saves.checkpoints._write
 
     def fail(*_: object) -> None:
-        trainer.checkpoints._write = write
+        trainer.saves.checkpoints._write = write
         raise CheckpointError("no room")
 
-    trainer.checkpoints._write = fail
+    trainer.saves.checkpoints._write = fail
 
 
 def run_with_quick_retries(run: Path, data: Path, overrides: Overrides) -> str | None:
-    with mock.patch("megatron_eso.training.loop.RETRY_SECONDS", 0.0):
+    with mock.patch("megatron_eso.training.checkpointing.saves.RETRY_SECONDS", 0.0):
         return run_loop(run, data, overrides, stumble_once).error
 
 

@@ -32,6 +32,11 @@ CASES: dict[str, tuple[int, Overrides]] = {
     "micro-batch 4": (1, {"train.micro_batch_size": 4}),
 }
 
+# The other objectives go through the same code: layouts that differ in kind are enough for them.
+ANY_ORDER_AR: Overrides = {"objective.name": '"any_order_ar"', "objective.alpha_0": 0.125}
+OBJECTIVES: dict[str, Overrides] = {"eso_lm": {}, "any_order_ar": ANY_ORDER_AR}
+FEW_CASES = ("TP=2 SP", "PP=2 interleaved", "DP=2 overlapped, micro-batch 1", "micro-batch 1")
+
 EDGES: dict[str, Overrides] = {
     "sequential phase alone": {"objective.alpha_0": 0.0},
     "diffusion phase alone": {"objective.alpha_0": 1.0},
@@ -56,22 +61,34 @@ def run_case(
 
 
 @pytest.fixture(scope="module")
-def reference(
+def references(
     world: World, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Trained, dict[str, Tensor]]:
-    return run_case(world, tmp_path_factory.mktemp("one_rank"), tiny_data, 1, {})
+) -> dict[str, tuple[Trained, dict[str, Tensor]]]:
+    """Five steps of one rank, by objective."""
+    return {
+        name: run_case(world, tmp_path_factory.mktemp("one_rank"), tiny_data, 1, overrides)
+        for name, overrides in OBJECTIVES.items()
+    }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("objective", "case"),
+    [
+        *(("eso_lm", case) for case in CASES),
+        *(("any_order_ar", case) for case in FEW_CASES),
+    ],
+)
 def test_five_steps_equal_one_ranks(
+    objective: str,
     case: str,
-    reference: tuple[Trained, dict[str, Tensor]],
+    references: dict[str, tuple[Trained, dict[str, Tensor]]],
     world: World,
     tiny_data: Path,
     tmp_path: Path,
 ) -> None:
     num_ranks, overrides = CASES[case]
-    expected, expected_updates = reference
+    overrides = overrides | OBJECTIVES[objective]
+    expected, expected_updates = references[objective]
     trained, found_updates = run_case(world, tmp_path, tiny_data, num_ranks, overrides)
     assert trained.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
     assert trained.grad_norms == pytest.approx(expected.grad_norms, rel=LOSS_TOLERANCE)
@@ -87,11 +104,14 @@ def test_five_steps_equal_one_ranks(
     )
 
 
-def test_steps_move_every_tensor(reference: tuple[Trained, dict[str, Tensor]]) -> None:
-    for name, update in reference[1].items():
-        moved = (update != 0).double().mean()
-        if "embedding" not in name and "output_layer" not in name:  # rows of rare tokens
-            assert moved > NUM_PARAMETERS_MOVED, name
+def test_steps_move_every_tensor(
+    references: dict[str, tuple[Trained, dict[str, Tensor]]],
+) -> None:
+    for objective, (_, updates_of) in references.items():
+        for name, update in updates_of.items():
+            moved = (update != 0).double().mean()
+            if "embedding" not in name and "output_layer" not in name:  # rows of rare tokens
+                assert moved > NUM_PARAMETERS_MOVED, (objective, name)
 
 
 @pytest.mark.parametrize("edge", EDGES)

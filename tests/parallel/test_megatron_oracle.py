@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from checkpoints_conversion.network_fields import describe_network
 from checkpoints_conversion.parameter_map import map_to_megatron, map_to_sampler
-from checkpoints_conversion.run_network import describe_network
 from tests.support.dense_oracle import (
     OracleConfig,
     dense_losses,

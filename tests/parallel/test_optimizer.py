@@ -47,7 +47,7 @@ def list_learning_rates(run: Path, data: Path, overrides: Overrides) -> Any:
     from megatron_eso.training.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.optimizer import build_scheduler
+    from megatron_eso.training.optimization.optimizer import build_scheduler
     from megatron_eso.training.parallel import model_parallel_groups
     from megatron_eso.training.train_state import build_train_state
 
@@ -58,7 +58,8 @@ def list_learning_rates(run: Path, data: Path, overrides: Overrides) -> Any:
         for _ in range(NUM_STEPS):
             rates.append(state.optimizer.param_groups[0]["lr"])
             state.scheduler.step(1)
-        build_scheduler(config, state.optimizer).step(NUM_STEPS // 2)
+        schedule = build_scheduler(config.optimizer, NUM_STEPS, state.optimizer)
+        schedule.step(NUM_STEPS // 2)
         return rates, state.optimizer.param_groups[0]["lr"]
 
 

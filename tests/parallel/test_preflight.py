@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.preflight import Facts, Limits, Measurement, judge_facts, judge_measurements
+from pretrain.preflight.measurement import Measurement
+from pretrain.preflight.node_facts import Facts
+from pretrain.preflight.verdict import Limits, judge_facts, judge_measurements
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 120.0

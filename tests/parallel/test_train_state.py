@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_eso.estimates.costs import count_parameters
 
+from megatron_eso.estimates.parameters import count_parameters
 from tests.parallel.test_conversion import GATED, LLAMA
 from tests.support.training import (
     LAYOUTS,

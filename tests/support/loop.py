@@ -44,21 +44,22 @@ def run_loop(
     install_cpu_backend()
     from megatron_eso.config.loading import load_config
     from megatron_eso.errors import UserError
+    from megatron_eso.training import job
     from megatron_eso.training.guards.stop import StopRequests
-    from pretrain import train
+    from pretrain.train import open_data
 
     config = load_config(tiny_arguments(run, data, overrides))
-    train_data, validation, resolved = train.open_data(config)
-    directory = train.open_run(config.config)
+    train_data, validation, resolved = open_data(config)
+    directory = job.locate_run(config.config)
     error, gathered = None, []
     with ExitStack() as stack:
         stack.enter_context(as_launched(dist.get_rank(), dist.get_world_size()))
         stop = stack.enter_context(StopRequests(directory, 0.0))
-        trainer = train.build_trainer(resolved, train_data, validation, directory, stop, stack)
+        trainer = job.build_trainer(resolved, train_data, validation, directory, stop, stack)
         if hook is not None:
             hook(trainer, gathered, *arguments)
         try:
-            train.train_to_the_end(trainer)
+            job.train_to_the_end(trainer)
         except UserError as raised:
             error = str(raised)
         return Ran(error=error, counters=trainer.state.counters, gathered=gathered)
@@ -73,7 +74,7 @@ def as_launched(rank: int, num_ranks: int) -> Iterator[None]:
     root.setLevel(logging.INFO)
     with (
         mock.patch.dict(os.environ, environment),
-        mock.patch("megatron_eso.training.parallel.process_group", nullcontext),
+        mock.patch("megatron_eso.training.job.process_group", nullcontext),
     ):
         try:
             yield

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_eso.config.sections import Config, ObjectiveConfig
+from megatron_eso.config.objective import ObjectiveConfig
+from megatron_eso.config.sections import Config
 from megatron_eso.objectives.build import build_objective
 from megatron_eso.objectives.eso_lm import EsoLmObjective
 from megatron_eso.objectives.noise import Noise

@@ -9,9 +9,12 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from checkpoints_conversion.official import fold_official, read_official
+from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.model.attention_backend import BACKENDS
+from megatron_eso.objectives.build import build_objective
 from megatron_eso.objectives.dealing import Dealing
 from megatron_eso.objectives.noise import Noise, diffusion_times, draw_noise
+from megatron_eso.objectives.objective import Samples, Step
 from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.objectives.schedule import LogLinearSchedule
 from tests.support.dense_oracle import (
@@ -24,6 +27,7 @@ from tests.support.dense_oracle import (
     row_losses,
     row_objective,
     sequential_logits,
+    token_losses,
 )
 from tests.support.planning import eso_lm, plan_noise
 
@@ -210,6 +214,39 @@ def test_samples_that_are_cut_short_are_what_they_are_alone(
     dealing, length_B = Dealing(*sizes, batch_split), np.array([1, 1, 9, 2, 7, 2, 12, 12])
     x_0, noise = draw_batch(dealing, alpha_0, 12, length_B)
     assert_agree(x_0, noise, dealing, alpha_0=alpha_0, row_multiple=4, num_layers=2, num_groups=2)
+
+
+@pytest.mark.parametrize("order", ["uniform", "left_to_right"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_any_order_ar_is_the_likelihood_in_the_orders_that_it_draws(order: str, cut: bool) -> None:
+    """The orders are read from the queries; losses and gradients are the dense model's."""
+    config, parameters = build_model(num_layers=2, num_groups=2)
+    length_B = np.array([12, 1, 7, 2]) if cut else np.full(4, 12)
+    x_0 = np.random.default_rng(SEED).integers(0, MASK, (4, 12))
+    samples = Samples(tokens_BT=x_0, indices_B=40 + np.arange(4), length_B=length_B)
+    section = ObjectiveConfig(name="any_order_ar", order=order)
+    objective = build_objective(section, seed=SEED, mask_token_id=MASK)
+    batch = objective.plan(samples, Step(number=5, first_index=40, batch_size=4)).pad(8, MASK)
+    queries = batch.rows.positions_R[sum(batch.rows.stream_lengths) : batch.rows.num_rows]
+    orders = queries.split(length_B.tolist())
+    assert all(sorted(o.tolist()) == list(range(n)) for o, n in zip(orders, length_B, strict=True))
+    assert (orders[0].tolist() == list(range(12))) == (order == "left_to_right")
+
+    losses = []
+    for tokens, permutation in zip(x_0, orders, strict=True):
+        text = torch.from_numpy(tokens[None, : len(permutation)])
+        masked = torch.full_like(text, MASK)
+        logits = sequential_logits(parameters, config, masked, text, permutation[None])
+        losses.append(token_losses(logits, text.gather(1, permutation[None]), MASK)[0])
+    backend, tokens_P = BACKENDS["torch"](), [int(length_B.sum())]
+    nll = row_losses(parameters, config, batch, backend)[: batch.loss.num_real]
+    assert (nll - torch.cat(losses)).abs().max() < LOSS_TOLERANCE
+    expected = torch.cat(losses).sum() / length_B.sum()
+    loss = row_objective(parameters, config, [batch], objective, tokens_P, backend)
+    assert abs((loss - expected).item()) < LOSS_TOLERANCE
+    expected_gradients, found = (gradients(x, parameters) for x in (expected, loss))
+    for name, gradient in expected_gradients.items():
+        assert (found[name] - gradient).abs().max() < GRADIENT_TOLERANCE, name
 
 
 def test_alpha_0_of_1_masks_nothing_in_the_sequential_phase() -> None:

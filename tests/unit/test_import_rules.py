@@ -4,16 +4,15 @@
 alone on torch.
 """
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.structure.modules import PACKAGES, find_imports, find_modules, is_in
+
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("megatron_eso", "pretrain", "data_tools", "checkpoints_conversion")
 OUTSIDE = ("tests", "slurm", "setup")
 
 ERRORS = ("megatron_eso.errors",)
@@ -37,13 +36,28 @@ SHARDS = ("megatron_eso.data.shards", *FINGERPRINT)
 REMOTE = ("megatron_eso.data.remote", *SHARDS)
 SAMPLES = ("megatron_eso.data.samples",)
 MODEL = ("megatron_eso.model",)
-TRAINING = ("megatron_eso.training",)
+# The floors of training, from below: what a step is made of, what watches it, records, saves.
+STEP = tuple(
+    f"megatron_eso.training.{name}"
+    for name in (
+        *("parallel", "cpu_backend", "optimization", "counters", "train_state"),
+        *("batches", "prefetch", "step", "evaluation"),
+    )
+)
+GUARDS = ("megatron_eso.training.guards",)
+RECORDS = ("megatron_eso.training.records",)
+BELOW_TRAINING = (
+    BASE
+    + ("megatron_eso.ranks",)
+    + (CONFIG + RANDOMNESS + OBJECTIVES + RUNS + ESTIMATES + SAMPLES + FINGERPRINT + MODEL)
+)
 SAMPLER = ("megatron_eso.sampler",)
 
 # Room -> what of ours it may import beside itself; the longest name that fits a module counts.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.errors": (),
     "megatron_eso.quantities": (),
+    "megatron_eso.ranks": (),
     "megatron_eso.retries": (),
     "megatron_eso.locks": ERRORS,
     "megatron_eso.files": (*ERRORS, "megatron_eso.locks"),
@@ -59,18 +73,27 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.data.remote": BASE + SHARDS,
     "megatron_eso.data.samples": ERRORS + SECTIONS + RANDOMNESS + REMOTE,
     "megatron_eso.model": ERRORS + CONFIG + OBJECTIVES,
-    "megatron_eso.training": BASE
-    + (CONFIG + RANDOMNESS + OBJECTIVES + RUNS + ESTIMATES + SAMPLES + FINGERPRINT + MODEL),
-    "megatron_eso.sampler": BASE + RANDOMNESS + ("megatron_eso.objectives.schedule",),
-    "megatron_eso.sampler.__main__": BASE + SAMPLER + ("megatron_eso.data.tokenizers",),
+    **dict.fromkeys(STEP, BELOW_TRAINING + STEP),
+    "megatron_eso.training.guards": BELOW_TRAINING + STEP,
+    "megatron_eso.training.records": BELOW_TRAINING + STEP + GUARDS,
+    "megatron_eso.training.records.tags": (),
+    "megatron_eso.training.checkpointing": BELOW_TRAINING + STEP + GUARDS + RECORDS,
+    "megatron_eso.training": BELOW_TRAINING,
+    "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.schedule",),
+    "megatron_eso.sampler.texts": ERRORS + SAMPLER + TOKENIZERS,
     "data_tools": BASE + REMOTE + TOKENIZERS,
     "data_tools.text": BASE + TOKENIZERS,
-    "data_tools.build": BASE + SHARDS + TOKENIZERS + RANDOMNESS + ("data_tools.text",),
-    "data_tools.imports": BASE + SHARDS + TOKENIZERS + ("data_tools.build",),
+    "data_tools.output": BASE,
+    "data_tools.build": BASE
+    + (SHARDS + TOKENIZERS + RANDOMNESS + ("data_tools.text", "data_tools.output")),
+    "data_tools.imports": BASE + SHARDS + TOKENIZERS + ("data_tools.output",),
     "data_tools.reports": BASE
     + (CONFIG + RUNS + REMOTE + TOKENIZERS + SAMPLES + ("data_tools.build",)),
     "checkpoints_conversion": BASE + CONFIG + RANDOMNESS + RUNS + TOKENIZERS + SAMPLER,
     "checkpoints_conversion.parameter_map": ERRORS + SAMPLER,
+    "checkpoints_conversion.network_fields": ERRORS
+    + CONFIG
+    + ("megatron_eso.sampler.layers_eso_lm",),
     "pretrain": ("megatron_eso", "data_tools", "checkpoints_conversion"),
 }
 USES_MEGATRON = ("megatron_eso.model", "megatron_eso.training", "pretrain")
@@ -78,49 +101,17 @@ HOLDS_PARALLEL_STATE = "megatron_eso.training.parallel"
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc"}
 
 
-def is_in(module: str, parts: tuple[str, ...]) -> bool:
-    return any(module == part or module.startswith(part + ".") for part in parts)
-
-
-def find_modules(root: Path) -> dict[str, Path]:
-    files = {path for name in PACKAGES for path in (root / name).rglob("*.py")}
-    modules = {}
-    for path in sorted(path for path in files if path.stat().st_size):
-        parts = path.relative_to(root).with_suffix("").parts
-        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return modules
-
-
-def find_imports(module: str, path: Path, modules: dict[str, Path]) -> Iterator[str]:
-    """Every imported module, names that are modules of ours or of megatron.core included."""
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            source = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
-                source = ".".join([*above, source] if source else above)
-            named = [f"{source}.{alias.name}" for alias in node.names]
-            ours = [name for name in named if name in modules]
-            if len(ours) < len(named):
-                yield source
-            yield from ours
-            yield from (name for name in named if name.startswith("megatron."))
-
-
 def find_violations(root: Path) -> list[str]:
     modules = find_modules(root)
     found = []
-    for module, path in modules.items():
+    for module, source in modules.items():
         part = max((part for part in ALLOWED if is_in(module, (part,))), key=len, default=None)
         if part is None:
             found.append(f"{module}: has no rule in {Path(__file__).name}")
             continue
         if module.rpartition(".")[2] in VAGUE_NAMES:
             found.append(f"{module}: a name that says nothing")
-        for target in find_imports(module, path, modules):
+        for target in (found.target for found in find_imports(source, modules)):
             if is_in(target, PACKAGES) and not is_in(target, (part, *ALLOWED[part])):
                 found.append(f"{module}: imports {target}")
             if is_in(target, OUTSIDE) or is_in(target, ("megatron.training",)):
@@ -149,6 +140,9 @@ def test_imports_point_one_way() -> None:
         ("megatron_eso/model/block.py", "from megatron.core import parallel_state", "parallel_st"),
         ("megatron_eso/training/loop.py", "import megatron.training.x", "megatron.training"),
         ("megatron_eso/training/loop.py", "import pretrain.train", "imports pretrain.train"),
+        ("megatron_eso/training/step.py", "import megatron_eso.training.loop", "imports"),
+        ("megatron_eso/training/guards/x.py", "import megatron_eso.training.records", "imports"),
+        ("megatron_eso/training/records/x.py", "import megatron_eso.training.job", "imports"),
         ("pretrain/train.py", "from tests.support import world", "imports tests.support"),
         ("megatron_eso/data/shards/utils.py", "", "a name that says nothing"),
         ("megatron_eso/extra.py", "", "has no rule"),
@@ -169,8 +163,9 @@ def test_a_violation_is_found(tmp_path: Path, file: str, line: str, violation: s
         (
             "megatron torch numpy",
             "megatron_eso.config.loading megatron_eso.errors megatron_eso.files "
-            "megatron_eso.progress megatron_eso.retries megatron_eso.runs.run_directory "
-            "megatron_eso.runs.checkpoint_state megatron_eso.runs.restarts pretrain.status",
+            "megatron_eso.progress megatron_eso.retries megatron_eso.training.records.tags "
+            "megatron_eso.runs.run_directory megatron_eso.runs.checkpoint_state "
+            "megatron_eso.runs.restarts pretrain.status",
         ),
         ("megatron torch", "megatron_eso.data.shards.format megatron_eso.runs.file_index"),
         (

@@ -22,12 +22,12 @@ from torch import Tensor
 from megatron_eso.config.loading import config_to_dict
 from megatron_eso.config.sections import CheckpointConfig, Config
 from megatron_eso.errors import CheckpointError
+from megatron_eso.runs.checkpoint_folder import begin, make_newest, publish
 from megatron_eso.runs.checkpoint_state import STATE_FILE
 from megatron_eso.runs.run_directory import CONFIG_FILE
 from megatron_eso.runs.steps import list_checkpoints, step_name, step_number
 from megatron_eso.training.batches import TrainingBatches
 from megatron_eso.training.checkpointing.files import find_damaged_files, run_on_first, write_files
-from megatron_eso.training.checkpointing.folder import begin, make_newest, publish
 from megatron_eso.training.checkpointing.staleness import (
     Parts,
     StateSample,

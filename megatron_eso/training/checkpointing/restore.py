@@ -4,11 +4,13 @@ What a checkpoint fixes may not change; what may is logged, old -> new.
 """
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megatron_eso.config.loading import config_to_dict, read_config
-from megatron_eso.config.sections import Config
+from megatron_eso.config.keys import Start
+from megatron_eso.config.loading import read_config
+from megatron_eso.config.sections import KEYS, Config
 from megatron_eso.data.tokenizers.fingerprint import TokenizerFingerprint
 from megatron_eso.errors import CheckpointError, ConfigError
 from megatron_eso.runs.checkpoint_state import STATE_FILE, read_state
@@ -19,20 +21,7 @@ from megatron_eso.training.checkpointing.files import find_damaged_files
 from megatron_eso.training.checkpointing.state import load_training_state, load_weights
 from megatron_eso.training.train_state import TrainState
 
-# What may not change: of weights, and of a run that goes on.
-WEIGHTS_KEYS = ("model.", "data.vocab_size", "data.mask_token_id")
-RUN_KEYS = ("model.", "run.seed", "data.sequence_length", "data.framing")
-# These shape neither tensors nor what they mean.
-FREE_MODEL_KEYS = (
-    "model.hidden_dropout",
-    "model.init_method_std",
-    "model.zero_init_head",
-    "model.fp32_residual_connection",
-)
-# Raised for longer contexts.
-FREE_WEIGHTS_KEYS = (*FREE_MODEL_KEYS, "model.rotary_base")
-# Of another run's configuration, what is worth comparing.
-INITIAL_KEYS = ("model.", "objective.", "data.sequence_length", "data.framing")
+MASK_TOKEN = "data.mask_token_id"
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +57,10 @@ def resume(checkpoint: Path, state: TrainState, config: Config, checkpoints: Che
     is_training = record.kind == "training"
     if is_training:
         remedy = "a resumed run keeps it; restore the value or choose another run.directory"
-        check_same(checkpoint, config, RUN_KEYS, remedy)
+        check_same(checkpoint, config, "run", remedy)
         checkpoints.batches.resume(record, str(checkpoint))
     else:
-        check_weights(checkpoint, config, WEIGHTS_KEYS)
+        check_weights(checkpoint, config)
     load_training_state(checkpoint, state)
     state.scheduler.step(state.counters.step)
     has_average = record.ema_updates is not None
@@ -147,7 +136,7 @@ def check_initial_weights(
         ConfigError: One line with key, both values and the remedy.
     """
     if config.checkpoint.init_other_tokenizer:
-        check_weights(checkpoint, config, ("model.", "data.vocab_size"))
+        check_weights(checkpoint, config, ignored=(MASK_TOKEN,))
         return
     data = read_state(checkpoint).data
     if data is not None and data["tokenizer"] != tokenizer.identity:
@@ -157,59 +146,59 @@ def check_initial_weights(
             f"{tokenizer.pieces_sha256[:12]}): name shards of theirs, or set "
             f"checkpoint.init_other_tokenizer = true if their embeddings may mean other tokens"
         )
-    check_weights(checkpoint, config, WEIGHTS_KEYS)
+    check_weights(checkpoint, config)
 
 
-def check_weights(checkpoint: Path, config: Config, fixed: tuple[str, ...]) -> None:
+def check_weights(checkpoint: Path, config: Config, *, ignored: Collection[str] = ()) -> None:
     """Refuse weights of another model, and log what else of what shaped them changes.
+
+    Args:
+        checkpoint: Holds the configuration that it was written with.
+        config: To compare with it.
+        ignored: Keys that are not compared.
 
     Raises:
         ConfigError: As for `check_same`.
     """
     remedy = "set that, or start from other weights"
-    check_same(checkpoint, config, fixed, remedy, free=FREE_WEIGHTS_KEYS, compared=INITIAL_KEYS)
+    check_same(checkpoint, config, "weights", remedy, ignored=ignored)
 
 
 def check_same(
     checkpoint: Path,
     config: Config,
-    fixed: tuple[str, ...],
+    start: Start,
     remedy: str,
     *,
-    free: tuple[str, ...] = FREE_MODEL_KEYS,
-    compared: tuple[str, ...] = ("",),
+    ignored: Collection[str] = (),
 ) -> None:
     """Refuse a configuration that changes what a checkpoint fixes, and log what else it changes.
+
+    What is fixed, and what is logged, stands with each key (`megatron_eso.config.keys`).
 
     Args:
         checkpoint: Holds the configuration that it was written with.
         config: To compare with it.
-        fixed: Beginnings of the keys that may not change.
+        start: What the checkpoint is read for.
         remedy: For the error.
-        free: Of the fixed ones those that may change after all.
-        compared: Beginnings of the keys whose change is logged.
+        ignored: Keys that are not compared.
 
     Raises:
         ConfigError: One line with key, both values and the remedy.
     """
-    old = _flatten(config_to_dict(read_config(checkpoint / CONFIG_FILE)))
-    new = _flatten(config_to_dict(config))
-    for key in sorted(new):
-        before, after = old.get(key), new[key]
+    old = read_config(checkpoint / CONFIG_FILE)
+    for path in sorted(KEYS.keys() - set(ignored)):
+        key, before, after = KEYS[path], _as_toml(old.get(path)), _as_toml(config.get(path))
         if before == after:
             continue
-        if key.startswith(fixed) and key not in free:
+        if key.is_frozen(start):
             raise ConfigError(
-                f"{key} = {after!r}, but {checkpoint} was written with {before!r}: {remedy}"
+                f"{path} = {after!r}, but {checkpoint} was written with {before!r}: {remedy}"
             )
-        if key.startswith(compared):
-            logger.info("changed since %s: %s: %r -> %r", checkpoint.name, key, before, after)
+        if start == "run" or key.is_logged:
+            logger.info("changed since %s: %s: %r -> %r", checkpoint.name, path, before, after)
 
 
-def _flatten(sections: dict[str, Any]) -> dict[str, Any]:
-    return {
-        f"{name}.{key}": value
-        for name, section in sections.items()
-        if isinstance(section, dict)
-        for key, value in section.items()
-    }
+def _as_toml(value: Any) -> Any:
+    """The value with a list where the configuration holds a tuple."""
+    return list(value) if isinstance(value, tuple) else value

@@ -7,7 +7,6 @@ Megatron-Core's own optimizer format differs between its optimizers, and its dis
 be loaded into torch's Adam; this one is read by any of them on any layout.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_eso.errors import CheckpointError
-from megatron_eso.runs.checkpoint import MOMENTS, PREFIXES
+from megatron_eso.runs.checkpoint import PREFIXES
 from megatron_eso.runs.checkpoint_state import CheckpointState, read_state
 from megatron_eso.training.checkpointing.files import read_parts
 from megatron_eso.training.checkpointing.tensor_parts import (
@@ -25,8 +23,8 @@ from megatron_eso.training.checkpointing.tensor_parts import (
     parts_to_read,
     parts_to_write,
 )
-from megatron_eso.training.main_parameters import publish_main_parameters
-from megatron_eso.training.records.moving_statistics import MovingStatistics
+from megatron_eso.training.optimization.main_parameters import publish_main_parameters
+from megatron_eso.training.optimization.optimizer import MOMENTS
 from megatron_eso.training.train_state import TrainState
 
 
@@ -43,8 +41,8 @@ def describe(
     return CheckpointState(
         kind="training",
         counters=state.counters,
-        losses=dataclasses.asdict(state.losses),
-        grad_norms=dataclasses.asdict(state.grad_norms),
+        losses=state.losses,
+        grad_norms=state.grad_norms,
         ema_updates=None if state.ema is None else state.ema.num_updates,
         torch_version=str(torch.__version__),
         val_nelbo=val_nelbo,
@@ -97,12 +95,8 @@ def load_training_state(checkpoint: Path, state: TrainState) -> None:
         if state.ema is not None:
             state.ema.restart()
         return
-    try:
-        state.losses = MovingStatistics(**record.losses)
-        state.grad_norms = MovingStatistics(**record.grad_norms)
-    except TypeError as error:
-        raise CheckpointError(f"{checkpoint}: not readable as moving statistics: {error}") from None
     state.counters = record.counters
+    state.losses, state.grad_norms = record.losses, record.grad_norms
     wanted: list[TensorPart] = []
     for name in MOMENTS:
         moments = [None if p.main is None else torch.empty_like(p.main) for p in state.parameters]

@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_eso.errors import CheckpointError
-from megatron_eso.training.main_parameters import MainParameter
+from megatron_eso.training.optimization.main_parameters import MainParameter
 
 Place = tuple[int, ...]
 

@@ -11,8 +11,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_eso.config.sections import Config
 from megatron_eso.errors import ConfigError
-from megatron_eso.runs.checkpoint import MOMENTS
+from megatron_eso.ranks import is_first_rank, own_rank
 from megatron_eso.training.batches import TrainingBatches
+from megatron_eso.training.optimization.optimizer import MOMENTS
 from megatron_eso.training.step import clear_gradients, forward_step, run_schedule
 from megatron_eso.training.train_state import TrainState
 
@@ -37,7 +38,7 @@ def try_largest_batch(
     except torch.OutOfMemoryError as error:
         num_rows = batches.plan_largest().rows.num_rows
         refusal = explain_shortage(config, num_rows, torch.cuda.max_memory_allocated())
-        if torch.distributed.get_rank() > 0:  # rank 0 need not lack memory too
+        if not is_first_rank():  # rank 0 need not lack memory too
             logger.error("%s", refusal)
         raise refusal from error
     used, total = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
@@ -87,7 +88,7 @@ def explain_shortage(config: Config, num_rows: int, used: int) -> ConfigError:
         else ""
     )
     return ConfigError(
-        f"rank {torch.distributed.get_rank()}: out of memory before step 1, beyond "
+        f"rank {own_rank()}: out of memory before step 1, beyond "
         f"{used / GIBI:.1f} GiB, at the largest micro-batch: {num_rows} rows of "
         f"train.micro_batch_size = {train.micro_batch_size} samples of data.sequence_length = "
         f"{config.data.sequence_length}: lower these,{recompute} or share the model among more "

@@ -1,8 +1,8 @@
 """Requests to stop a run early: a signal, a file, the end of the allocation.
 
-Whoever asks, and whichever rank hears it: the loop compares notes over all ranks after every step,
-and all save and leave after the same one. The handlers only take a note, so a second signal finds a
-save that goes on undisturbed.
+One rank may receive a request that the others do not. After every step the loop therefore takes
+the maximum over all ranks, and all of them save and stop after the same step. The handlers only
+store the request, so a second signal does not disturb a save.
 """
 
 import logging
@@ -12,14 +12,13 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-import torch.distributed as dist
-
+from megatron_eso.ranks import is_first_rank
 from megatron_eso.runs.run_directory import RunDirectory
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 END_TIME_VARIABLE = "SLURM_JOB_END_TIME"
 
-# By number; of several the highest is told.
+# By number; of several requests the one with the highest number counts.
 REASONS = {
     1: "the file requeue is in the run directory",
     2: "the file stop is in the run directory",
@@ -34,12 +33,12 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequests:
-    """Listens from `__enter__` to `__exit__`; make it on the main thread of every rank.
+    """Receives requests from `__enter__` to `__exit__`; make it on the main thread of every rank.
 
-    Once one was heard, signals go on meaning nothing after that.
+    Once a request was received, later signals are ignored, after `__exit__` as well.
 
     Args:
-        run: The run directory. A file that asked the job before is removed on rank 0.
+        run: The run directory. Rank 0 removes the file that stopped the job before.
         end_margin_seconds: How long before the end of a Slurm allocation to stop; 0: never.
     """
 
@@ -47,12 +46,12 @@ class StopRequests:
         self._files = {_STOP: run.stop_file, _REQUEUE: run.requeue_file}
         self._margin = end_margin_seconds
         self._end = _allocation_end(end_margin_seconds)
-        self._heard = 0
+        self._received = 0
         self._next_look = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_rank():
             for file in self._files.values():
                 file.unlink(missing_ok=True)
             left = self._end - time.time()
@@ -64,7 +63,7 @@ class StopRequests:
                     self._margin / 60,
                 )
         for number in SIGNALS:
-            self._previous[number] = signal.signal(number, self._take_note)
+            self._previous[number] = signal.signal(number, self._store_signal)
         return self
 
     def __exit__(
@@ -73,21 +72,21 @@ class StopRequests:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Told once more, a process that is leaving anyway must not fail at it.
+        # Another signal must not make a process fail that is about to end.
         for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_IGN if self._heard else handler)
+            signal.signal(number, signal.SIG_IGN if self._received else handler)
 
-    def heard(self) -> int:
-        """What this rank has heard: 0, or the number of a reason, to be compared over all ranks."""
-        return max(self._heard, self._look())
+    def received(self) -> int:
+        """This rank's request: 0, or the number of its reason, to be compared over all ranks."""
+        return max(self._received, self._look())
 
-    def _take_note(self, number: int, _frame: FrameType | None) -> None:
-        self._heard = _OF_SIGNALS[SIGNALS.index(signal.Signals(number))]
+    def _store_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._received = _OF_SIGNALS[SIGNALS.index(signal.Signals(number))]
 
     def _look(self) -> int:
-        """Files and clock, on rank 0: a file system is not asked by every rank at every step."""
+        """Look at files and clock, on rank 0 only: all ranks would burden a file system."""
         now = time.time()
-        if dist.get_rank() != 0 or now < self._next_look:
+        if not is_first_rank() or now < self._next_look:
             return 0
         self._next_look = now + _SECONDS_BETWEEN_LOOKS
         if now >= self._end:
@@ -96,6 +95,6 @@ class StopRequests:
 
 
 def _allocation_end(margin_seconds: float) -> float:
-    """When to stop, in seconds since the epoch: the margin before the end that Slurm tells."""
-    told = os.environ.get(END_TIME_VARIABLE, "")
-    return float(told) - margin_seconds if margin_seconds > 0 and told.isdigit() else float("inf")
+    """When to stop, in seconds since the epoch: the margin before the end that Slurm announces."""
+    end = os.environ.get(END_TIME_VARIABLE, "")
+    return float(end) - margin_seconds if margin_seconds > 0 and end.isdigit() else float("inf")

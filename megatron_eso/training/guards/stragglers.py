@@ -37,7 +37,7 @@ class Straggler:
 
     @property
     def is_notable(self) -> bool:
-        """Whether it is worth a word in the log."""
+        """Whether the log should name it."""
         excess = self.seconds * (1 - 1 / self.spread)
         return self.spread >= NOTABLE_SPREAD and excess >= NOTABLE_SECONDS
 

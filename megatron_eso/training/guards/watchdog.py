@@ -1,11 +1,13 @@
-"""Ends a job that hangs, and says where: a deadline for every phase of the run.
+"""Ends a job that hangs, and reports where: a deadline for every kind of work of a run.
 
-Each rank watches itself. A thread tells the others through the process group's store, every few
-seconds, which phase the rank is in; when the rank's own phase is overdue, the thread writes what is
-known of every rank, and the stacks of all threads here, to stderr and into the rank's log, and ends
-the process with code 1; the launcher then ends the job. A rank that is frozen or gone cannot write:
-the others, who wait for it in a collective, name it by its silence. Should the interpreter itself
-be stuck, or a file system not take the report, Python's faulthandler ends the process.
+Each rank watches itself. Every few seconds a thread writes to the process group's store what the
+rank works on. When that is overdue, the thread reports the state of every rank and the stacks of
+all threads of this process, to stderr and to the rank's log, and ends the process with code 1; the
+launcher then ends the job. A rank that is frozen or gone cannot report: the others, which wait for
+it in a collective, name it by its silence. If the interpreter itself is stuck, or a file system
+does not take the report, Python's faulthandler ends the process.
+
+Reports call the watched work a phase; it has nothing to do with the phases of the objective.
 """
 
 import faulthandler
@@ -26,8 +28,16 @@ from types import TracebackType
 from typing import Self
 
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import (
+    _get_default_store,
+    get_rank,
+    get_world_size,
+)
+
+from megatron_eso.config.sections import WatchdogConfig
 
 EXIT_CODE = 1
+HEARTBEAT_SECONDS = 5.0
 # Of a look at a store that may be gone with its host.
 _STORE_SECONDS = 5.0
 _JOIN_SECONDS = 5.0
@@ -35,26 +45,26 @@ _JOIN_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """What a rank says of itself."""
+    """What a rank last wrote about itself."""
 
     host: str
     pid: int
-    phase: str
+    work: str
     since: float
-    """Seconds since the epoch at which the phase began."""
-    told: float
-    """Seconds since the epoch at which this was said."""
+    """Seconds since the epoch at which the work began."""
+    written: float
+    """Seconds since the epoch at which this was written."""
 
 
 @dataclass(frozen=True, slots=True)
-class Phase:
-    """What this rank is doing."""
+class WatchedWork:
+    """What this rank is doing, and until when it may take."""
 
     text: str
     since: float
     """Seconds since the epoch."""
     overdue_at: float
-    """By the monotonic clock: nobody sets it."""
+    """By the monotonic clock, which cannot be set."""
 
 
 class Watchdog:
@@ -62,7 +72,7 @@ class Watchdog:
 
     Args:
         log: File that the report is appended to; it goes to stderr as well.
-        deadlines: Seconds that each phase may take, by name; 0: any time.
+        deadlines: Seconds that each kind of work may take, by its name; 0: any time.
         interval_seconds: Seconds between two looks.
         store: Of the process group; none for a process alone.
         rank: This rank.
@@ -90,12 +100,12 @@ class Watchdog:
             store = store.clone()
         self._store = None if store is None else PrefixStore("watchdog", store)
         self._rank, self._num_ranks = rank, num_ranks
-        self._phase: Phase | None = None
+        self._work: WatchedWork | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
-        self._tell(None)
+        self._write_heartbeat(None)
         self._thread.start()
         return self
 
@@ -110,86 +120,87 @@ class Watchdog:
         self._thread.join(_JOIN_SECONDS)
 
     @contextmanager
-    def phase(self, name: str, detail: str = "") -> Iterator[None]:
-        """Hold the enclosed work to the deadline of `name`; phases do not nest.
+    def deadline(self, name: str, detail: str = "") -> Iterator[None]:
+        """Hold the enclosed work to the deadline of `name`; deadlines do not nest.
 
         Args:
             name: A key of the deadlines.
             detail: Put behind the name in reports, such as the step.
         """
-        deadline = self._deadlines[name] or math.inf
-        if deadline < math.inf:
-            faulthandler.dump_traceback_later(deadline + self._grace, exit=True)
-        self._phase = Phase(f"{name} {detail}".strip(), time.time(), time.monotonic() + deadline)
+        seconds = self._deadlines[name] or math.inf
+        if seconds < math.inf:
+            faulthandler.dump_traceback_later(seconds + self._grace, exit=True)
+        overdue_at = time.monotonic() + seconds
+        self._work = WatchedWork(f"{name} {detail}".strip(), time.time(), overdue_at)
         try:
             yield
         finally:
-            self._phase = None
+            self._work = None
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):
-            phase = self._phase
-            if phase is not None and time.monotonic() > phase.overdue_at:
-                self._end_process(phase)
-            self._tell(phase)
+            work = self._work
+            if work is not None and time.monotonic() > work.overdue_at:
+                self._end_process(work)
+            self._write_heartbeat(work)
 
-    def _tell(self, phase: Phase | None) -> None:
+    def _write_heartbeat(self, work: WatchedWork | None) -> None:
         if self._store is None:
             return
         now = time.time()
-        text, since = ("between phases", now) if phase is None else (phase.text, phase.since)
+        text, since = ("between phases", now) if work is None else (work.text, work.since)
         beat = [socket.gethostname(), os.getpid(), text, since, now]
-        with suppress(RuntimeError):  # the store's process is gone: the deadline will tell
+        with suppress(RuntimeError):  # the store's process is gone: a deadline will pass
             self._store.set(str(self._rank), json.dumps(beat))
 
-    def _end_process(self, phase: Phase) -> None:
+    def _end_process(self, work: WatchedWork) -> None:
         now = time.time()
         first = (
             f"watchdog: rank {self._rank} on {socket.gethostname()} (process {os.getpid()}) has "
-            f"been in phase {phase.text!r} for {now - phase.since:.0f} s: ending the job; "
+            f"been in phase {work.text!r} for {now - work.since:.0f} s: ending the job; "
             f"stacks follow\n"
         )
         report = [first + dump_stacks(), ""]
         # stderr before the log, whose file system may be what hangs. The stacks before the others.
         sys.stderr.write(report[0])
         sys.stderr.flush()
-        report[1] = "".join(f"watchdog: {line}\n" for line in self._describe_ranks(phase, now))
+        report[1] = "".join(f"watchdog: {line}\n" for line in self._describe_ranks(work, now))
         sys.stderr.write(report[1])
         sys.stderr.flush()
         with self._log.open("a") as log:
             log.writelines(report)
         os._exit(EXIT_CODE)
 
-    def _describe_ranks(self, phase: Phase, now: float) -> Iterator[str]:
-        """A line for every rank that does other than this one, and one for all that do the same."""
+    def _describe_ranks(self, work: WatchedWork, now: float) -> Iterator[str]:
+        """A line for every rank with other work than this one, and one for all with the same."""
         if self._store is None:
             return
         alike: Counter[str] = Counter()
         odd = []
-        for rank, beat in self._ask_ranks().items():
+        for rank, beat in self._read_heartbeats().items():
             if beat is None:
                 odd.append(f"rank {rank}: never heard of, or the store does not answer")
                 continue
-            silence = now - beat.told
+            silence = now - beat.written
             is_silent = silence > 3 * self._interval
-            if beat.phase == phase.text and not is_silent:
+            if beat.work == work.text and not is_silent:
                 alike[beat.host] += 1
                 continue
             silent = f", SILENT for {silence:.0f} s" if is_silent else ""
             odd.append(
-                f"rank {rank} on {beat.host} (process {beat.pid}): in phase {beat.phase!r} for "
+                f"rank {rank} on {beat.host} (process {beat.pid}): in phase {beat.work!r} for "
                 f"{now - beat.since:.0f} s{silent}"
             )
         hosts = ", ".join(f"{number} on {host}" for host, number in sorted(alike.items()))
-        yield f"{alike.total()} of {self._num_ranks} ranks are in phase {phase.text!r}: {hosts}"
+        yield f"{alike.total()} of {self._num_ranks} ranks are in phase {work.text!r}: {hosts}"
         yield from odd
 
-    def _ask_ranks(self) -> dict[int, Heartbeat | None]:
-        """What every rank said last, as far as the store tells within its time."""
+    def _read_heartbeats(self) -> dict[int, Heartbeat | None]:
+        """The last heartbeat of every rank, as far as the store answers within its time."""
         beats: dict[int, Heartbeat | None] = dict.fromkeys(range(self._num_ranks))
 
-        def ask() -> None:
+        def read() -> None:
             assert self._store is not None
             for rank in beats:
                 with suppress(RuntimeError, ValueError):
@@ -198,10 +209,42 @@ class Watchdog:
 
         assert self._store is not None
         self._store.set_timeout(timedelta(seconds=_STORE_SECONDS))
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(_STORE_SECONDS)
+        reading = threading.Thread(target=read, daemon=True)
+        reading.start()
+        reading.join(_STORE_SECONDS)
         return dict(beats)
+
+
+def build_watchdog(config: WatchdogConfig, log: Path) -> Watchdog:
+    """This rank's watchdog; the process group exists already.
+
+    Args:
+        config: The deadlines.
+        log: This rank's log file.
+    """
+    deadlines = {
+        "start": config.start_seconds,
+        # It takes memory, compiles kernels and reads what no thread has read ahead.
+        "first step": _longer(config.start_seconds, config.step_seconds),
+        "train step": config.step_seconds,
+        "validation": config.validation_seconds,
+        "checkpoint": config.checkpoint_seconds,
+    }
+    # A silent rank must be noticed within the shortest deadline.
+    shortest = min(filter(None, deadlines.values()), default=math.inf)
+    return Watchdog(
+        log,
+        deadlines,
+        interval_seconds=min(HEARTBEAT_SECONDS, shortest / 4),
+        store=_get_default_store(),
+        rank=get_rank(),
+        num_ranks=get_world_size(),
+    )
+
+
+def _longer(*deadlines: float) -> float:
+    """The longest of the deadlines; 0, which is no deadline, is longer than all others."""
+    return 0.0 if 0.0 in deadlines else max(deadlines)
 
 
 def dump_stacks() -> str:

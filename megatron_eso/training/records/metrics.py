@@ -14,8 +14,9 @@ from typing import Any, Self
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_eso.files import write_text
-from megatron_eso.runs.checkpoint_state import Counters
+from megatron_eso.runs.counters import Counters
 from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.training.records import tags
 from megatron_eso.training.records.wandb_log import WandbLog
 
 GIGA = 1e9
@@ -35,7 +36,7 @@ class MetricsLog:
     Args:
         run: The run's directory.
         counters: How far the run has come.
-        wandb: To be told the same; closed with the rest.
+        wandb: Receives the same values; closed with the rest.
 
     Attributes:
         validated_step: The last step that a validation is recorded of; -1 without one.
@@ -82,7 +83,7 @@ class MetricsLog:
         run = self._run
         kept = keep_lines(run.metrics, counters.step)
         self.validated_step = max(
-            (line["step"] for line in kept if "val/nelbo" in line), default=-1
+            (line["step"] for line in kept if tags.VAL_NELBO in line), default=-1
         )
         self._lines = run.metrics.open("a", buffering=1)
         self._steps = open_writer(run.tensorboard, counters.step)
@@ -104,25 +105,25 @@ class MetricsLog:
         """Record `values` by tag at the step that was taken last."""
         self._record(counters, partial(self._write_line, {"step": counters.step, **values}))
         self._record(counters, partial(self._add_scalars, counters, values))
-        self._tell_wandb(counters, values)
+        self._log_to_wandb(counters, values)
 
     def log_validation(self, counters: Counters, values: dict[str, float]) -> None:
         """Record a validation, by steps and on the axes of the scaling curves."""
-        nelbo = values["val/nelbo"]
-        by_flops = {"scaling/val_nelbo_by_flops": nelbo, "progress/flops": counters.flops}
-        by_tokens = {"scaling/val_nelbo_by_tokens": nelbo, "progress/tokens": counters.tokens}
+        nelbo = values[tags.VAL_NELBO]
+        by_flops = {tags.VAL_NELBO_BY_FLOPS: nelbo, tags.FLOPS: counters.flops}
+        by_tokens = {tags.VAL_NELBO_BY_TOKENS: nelbo, tags.TOKENS: counters.tokens}
         line = {"step": counters.step, **values, **by_flops, **by_tokens}
         self._record(counters, partial(self._add_scalars, counters, values))
         self._record(counters, partial(self._add_scaling, counters, nelbo))
-        self._tell_wandb(counters, values)
-        # The line says that it is done: the next job will not repeat it.
+        self._log_to_wandb(counters, values)
+        # Written last: with its line the next job does not repeat the validation.
         self.flush()
         self._record(counters, partial(self._write_line, line))
         self.flush()
         self.validated_step = counters.step
 
     def flush(self) -> None:
-        """Have everything on disk: a checkpoint must not be newer than the records before it."""
+        """Write everything to disk: a checkpoint must not be newer than the records before it."""
         self._try(self._flush if self._failure is None else self._reopen_and_flush)
         if self._failure is None:
             self._since.clear()
@@ -145,7 +146,7 @@ class MetricsLog:
             self._try(write)
 
     def _try(self, action: Callable[[], None]) -> None:
-        """Act, and tell when the file system begins to refuse and when that is over."""
+        """Act, and log when the file system begins to refuse and when that is over."""
         before = self._failure
         try:
             action()
@@ -164,10 +165,10 @@ class MetricsLog:
             self._steps.add_scalar(tag, value, counters.step)
 
     def _add_scaling(self, counters: Counters, nelbo: float) -> None:
-        self._flops.add_scalar("scaling/val_nelbo_by_flops", nelbo, _gigaflops(counters))
-        self._tokens.add_scalar("scaling/val_nelbo_by_tokens", nelbo, counters.tokens)
+        self._flops.add_scalar(tags.VAL_NELBO_BY_FLOPS, nelbo, _gigaflops(counters))
+        self._tokens.add_scalar(tags.VAL_NELBO_BY_TOKENS, nelbo, counters.tokens)
 
-    def _tell_wandb(self, counters: Counters, values: dict[str, float]) -> None:
+    def _log_to_wandb(self, counters: Counters, values: dict[str, float]) -> None:
         if self._wandb is not None:
             self._wandb.log(counters.step, values)
 

@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 
+from megatron_eso.config.model import ModelConfig
+from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import (
     Config,
     DataConfig,
-    ModelConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from megatron_eso.config.loading import load_config
+from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.errors import ConfigError
 from megatron_eso.estimates.dry_run import format_dry_run
 
-CONFIGS = Path(__file__).resolve().parents[3] / "pretrain" / "configs"
 TENSOR_PARALLEL_BASE = ["base_1p7b.toml", "base_1p7b_tp.toml"]
 WHOLE = {
     "quickstart.toml": ["quickstart.toml"],
@@ -17,20 +17,23 @@ WHOLE = {
     "base_1p7b_tp.toml": TENSOR_PARALLEL_BASE,
 }
 LAYERS = {
-    str(path.relative_to(CONFIGS)): [*TENSOR_PARALLEL_BASE, str(path.relative_to(CONFIGS))]
-    for path in sorted((CONFIGS / "parallel").glob("*.toml"))
+    str(path.relative_to(SHIPPED_CONFIGS)): [
+        *TENSOR_PARALLEL_BASE,
+        str(path.relative_to(SHIPPED_CONFIGS)),
+    ]
+    for path in sorted((SHIPPED_CONFIGS / "parallel").glob("*.toml"))
 }
 COMBINATIONS = WHOLE | LAYERS
 
 
 def test_every_shipped_file_is_tried() -> None:
-    shipped = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.toml")}
+    shipped = {str(path.relative_to(SHIPPED_CONFIGS)) for path in SHIPPED_CONFIGS.rglob("*.toml")}
     assert shipped == set(COMBINATIONS)
 
 
 @pytest.mark.parametrize("files", COMBINATIONS.values(), ids=COMBINATIONS.keys())
 def test_a_dry_run_reads_back(files: list[str], tmp_path: Path) -> None:
-    loaded = load_config([*files, "data.vocab_size=50258"], folder=CONFIGS)
+    loaded = load_config([*files, "data.vocab_size=50258"], folder=SHIPPED_CONFIGS)
     assert loaded.warnings == ()
     for world_size in (None, 2 * loaded.config.parallel.model_parallel_size):
         text = format_dry_run(loaded, world_size)
@@ -41,12 +44,12 @@ def test_a_dry_run_reads_back(files: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_the_tensor_parallel_variant_divides(size: int) -> None:
     layout = f"parallel.tensor_model_parallel_size={size}"
-    loaded = load_config([*TENSOR_PARALLEL_BASE, layout], folder=CONFIGS)
+    loaded = load_config([*TENSOR_PARALLEL_BASE, layout], folder=SHIPPED_CONFIGS)
     assert loaded.config.model.num_attention_heads == 16
 
 
 def test_a_dry_run_says_what_the_run_takes() -> None:
-    loaded = load_config(["owt_small.toml", "data.vocab_size=50258"], folder=CONFIGS)
+    loaded = load_config(["owt_small.toml", "data.vocab_size=50258"], folder=SHIPPED_CONFIGS)
     text = format_dry_run(loaded, 8)
     for line in (
         "# layout: 8 ranks = tensor 1 x pipeline 1 x data 8; 12 layers per stage",
@@ -62,7 +65,7 @@ def test_a_dry_run_says_what_the_run_takes() -> None:
 
 
 def test_a_dry_run_refuses_ranks_that_do_not_fit_and_repeats_warnings() -> None:
-    loaded = load_config(["owt_small.toml", "objective.batch_split=0.25"], folder=CONFIGS)
+    loaded = load_config(["owt_small.toml", "objective.batch_split=0.25"], folder=SHIPPED_CONFIGS)
     assert "# warning: command line: objective.batch_split = 0.25: " in format_dry_run(loaded)
     for world_size in (0, 3):
         with pytest.raises(ConfigError, match="start|cannot be dealt"):
@@ -70,7 +73,7 @@ def test_a_dry_run_refuses_ranks_that_do_not_fit_and_repeats_warnings() -> None:
 
 
 def test_without_shards_the_dry_run_says_that_the_vocabulary_is_unknown() -> None:
-    loaded = load_config(["quickstart.toml"], folder=CONFIGS)
+    loaded = load_config(["quickstart.toml"], folder=SHIPPED_CONFIGS)
     text = format_dry_run(loaded)
     assert "# vocabulary: not known without the shards" in text
     assert "= embedding 0 + layers 3,159,040 " in text

@@ -28,8 +28,8 @@ from megatron_eso.runs.checkpoint import open_checkpoint
 from megatron_eso.runs.file_index import FILE_INDEX
 from megatron_eso.runs.torch_dist import read_metadata, read_tensors, write_tensors
 from megatron_eso.sampler import EsoLM
-from megatron_eso.sampler.directory import read_config, read_weights
-from megatron_eso.sampler.network_eso_lm import NetworkConfig
+from megatron_eso.sampler.directory import read_description, read_weights
+from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 ROOT = Path(__file__).parents[3]
 STEP_0 = Path("checkpoints/step_00000000")
@@ -63,7 +63,7 @@ def test_every_network_returns_from_a_run_directory_bit_for_bit(
     found = read_weights(tmp_path / "sampler")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-    assert NetworkConfig.from_dict(read_config(tmp_path / "sampler")) == config
+    assert NetworkConfig.from_dict(read_description(tmp_path / "sampler")) == config
 
 
 def test_a_run_directory_names_its_checkpoint_and_says_what_is_in_it(run_directory: Path) -> None:
@@ -94,7 +94,7 @@ def test_raw_weights_are_the_float32_main_parameters_where_there_are_any(
     raw, ema = read_weights(tmp_path / "raw"), read_weights(tmp_path / "default")
     assert all(torch.equal(raw[name], expected[name]) for name in expected)
     assert all(torch.equal(ema[name], expected[name] + 1) for name in expected)
-    assert read_config(tmp_path / "default")["source"]["weights"] == "ema"
+    assert read_description(tmp_path / "default")["source"]["weights"] == "ema"
     rewrite(step, halves)
     with pytest.raises(CheckpointError, match="no EMA"):
         convert(run_directory, tmp_path / "none", "--weights", "ema")
@@ -143,8 +143,8 @@ def test_the_newest_checkpoint_is_taken_unless_told(tmp_path: Path, run_director
     assert (run_directory / "checkpoints/latest").read_text() == f"{STEP_0.name}\n"
     convert(run_directory, tmp_path / "newest")
     convert(run_directory, tmp_path / "told", "--step", "0")
-    assert read_config(tmp_path / "newest")["source"]["step"] == 5
-    assert read_config(tmp_path / "told")["source"]["step"] == 0
+    assert read_description(tmp_path / "newest")["source"]["step"] == 5
+    assert read_description(tmp_path / "told")["source"]["step"] == 0
     with pytest.raises(CheckpointError, match="step_00000005"):
         convert(run_directory, tmp_path / "none", "--step", "6")
     with pytest.raises(ConfigError, match="--step -1"):
@@ -176,7 +176,7 @@ def test_weights_are_stored_in_the_dtype_asked_for(
     found, expected = read_weights(tmp_path / "out"), read_weights(tiny_directory)
     wanted = getattr(torch, dtype)
     assert all(torch.equal(found[name], expected[name].to(wanted)) for name in expected)
-    assert read_config(tmp_path / "out")["dtype"] == dtype
+    assert read_description(tmp_path / "out")["dtype"] == dtype
 
 
 def test_large_weights_are_sharded_with_an_index(
@@ -184,7 +184,7 @@ def test_large_weights_are_sharded_with_an_index(
 ) -> None:
     write_sampler_directory(
         tmp_path / "sharded",
-        read_config(tiny_directory),
+        read_description(tiny_directory),
         read_weights(tiny_directory),
         dtype=torch.float32,
         tokenizer=None,
@@ -243,11 +243,11 @@ def test_the_mask_token_of_an_official_checkpoint_is_its_tokenizers(
     out = tmp_path / "out"
     tokenizer = write_word_tokenizer(tmp_path / "masked", [*WORDS[:5], "<mask>", *WORDS[5:]])
     main(["from-official", str(tiny_ckpt), str(out), "--tokenizer", str(tokenizer)])
-    assert read_config(out)["mask_token_id"] == 5
+    assert read_description(out)["mask_token_id"] == 5
     assert not caplog.records
     small = write_word_tokenizer(tmp_path / "small", WORDS[:50])
     main(["from-official", str(tiny_ckpt), str(out), "--tokenizer", str(small)])
-    assert read_config(out)["mask_token_id"] == 97
+    assert read_description(out)["mask_token_id"] == 97
     assert "has 51 tokens and the mask token 50, the network 98 and 97" in caplog.text
 
 
@@ -288,7 +288,7 @@ def test_a_directory_appears_complete_or_not_at_all(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     main(["from-official", str(tiny_ckpt), str(out), "--weights", "raw"])
-    assert read_config(out)["source"]["weights"] == "raw"
+    assert read_description(out)["source"]["weights"] == "raw"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

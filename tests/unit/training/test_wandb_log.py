@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eso.runs.checkpoint_state import Counters
+from megatron_eso.runs.counters import Counters
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.training.records.metrics import MetricsLog
 from megatron_eso.training.records.wandb_log import WandbLog

@@ -35,13 +35,13 @@ watchdog = Watchdog(folder / f"rank_{{rank}}.log", {{"train step": {DEADLINE_SEC
 with watchdog:
     print("ready", flush=True)
     while work == "steps":
-        with watchdog.phase("train step", "7"):
+        with watchdog.deadline("train step", "7"):
             time.sleep(0.01)
     if work == "stuck":
-        with watchdog.phase("train step", "7"):
+        with watchdog.deadline("train step", "7"):
             # The interpreter's lock is held: no other thread of this process runs.
             hold_the_lock()
-    with watchdog.phase("train step", "7"):
+    with watchdog.deadline("train step", "7"):
         meet_the_other() if work == "rendezvous" else wait_for_the_other()
 """
 

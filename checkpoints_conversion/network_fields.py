@@ -1,0 +1,122 @@
+"""Which key of a run's configuration is which field of the sampler's `config.json`, both ways.
+
+A table says it; two functions walk the table. A new key of the model that changes what the network
+computes is one line here, one field of `NetworkConfig`, and one parameter of `EsoLMConfig`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_eso.config.model import ModelConfig
+from megatron_eso.config.objective import ObjectiveConfig
+from megatron_eso.config.sections import (
+    KEYS,
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_eso.errors import CheckpointError
+from megatron_eso.sampler.layers_eso_lm import NetworkConfig
+
+
+def keep(value: Any) -> Any:
+    """The value as it is."""
+    return value
+
+
+def as_rotary_base(value: float) -> int:
+    """The base as the whole number that a run has.
+
+    Raises:
+        CheckpointError: It has one.
+    """
+    if not value.is_integer():
+        raise CheckpointError(f"rotary_base {value} is no whole number")
+    return int(value)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedField:
+    """One value that both configurations have."""
+
+    path: str
+    """`section.name` of a run's configuration: a key, or a property that follows from keys."""
+    field: str
+    """Its name in `NetworkConfig` and in `config.json`."""
+    to_network: Callable[[Any], Any] = keep
+    """The run's value as the network's."""
+    to_run: Callable[[Any], Any] = keep
+    """The inverse."""
+
+
+SHARED_FIELDS = (
+    SharedField("data.vocab_size", "vocab_size"),
+    SharedField("data.mask_token_id", "mask_token_id"),
+    SharedField("data.sequence_length", "max_length"),
+    SharedField("model.num_layers", "num_hidden_layers"),
+    SharedField("model.hidden_size", "hidden_size"),
+    SharedField("model.num_attention_heads", "num_attention_heads"),
+    SharedField("model.num_query_groups", "num_key_value_heads"),
+    SharedField("model.head_dim", "head_dim"),
+    SharedField("model.ffn_hidden_size", "intermediate_size"),
+    SharedField("model.normalization", "normalization"),
+    SharedField("model.norm_epsilon", "norm_epsilon"),
+    SharedField("model.activation", "activation"),
+    SharedField("model.rotary_base", "rotary_base", float, as_rotary_base),
+    SharedField("model.qk_layernorm", "qk_layernorm"),
+    SharedField("model.add_bias_linear", "add_bias_linear"),
+    SharedField("model.share_embeddings_and_output_weights", "tie_word_embeddings"),
+    SharedField("model.head_bias", "head_bias"),
+)
+
+
+def describe_network(config: Config, source: object) -> NetworkConfig:
+    """The network that a run's configuration, read from `source`, describes.
+
+    Raises:
+        CheckpointError: The configuration does not state the vocabulary.
+    """
+    if config.data.vocab_size is None or config.data.mask_token_id is None:
+        raise CheckpointError(
+            f"{source}: data.vocab_size and data.mask_token_id are not set; give a checkpoint of "
+            "this version"
+        )
+    return NetworkConfig(
+        **{shared.field: shared.to_network(config.get(shared.path)) for shared in SHARED_FIELDS}
+    )
+
+
+def build_run_config(
+    network: NetworkConfig, description: Mapping[str, Any], directory: str
+) -> Config:
+    """A configuration that describes the network; of training it says the least that is valid.
+
+    Args:
+        network: To be described.
+        description: Content of a sampler's `config.json`, which has `alpha_0` as well.
+        directory: The run directory.
+
+    Raises:
+        CheckpointError: Megatron-Core has no such network.
+    """
+    if network.head_dim * network.num_attention_heads != network.hidden_size:
+        raise CheckpointError(
+            f"head_dim {network.head_dim} x {network.num_attention_heads} heads is not hidden_size "
+            f"{network.hidden_size}; a run cannot describe such a network"
+        )
+    values: dict[str, dict[str, Any]] = {"data": {}, "model": {}}
+    for shared in SHARED_FIELDS:
+        if shared.path in KEYS:  # what follows from keys is not set
+            section, _, name = shared.path.partition(".")
+            values[section][name] = shared.to_run(getattr(network, shared.field))
+    return Config(
+        run=RunConfig(directory=directory),
+        objective=ObjectiveConfig(alpha_0=float(description["alpha_0"])),
+        model=ModelConfig(**values["model"]),
+        data=DataConfig(train="", **values["data"]),
+        train=TrainConfig(num_steps=1, global_batch_size=2, micro_batch_size=1),
+        optimizer=OptimizerConfig(learning_rate=1e-4),
+    )

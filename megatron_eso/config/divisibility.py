@@ -1,0 +1,88 @@
+"""Numbers that have to divide others: batches dealt to ranks, layers dealt to pipeline parts."""
+
+from fractions import Fraction
+
+from megatron_eso.errors import ConfigError
+
+MAX_DIVISOR = 100_000
+"""Larger divisors are not looked for."""
+MAX_DENOMINATOR = 1_000_000
+NUM_SUGGESTIONS = 4
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is no less than `number`."""
+    return -(-number // multiple) * multiple
+
+
+def nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of `number` on either side of `wanted`, in words."""
+    limit = min(number, MAX_DIVISOR)
+    divisors = [divisor for divisor in range(1, limit + 1) if number % divisor == 0]
+    below = [divisor for divisor in divisors if divisor < wanted][-1:]
+    above = [divisor for divisor in divisors if divisor > wanted][:1]
+    return " or ".join(str(divisor) for divisor in below + above)
+
+
+def even_layout(num_layers: int, num_parts: int) -> str:
+    """A pipeline layout whose parts differ by one layer at most, the first ones larger."""
+    sizes = [num_layers // num_parts + (part < num_layers % num_parts) for part in range(num_parts)]
+    return "E" + "|".join("t" * size for size in sizes) + "L"
+
+
+def as_share(batch_split: float) -> Fraction:
+    """The share that a decimal stands for: 0.3333333 is one third."""
+    return Fraction(batch_split).limit_denominator(MAX_DENOMINATOR)
+
+
+def check_dealing(
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+    data_parallel_size: int,
+    batch_split: float,
+    origin: str = "",
+) -> None:
+    """Refuse batch sizes that cannot deal both phases evenly to the data-parallel ranks.
+
+    With the split p/q in lowest terms, either q divides the micro-batch, which then always holds
+    the same mix, or micro-batches hold one phase each and q divides their number on a rank.
+
+    Args:
+        global_batch_size: Samples of a step.
+        micro_batch_size: Samples that a rank processes at once.
+        data_parallel_size: Ranks that share the samples.
+        batch_split: Share of the samples that train the diffusion phase.
+        origin: Where the global batch size was set, for the error.
+
+    Raises:
+        ConfigError: Names sizes that can be dealt.
+    """
+    for name, value in (
+        ("train.global_batch_size", global_batch_size),
+        ("train.micro_batch_size", micro_batch_size),
+        ("data-parallel size", data_parallel_size),
+    ):
+        if value < 1:
+            raise ConfigError(f"{origin and origin + ': '}{name} = {value}: must be at least 1")
+    if not 0 <= batch_split <= 1:
+        raise ConfigError(f"objective.batch_split = {batch_split}: must be between 0 and 1")
+    denominator = as_share(batch_split).denominator
+
+    def unit_of(size: int) -> int:
+        return size * data_parallel_size * (1 if size % denominator == 0 else denominator)
+
+    unit = unit_of(micro_batch_size)
+    if global_batch_size % unit == 0:
+        return
+    below, above = global_batch_size // unit * unit, round_up(global_batch_size, unit)
+    sizes = f"{below} or {above}" if below else f"{above}"
+    valid = [n for n in range(1, global_batch_size + 1) if global_batch_size % unit_of(n) == 0]
+    names = " or ".join(map(str, valid[-NUM_SUGGESTIONS:]))
+    raise ConfigError(
+        f"{origin and origin + ': '}train.global_batch_size = {global_batch_size} cannot be dealt "
+        f"evenly with train.micro_batch_size = {micro_batch_size}, "
+        f"data-parallel size {data_parallel_size} and objective.batch_split = {batch_split}: "
+        f"take a multiple of {unit} ({sizes})"
+        + (f", or train.micro_batch_size = {names}" if valid else "")
+    )

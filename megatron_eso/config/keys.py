@@ -1,0 +1,181 @@
+"""The vocabulary of a key's annotation, and what the sections say of their keys.
+
+A key of the configuration is one line of its section and a docstring of one line:
+
+    rotary_base: Annotated[int, Gt(0), Frozen("run"), Logged()] = 10000
+
+First its type; then its range in the vocabulary of annotated-types (`Gt`, `Ge`, `Lt`, `Le`,
+`Interval`), where the type alone does not say which values are legal; then the markers below, which
+say what a change of the key means to a checkpoint, and which objectives have the key.
+"""
+
+import dataclasses
+import operator
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
+
+DERIVED: Any = None
+"""Default of a value that follows from others; `dataclasses.replace` keeps what was derived."""
+
+Start = Literal["run", "weights"]
+"""What a checkpoint is read for: `run`: the run that wrote it continues; `weights`: its weights
+alone are taken, by `checkpoint.init_from` or from a converted run directory."""
+
+BOUNDS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
+"""How a number is compared with a bound, by the bound's name in annotated-types."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """The key keeps the value that the checkpoint was written with; another one is refused."""
+
+    start: Start | None = None
+    """The start that this holds for; None: both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """A change is logged where weights alone are taken; where a run continues, every change is."""
+
+
+@dataclass(frozen=True, slots=True, init=False)
+class Only:
+    """The key belongs to some objectives; under another one it keeps its default."""
+
+    objectives: tuple[str, ...]
+
+    def __init__(self, *objectives: str) -> None:
+        object.__setattr__(self, "objectives", objectives)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Key:
+    """What a section says of one of its keys."""
+
+    path: str
+    """`section.name`."""
+    type: Any
+    """Its annotation without markers."""
+    default: Any
+    """`dataclasses.MISSING` where the key is required."""
+    markers: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """The key without its section."""
+        return self.path.partition(".")[2]
+
+    @property
+    def is_required(self) -> bool:
+        """Whether a configuration has to set the key."""
+        return self.default is dataclasses.MISSING
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether a resolved configuration may lack the key."""
+        return type(None) in typing.get_args(self.type)
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether the value follows from others where the key is left out."""
+        return self.default is None and not self.is_optional
+
+    @property
+    def accepted_types(self) -> tuple[Any, ...]:
+        """The types of a legal value, None aside: a key is left out instead."""
+        if typing.get_origin(self.type) is Literal:
+            return (str,)
+        if isinstance(self.type, types.UnionType):
+            return tuple(kind for kind in typing.get_args(self.type) if kind is not type(None))
+        return (self.type,)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The legal values where they are listed."""
+        return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
+
+    @property
+    def interval(self) -> Interval:
+        """The legal numbers; without bounds where the key has no range."""
+        return read_interval(self.markers)
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether a change is logged where weights alone are taken."""
+        return Logged() in self.markers
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """The objectives that have the key; none: all of them."""
+        return next((mark.objectives for mark in self.markers if isinstance(mark, Only)), ())
+
+    def belongs_to(self, objective: str) -> bool:
+        """Whether an objective, by its name, has the key."""
+        return not self.objectives or objective in self.objectives
+
+    def is_frozen(self, start: Start) -> bool:
+        """Whether the key keeps the value of the checkpoint that is read for `start`."""
+        return any(
+            isinstance(mark, Frozen) and mark.start in (None, start) for mark in self.markers
+        )
+
+
+def describe_keys(section: str, section_type: type) -> list[Key]:
+    """The keys of a section, in its order.
+
+    Args:
+        section: Name of the section.
+        section_type: Its dataclass, whose fields are annotated as described above.
+    """
+    hints = typing.get_type_hints(section_type, include_extras=True)
+    return [
+        _describe(f"{section}.{field.name}", hints[field.name], field.default)
+        for field in dataclasses.fields(section_type)
+    ]
+
+
+def _describe(path: str, hint: Any, default: Any) -> Key:
+    markers: tuple[Any, ...] = ()
+    if typing.get_origin(hint) is Annotated:
+        hint, *found = typing.get_args(hint)
+        markers = tuple(found)
+    return Key(path=path, type=hint, default=default, markers=markers)
+
+
+def read_interval(markers: Iterable[Any]) -> Interval:
+    """The interval that the bounds among `markers` make; other markers are left out."""
+    bounds = {
+        name: getattr(marker, name)
+        for marker in markers
+        for name in BOUNDS
+        if getattr(marker, name, None) is not None
+    }
+    return Interval(**bounds)
+
+
+def is_inside(value: Any, interval: Interval) -> bool:
+    """Whether a number is in the interval."""
+    bounds = {name: getattr(interval, name) for name in BOUNDS}
+    return all(bound is None or BOUNDS[name](value, bound) for name, bound in bounds.items())
+
+
+def describe_interval(interval: Interval) -> str:
+    """The interval in words, such as "at least 0 and below 1"; empty without bounds."""
+    if interval.ge is not None and interval.le is not None:
+        return f"between {interval.ge} and {interval.le}"
+    words = []
+    if interval.gt is not None:
+        words.append(f"greater than {interval.gt}")
+    if interval.ge is not None:
+        has_end = interval.lt is not None
+        words.append(f"at least {interval.ge}" if has_end else f"{interval.ge} or greater")
+    if interval.lt is not None:
+        words.append(f"below {interval.lt}")
+    if interval.le is not None:
+        words.append(f"at most {interval.le}")
+    return " and ".join(words)

@@ -1,0 +1,75 @@
+"""The section `model`: the transformer's shape, arithmetic and start."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Gt, Interval
+
+from megatron_eso.config.divisibility import round_up
+from megatron_eso.config.keys import DERIVED, Frozen, Logged
+
+SWIGLU_MULTIPLE = 64
+"""A SwiGLU's derived width, 8/3 of the hidden size, is rounded up to a multiple of this."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The transformer."""
+
+    num_layers: Annotated[int, Gt(0), Frozen()]
+    """Transformer layers."""
+    hidden_size: Annotated[int, Gt(0), Frozen()]
+    """Width of the residual stream."""
+    num_attention_heads: Annotated[int, Gt(0), Frozen()]
+    """Query heads; a head has hidden_size / num_attention_heads channels."""
+    num_query_groups: Annotated[int, Gt(0), Frozen()] = DERIVED
+    """Key and value heads; by default num_attention_heads."""
+    ffn_hidden_size: Annotated[int, Gt(0), Frozen()] = DERIVED
+    """Width of the MLP; by default 4 hidden_size, for SwiGLU 8/3 of it, up to a multiple of 64."""
+    normalization: Annotated[Literal["LayerNorm", "RMSNorm"], Frozen()] = "LayerNorm"
+    """Norm before each branch and before the head; LayerNorm has a bias."""
+    norm_epsilon: Annotated[float, Gt(0), Frozen()] = 1e-5
+    """Added to the variance."""
+    activation: Annotated[Literal["gelu", "swiglu"], Frozen()] = "gelu"
+    """Activation of the MLP; GELU in its tanh approximation."""
+    rotary_base: Annotated[int, Gt(0), Frozen("run"), Logged()] = 10000
+    """Base of the rotary position embedding."""
+    qk_layernorm: Annotated[bool, Frozen()] = False
+    """Normalise queries and keys per head."""
+    add_bias_linear: Annotated[bool, Frozen()] = True
+    """Biases of the layers' linear maps."""
+    share_embeddings_and_output_weights: Annotated[bool, Frozen()] = False
+    """Tie the head to the embedding."""
+    head_bias: Annotated[bool, Frozen()] = False
+    """Bias of the head."""
+    residual_gates: Annotated[bool, Frozen()] = False
+    """A per-channel gate on each residual branch, zero at the start, folded away at export."""
+    zero_init_head: Annotated[bool, Logged()] = False
+    """Start with a head of zeros, that is from the uniform distribution."""
+    hidden_dropout: Annotated[float, Interval(ge=0, lt=1), Logged()] = 0.0
+    """Dropout on each residual branch."""
+    init_method_std: Annotated[float, Gt(0), Logged()] = 0.02
+    """Standard deviation of the initial weights."""
+    fp32_residual_connection: Annotated[bool, Logged()] = True
+    """Keep the residual stream in float32 under bf16."""
+    make_vocab_size_divisible_by: Annotated[int, Gt(0), Frozen()] = 128
+    """The vocabulary is padded to a multiple of this, whatever the tensor parallelism."""
+
+    def __post_init__(self) -> None:
+        """Derive widths."""
+        if self.num_query_groups is None:
+            object.__setattr__(self, "num_query_groups", self.num_attention_heads)
+        if self.ffn_hidden_size is None:
+            width = 4 * self.hidden_size
+            if self.activation == "swiglu":
+                width = round_up(-(-8 * self.hidden_size // 3), SWIGLU_MULTIPLE)
+            object.__setattr__(self, "ffn_hidden_size", width)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def pad_vocabulary(self, vocab_size: int) -> int:
+        """Rows of the embedding and of the head for a vocabulary of `vocab_size` tokens."""
+        return round_up(vocab_size, self.make_vocab_size_divisible_by)

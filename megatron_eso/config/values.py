@@ -1,0 +1,132 @@
+"""Values as their keys' types: strict, nothing is converted but a whole number to a float.
+
+A key or section that does not exist is refused with the closest one that does.
+"""
+
+import difflib
+import json
+import math
+import tomllib
+import typing
+from typing import Any, NoReturn
+
+from megatron_eso.config.keys import Key
+from megatron_eso.config.origins import COMMAND_LINE, refuse_value
+from megatron_eso.config.sections import KEYS, SECTIONS
+from megatron_eso.errors import ConfigError
+
+MAX_INTEGER = 2**63 - 1
+TYPE_NAMES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    tuple[str, ...]: "a list of strings",
+    tuple[float, ...]: "a list of numbers",
+}
+
+
+def parse_override(key: str, text: str) -> Any:
+    """The value of `key=text`: TOML, or the text itself if that is no TOML or a string is due."""
+    try:
+        document = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    value = document["value"]
+    accepted = find_key(key, COMMAND_LINE).accepted_types
+    is_list = isinstance(value, list) and find_item_type(accepted) is not None
+    wants_text = str in accepted and not isinstance(value, str) and not is_list
+    return text if len(document) > 1 or wants_text else value
+
+
+def check_value(path: str, value: Any, origin: str) -> Any:
+    """The value as its key's type; lists become tuples.
+
+    Raises:
+        ConfigError: There is no such key, or the value is of another type.
+    """
+    key = find_key(path, origin)
+    item_type = find_item_type(key.accepted_types)
+    if item_type is not None and isinstance(value, list | tuple):
+        return tuple(check_scalar(path, item, origin, (item_type,)) for item in value)
+    value = check_scalar(path, value, origin, key.accepted_types)
+    if key.choices and value not in key.choices:
+        choices = ", ".join(json.dumps(choice) for choice in key.choices)
+        refuse_value(origin, path, value, f"must be one of {choices}")
+    return value
+
+
+def check_scalar(path: str, value: Any, origin: str, accepted: tuple[Any, ...]) -> Any:
+    """The value of a key, or of an item of its list, as an accepted type."""
+    if type(value) is int and not -MAX_INTEGER <= value <= MAX_INTEGER:
+        refuse_value(origin, path, value, "does not fit into 64 bits")
+    if float in accepted and type(value) is int:
+        value = float(value)
+    if type(value) not in accepted:
+        expected = " or ".join(TYPE_NAMES[accept] for accept in accepted)
+        remedy = f"expects {expected}{suggest_value(value, accepted)}"
+        refuse_value(origin, path, value, remedy)
+    if isinstance(value, float) and not math.isfinite(value):
+        refuse_value(origin, path, value, "must be finite")
+    return value
+
+
+def find_item_type(accepted: tuple[Any, ...]) -> type | None:
+    """The type of the items where a list is accepted."""
+    items = [typing.get_args(member)[0] for member in accepted if typing.get_origin(member)]
+    return items[0] if items else None
+
+
+def suggest_value(value: Any, accepted: tuple[Any, ...]) -> str:
+    """What to write instead, where it can be derived from the value."""
+    if accepted == (str,):
+        return f"; write {json.dumps(str(value))}"
+    if accepted == (int,) and type(value) is float and value.is_integer():
+        return f"; write {int(value)}"
+    if isinstance(value, str):
+        try:
+            parsed = tomllib.loads(f"value = {value.lower()}")["value"]
+        except tomllib.TOMLDecodeError:
+            return ""
+        if type(parsed) in accepted:
+            return f"; write {json.dumps(parsed)}"
+    return ""
+
+
+def find_key(path: str, origin: str) -> Key:
+    """The key `section.name`.
+
+    Raises:
+        ConfigError: There is no such section or key.
+    """
+    section, _, name = path.partition(".")
+    if name and section not in SECTIONS:
+        refuse_section(section, origin)
+    if path not in KEYS:
+        refuse_key(path, origin)
+    return KEYS[path]
+
+
+def refuse_section(name: str, origin: str) -> NoReturn:
+    """Refuse an unknown section, with the closest one."""
+    close = difflib.get_close_matches(name, SECTIONS, n=1)
+    hint = f"did you mean [{close[0]}]?" if close else f"sections are {', '.join(SECTIONS)}"
+    raise ConfigError(f"{origin}: [{name}] is no section: {hint}")
+
+
+def refuse_key(path: str, origin: str) -> NoReturn:
+    """Refuse an unknown key, with the closest one of its section or else of all."""
+    section, _, name = path.rpartition(".")
+    every = {key.path: key.name for key in KEYS.values()}
+    own = {other: known for other, known in every.items() if other == f"{section}.{known}"}
+    for candidates in (own, every):
+        close = difflib.get_close_matches(name, candidates.values(), n=1, cutoff=0.7)
+        if close:
+            found = [other for other, known in candidates.items() if known == close[0]]
+            raise ConfigError(
+                f"{origin}: {path} is no key: did you mean {' or '.join(sorted(found))}?"
+            )
+    known_keys = "see docs/configuration.md"
+    if own:
+        known_keys = f"keys of [{section}] are {', '.join(own.values())}"
+    raise ConfigError(f"{origin}: {path} is no key: {known_keys}")

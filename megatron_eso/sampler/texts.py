@@ -1,0 +1,227 @@
+"""Texts instead of token ids: sampling and scoring with the tokenizer of a sampler directory."""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
+from megatron_eso.errors import CheckpointError, ConfigError, DataError
+
+from .model import EsoLM
+
+GENERATION_FILE = "generation_config.json"
+DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextSamples:
+    """Generated texts; without a tokenizer their token ids, with spaces between them."""
+
+    texts: list[str]
+    nfe: int
+    """Forward passes of the network for the batch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextScore:
+    """The exact log-likelihood of a text, left to right."""
+
+    name: str
+    num_tokens: int
+    log_likelihood: float
+    """Natural logarithm, summed over the tokens."""
+
+    @property
+    def nats_per_token(self) -> float:
+        """NaN for an empty text."""
+        return -self.log_likelihood / self.num_tokens if self.num_tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """Infinite where it is too large for a float."""
+        nats = self.nats_per_token
+        return math.exp(nats) if nats < 700 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextModel:
+    """A model with its tokenizer."""
+
+    directory: str
+    """The sampler directory that both come from."""
+    model: EsoLM
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def load(cls, directory: str, dtype: torch.dtype, device: str) -> Self:
+        """Load a sampler directory.
+
+        Raises:
+            ConfigError: there is no such device.
+            CheckpointError: a file is missing or damaged.
+            DataError: the tokenizer is damaged, or not the model's.
+        """
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"--device {device}: no CUDA device is there; use cpu")
+        model = EsoLM.from_pretrained(directory, dtype=dtype, device=device)
+        return cls(directory=directory, model=model, tokenizer=load_tokenizer(directory, model))
+
+    def sample(
+        self,
+        num_samples: int,
+        prompt: str | None,
+        length: int | None,
+        seed: int | None,
+        options: dict[str, float | None],
+    ) -> TextSamples:
+        """Generate texts.
+
+        Args:
+            num_samples: of texts.
+            prompt: how each text begins.
+            length: tokens of a text; by default the model's `max_length`.
+            seed: of everything drawn; None for a seed from the operating system.
+            options: `alpha_0`, `steps`, `temperature`, `top_p` of `EsoLM.generate`; one that is
+                None has the value that `generation_config.json` gives.
+
+        Raises:
+            ConfigError: a value is out of its range, or the prompt is too long or has no tokenizer.
+        """
+        defaults = read_defaults(self.directory)
+        known = None if prompt is None else self._build_prompt(prompt, num_samples, length)
+        generate_options: dict[str, Any] = {
+            name: defaults.get(name) if value is None else value for name, value in options.items()
+        }
+        try:
+            out = self.model.generate(
+                num_samples,
+                prompt=known,
+                length=None if known is not None else length,
+                seed=seed,
+                **generate_options,
+            )
+        except ValueError as error:
+            raise ConfigError(f"sample: {error}") from None
+        texts = [self._decode(sequence) for sequence in out.sequences.tolist()]
+        return TextSamples(texts=texts, nfe=out.nfe)
+
+    def score(self, path: str, text_key: str, batch_size: int) -> Iterator[TextScore]:
+        """Score a whole text file, or each line of a .jsonl file; `-` is the standard input.
+
+        Args:
+            path: of the file.
+            text_key: the text's key in a line of .jsonl; ids may stand under `tokens` instead.
+            batch_size: windows of `max_length` tokens that the network reads at once.
+
+        Raises:
+            DataError: the file cannot be read, or a token is not in the vocabulary.
+        """
+        vocab_size = self.model.config.vocab_size
+        for name, ids in self._read_texts(path, text_key):
+            if max(ids, default=0) >= vocab_size or min(ids, default=0) < 0:
+                raise DataError(f"{name}: a token is not in 0..{vocab_size - 1}")
+            log_likelihood = score_tokens(self.model, ids, batch_size)
+            yield TextScore(name=name, num_tokens=len(ids), log_likelihood=log_likelihood)
+
+    def _build_prompt(self, text: str, num_samples: int, length: int | None) -> Tensor:
+        """int64 `[N, T]`: the prompt's tokens, then mask tokens up to `length`."""
+        if self.tokenizer is None:
+            raise ConfigError(f"--prompt: {self.directory} has no tokenizer; leave it out")
+        ids = self.tokenizer.encode(text)
+        length = self.model.config.max_length if length is None else length
+        if len(ids) > length:
+            raise ConfigError(
+                f"--prompt: has {len(ids)} tokens, more than the {length} of a sample; shorten it"
+            )
+        row = ids + [self.model.config.mask_token_id] * (length - len(ids))
+        return torch.tensor([row] * num_samples)
+
+    def _decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(ids)
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise DataError(
+                f"{self.directory}: has no tokenizer; give .jsonl with ids under 'tokens'"
+            )
+        return self.tokenizer.encode(text)
+
+    def _read_texts(self, path: str, text_key: str) -> Iterator[tuple[str, list[int]]]:
+        """Yield names and token ids."""
+        try:
+            content = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        if not path.endswith(".jsonl"):
+            yield path, self._encode(content)
+            return
+        for number, line in enumerate(content.splitlines(), start=1):
+            name = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+                tokens = record.get("tokens")
+                ids = self._encode(record[text_key]) if tokens is None else list(tokens)
+                if not all(type(token) is int for token in ids):
+                    raise TypeError("tokens is no list of integers")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DataError(
+                    f"{name}: no JSON object with a text under {text_key!r} or ids under 'tokens' "
+                    f"({error})"
+                ) from None
+            yield name, ids
+
+
+def load_tokenizer(directory: str, model: EsoLM) -> Tokenizer | None:
+    """The tokenizer of a sampler directory; None where it has none.
+
+    Raises:
+        DataError: it is damaged, or not the model's.
+    """
+    if not has_tokenizer(directory):
+        return None
+    tokenizer = Tokenizer.load(directory)
+    ours = tokenizer.vocab_size, tokenizer.mask_token_id
+    network = model.config.vocab_size, model.config.mask_token_id
+    if ours != network:
+        raise DataError(
+            f"{directory}: the tokenizer has {ours[0]} tokens and the mask token {ours[1]}, the "
+            f"network {network[0]} and {network[1]}; put the network's tokenizer there, or none"
+        )
+    return tokenizer
+
+
+def read_defaults(directory: str) -> dict[str, Any]:
+    """The content of `generation_config.json`; without the file the model's own defaults.
+
+    Raises:
+        CheckpointError: the file is no JSON object.
+    """
+    path = Path(directory) / GENERATION_FILE
+    if not path.is_file():
+        return dict(DEFAULTS)
+    try:
+        return {**DEFAULTS, **json.loads(path.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: no valid JSON ({error}); convert again") from None
+
+
+def score_tokens(model: EsoLM, ids: list[int], batch_size: int) -> float:
+    """Log-likelihood in nats; a text longer than `max_length` is scored in windows of it."""
+    length = model.config.max_length
+    num_whole = len(ids) // length
+    whole = torch.tensor(ids[: num_whole * length], dtype=torch.int64).reshape(num_whole, length)
+    rest = torch.tensor([ids[num_whole * length :]], dtype=torch.int64)
+    total = 0.0
+    for batch in (*torch.split(whole, batch_size), rest):
+        if batch.numel():
+            order = torch.arange(batch.shape[1]).expand_as(batch).contiguous()
+            scores = model.log_likelihood(batch.to(model.device), order.to(model.device))
+            total += float(scores.sum())
+    return total

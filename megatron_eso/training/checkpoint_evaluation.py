@@ -1,0 +1,90 @@
+"""The evaluation of a checkpoint on any layout, whole: from its folder to the numbers."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_eso.config.sections import Config
+from megatron_eso.data.samples.validation_data import ValidationData
+from megatron_eso.errors import CheckpointError
+from megatron_eso.objectives.build import build_objective
+from megatron_eso.objectives.loss import to_perplexity
+from megatron_eso.runs.checkpoint import PREFIXES
+from megatron_eso.runs.checkpoint_state import read_state
+from megatron_eso.training.batches import ValidationBatches
+from megatron_eso.training.checkpointing.restore import refuse_damage
+from megatron_eso.training.checkpointing.state import load_weights
+from megatron_eso.training.cpu_backend import install_cpu_backend
+from megatron_eso.training.evaluation import evaluate, evaluate_orders
+from megatron_eso.training.parallel import model_parallel_groups, process_group
+from megatron_eso.training.train_state import TrainState, build_train_state
+
+
+def evaluate_checkpoint(
+    checkpoint: Path,
+    config: Config,
+    validation: ValidationData,
+    weights: str | None,
+    num_orders: int,
+) -> dict[str, Any]:
+    """Load the weights on this layout and evaluate them; collective over the world.
+
+    Args:
+        checkpoint: Of any layout.
+        config: Its model and objective, this layout, and what else the user has set.
+        validation: The shards to evaluate on.
+        weights: `ema` or `raw`; by default EMA where there is one.
+        num_orders: Orders of the bound of the likelihood; 0: without that.
+
+    Returns:
+        What the command prints.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or lacks these weights.
+        DataError: The shards are of another tokenizer.
+    """
+    install_cpu_backend()
+    record = read_state(checkpoint)
+    if record.data is not None:  # a conversion's has none
+        validation.check_tokenizer(record.data["tokenizer"])
+    has_ema = record.ema_updates is not None
+    weights = weights or ("ema" if has_ema else "raw")
+    if weights == "ema" and not has_ema:
+        raise CheckpointError(f"{checkpoint}: holds no EMA weights; use --weights raw")
+    mask_token_id = config.data.vocabulary.mask_token_id
+    objective = build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id)
+    batches = ValidationBatches(config, objective, validation)
+    with process_group(), model_parallel_groups(config.parallel) as groups:
+        state = load_state(checkpoint, config, weights, groups)
+        estimate = evaluate(state, batches, groups, use_ema=False)
+        answer = {
+            "step": record.counters.step,
+            "weights": weights,
+            "num_samples": batches.num_samples,
+            "nelbo": estimate.nelbo,
+            "nelbo_stderr": estimate.standard_error,
+            "perplexity": estimate.perplexity,
+            **{f"nelbo_{phase}": value for phase, value in estimate.phases.items()},
+        }
+        if num_orders > 0:
+            nats = evaluate_orders(state, batches, groups, num_orders)
+            answer |= {
+                "any_order_orders": num_orders,
+                "any_order_nats_per_token": nats,
+                "any_order_perplexity": to_perplexity(nats),
+            }
+    return answer
+
+
+def load_state(
+    checkpoint: Path, config: Config, weights: str, groups: ProcessGroupCollection
+) -> TrainState:
+    """A state with the weights of a checkpoint, raw or EMA, and nothing else; collective."""
+    # No average is kept with the weights that are evaluated.
+    optimizer = dataclasses.replace(config.optimizer, ema_decay=0.0)
+    state = build_train_state(dataclasses.replace(config, optimizer=optimizer), groups)
+    refuse_damage(checkpoint)
+    load_weights(checkpoint, state, prefix=PREFIXES["ema" if weights == "ema" else "param"])
+    return state

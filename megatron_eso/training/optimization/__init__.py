@@ -1,0 +1,1 @@
+"""The optimizer, the main parameters that it steps, and their moving average."""

@@ -1,0 +1,47 @@
+"""The log of a rank: on stderr, and in a file of its own in the run directory."""
+
+import logging
+import warnings
+from pathlib import Path
+
+from megatron_eso.ranks import is_first_rank, own_rank
+
+LOG_FORMAT = "%(asctime)s %(message)s"
+
+
+def start_logging() -> None:
+    """Log to stderr: everything on rank 0, warnings with the rank's number elsewhere."""
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt="%H:%M:%S")
+    if not is_first_rank():
+        (handler,) = logging.getLogger().handlers
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(logging.Formatter(_format_of_rank(), "%H:%M:%S"))
+    # Megatron-Core warns of every optional package; the log names what is in use.
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="megatron")
+    # It calls collectives by names that newer versions of torch warn of.
+    warnings.filterwarnings("ignore", module="torch.distributed", category=FutureWarning)
+
+
+def log_to_file(folder: Path) -> Path:
+    """Log to this rank's file in `folder` as well, after the lines of earlier jobs.
+
+    Returns:
+        The file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank_{own_rank():05d}.log"
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter(_format_of_rank(), "%Y-%m-%d %H:%M:%S"))
+    logging.getLogger().addHandler(handler)
+    return path
+
+
+def log_once(logger: logging.Logger, level: int, message: str) -> None:
+    """Log on rank 0 what every rank knows."""
+    if is_first_rank():
+        logger.log(level, "%s", message)
+
+
+def _format_of_rank() -> str:
+    return f"[rank {own_rank()}] {LOG_FORMAT}"

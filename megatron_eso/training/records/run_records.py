@@ -1,0 +1,122 @@
+"""What a run records of itself while it goes on: curves, status, lines of the log."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_eso.config.sections import TrainConfig
+from megatron_eso.data.samples.training_data import TrainingData
+from megatron_eso.objectives.loss import NelboEstimate
+from megatron_eso.runs.counters import Counters
+from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.training.guards.stragglers import WorkTimer, find_straggler
+from megatron_eso.training.guards.watchdog import Watchdog
+from megatron_eso.training.records import tags
+from megatron_eso.training.records.curve_values import (
+    StepTimes,
+    list_step_values,
+    list_validation_values,
+)
+from megatron_eso.training.records.log import log_once
+from megatron_eso.training.records.log_lines import (
+    describe_oddity,
+    describe_step,
+    describe_validation,
+)
+from megatron_eso.training.records.metrics import MetricsLog
+from megatron_eso.training.step import StepResult
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecords:
+    """The records of a run; every rank has one, and that of rank 0 writes.
+
+    Attributes:
+        run: The run's directory.
+        metrics: Where the curves go; None on the ranks that do not write.
+        train: Length, batch and log interval of the run.
+        data: The training shards, which a blend's shares are counted in.
+        timer: Times this rank's steps.
+        hosts: The host of every rank.
+        flops_per_token: What the objective needs.
+        watchdog: Watches the comparison of the ranks.
+    """
+
+    run: RunDirectory
+    metrics: MetricsLog | None
+    train: TrainConfig
+    data: TrainingData
+    timer: WorkTimer
+    hosts: Sequence[str]
+    flops_per_token: float
+    watchdog: Watchdog
+
+    @property
+    def validated_step(self) -> int:
+        """The last step that a validation is recorded of; -1 without one, and off rank 0."""
+        return -1 if self.metrics is None else self.metrics.validated_step
+
+    def record_step(self, result: StepResult, counters: Counters, times: StepTimes) -> None:
+        """Record a step and log a line of progress; collective over the world."""
+        with self.watchdog.deadline("train step", f"{counters.step}, its record"):
+            straggler = find_straggler(self.timer.take_mean(), self.hosts)
+        if self.metrics is None:
+            return
+        values = list_step_values(result, counters, times, straggler, self.flops_per_token)
+        values |= {tags.RESTARTS: self.run.facts.restarts or 0} | self._list_shares(counters)
+        self.metrics.log(counters, values)
+        self.run.write_status(
+            "running",
+            counters.step,
+            loss=result.loss,
+            tokens_per_second=values[tags.TOKENS_PER_SECOND],
+            seconds_left=times.left,
+        )
+        line = describe_step(result, counters, self.train.num_steps, times, straggler)
+        log_once(logger, logging.INFO, line)
+
+    def record_oddity(self, result: StepResult, before: Counters, after: Counters) -> None:
+        """Log a step whose update was left out, or that was flagged."""
+        oddity = describe_oddity(result, before, after, self.hosts)
+        if oddity is not None:
+            log_once(logger, logging.WARNING, oddity)
+
+    def record_validation(
+        self, estimate: NelboEstimate, raw: NelboEstimate | None, counters: Counters
+    ) -> None:
+        """Record a validation and log a line.
+
+        Args:
+            estimate: With EMA weights where there are any, else with the raw weights.
+            raw: With the raw weights where there are EMA weights, else None.
+            counters: At the validation.
+        """
+        values = list_validation_values(estimate)
+        if raw is not None:
+            of_raw = list_validation_values(raw)
+            values |= {tags.with_raw_weights(tag): value for tag, value in of_raw.items()}
+        if self.metrics is not None:
+            self.metrics.log_validation(counters, values)
+        line = describe_validation(counters.step, estimate, has_ema=raw is not None)
+        log_once(logger, logging.INFO, line)
+
+    def flush(self) -> None:
+        """Write everything to disk: a checkpoint must not be newer than the records before it."""
+        if self.metrics is not None:
+            self.metrics.flush()
+
+    def rewind(self, counters: Counters) -> None:
+        """Drop what lies past `counters.step`: the run has gone back to it."""
+        if self.metrics is not None:
+            self.metrics.rewind(counters)
+
+    def _list_shares(self, counters: Counters) -> dict[str, float]:
+        """Share of each corpus of a blend in the samples since the record before."""
+        if len(self.data.datasets) == 1:
+            return {}
+        stop = counters.consumed_samples
+        start = max(0, stop - self.train.log_interval * self.train.global_batch_size)
+        shares = self.data.count_shares(start, stop)
+        return {tags.share_of_corpus(name): share for name, share in shares.items()}

@@ -1,0 +1,92 @@
+"""Every curve of a run: its tag in TensorBoard and in metrics.jsonl, and what it means.
+
+Scripts and dashboards rely on the tags. The README's table of curves lists the same lines. PHASE
+stands for a phase of the objective: `eso_lm` has `diffusion` and `sequential`.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+_meanings: dict[str, str] = {}
+
+
+def _define(tag: str, meaning: str) -> str:
+    _meanings[tag] = meaning
+    return tag
+
+
+LOSS = _define("train/loss", "the objective, in nats per token")
+NELBO = _define("train/nelbo", "the bound: the objective with the weights of the ELBO")
+_LOSS_OF_PHASE = _define(
+    "train/loss_PHASE", "a phase of the objective, over all tokens of its own samples; they add up"
+)
+GRAD_NORM = _define("train/grad_norm", "norm of the whole gradient before clipping")
+LEARNING_RATE = _define("train/learning_rate", "learning rate of the step")
+DEVIATIONS = _define(
+    "train/deviations", "standard deviations of loss or gradient norm above the steps before"
+)
+SKIPPED_STEPS = _define("train/skipped_steps", "updates left out so far")
+SPIKES = _define("train/spikes", "steps flagged so far")
+ROLLBACKS = _define("train/rollbacks", "times that the run went back to a checkpoint")
+
+VAL_NELBO = _define(
+    "val/nelbo", "NELBO in nats per token, noise fixed per sample; EMA weights where EMA is on"
+)
+VAL_PERPLEXITY = _define("val/perplexity", "its exponential")
+VAL_NELBO_STDERR = _define("val/nelbo_stderr", "its standard error")
+_VAL_NELBO_OF_PHASE = _define("val/nelbo_PHASE", "a phase of it; they add up")
+_VAL_NELBO_BY_TIME = _define(
+    "val/nelbo_PHASE_by_t/TIME", "a phase with a time, by tenth of it: `0.05` ... `0.95`"
+)
+_RAW = _define("val_raw/...", "the same five with the raw weights, where EMA is on")
+
+_SHARE = _define("data/share/CORPUS", "share of the samples since the last record, for a blend")
+
+TOKENS_PER_SECOND = _define("perf/tokens_per_second", "speed of the last step")
+TOKENS_PER_SECOND_PER_GPU = _define("perf/tokens_per_second_per_gpu", "the same for each rank")
+STEP_SECONDS = _define("perf/step_seconds", "duration of the last step")
+DATA_WAIT_SECONDS = _define("perf/data_wait_seconds", "its wait for data, on rank 0")
+MFU = _define("perf/mfu", "FLOPs over the device's published peak (GPU only)")
+MEMORY_GIB = _define("perf/memory_gib", "peak memory of rank 0")
+STRAGGLER_RANK = _define("perf/straggler_rank", "the slowest rank")
+STRAGGLER_SECONDS = _define("perf/straggler_seconds", "its forward and backward, mean of the steps")
+STRAGGLER_SPREAD = _define("perf/straggler_spread", "this over the median of all ranks")
+CHECKPOINT_SECONDS = _define("perf/checkpoint_seconds", "how long saves have held up the steps")
+CHECKPOINT_WRITE_SECONDS = _define(
+    "perf/checkpoint_write_seconds", "from a save's start to its publication"
+)
+RESTARTS = _define("perf/restarts", "restarts of the run")
+
+TOKENS = _define("progress/tokens", "tokens so far")
+FLOPS = _define("progress/flops", "floating-point operations of the objective so far")
+
+VAL_NELBO_BY_FLOPS = _define("scaling/val_nelbo_by_flops", "`val/nelbo`; step axis in GFLOPs")
+VAL_NELBO_BY_TOKENS = _define("scaling/val_nelbo_by_tokens", "`val/nelbo`; step axis in tokens")
+
+MEANINGS: Mapping[str, str] = MappingProxyType(_meanings)
+"""What each tag means, in the order of the README's table."""
+
+
+def loss_of_phase(phase: str) -> str:
+    """Tag of a phase's training loss."""
+    return _LOSS_OF_PHASE.replace("PHASE", phase)
+
+
+def val_nelbo_of_phase(phase: str) -> str:
+    """Tag of a phase's part of the validation NELBO."""
+    return _VAL_NELBO_OF_PHASE.replace("PHASE", phase)
+
+
+def val_nelbo_by_time(phase: str, time: float) -> str:
+    """Tag of a phase's part of the validation NELBO around a time."""
+    return _VAL_NELBO_BY_TIME.replace("PHASE", phase).replace("TIME", f"{time:.2f}")
+
+
+def with_raw_weights(tag: str) -> str:
+    """Tag of a validation with the raw weights, given that of the same with EMA weights."""
+    return tag.replace("val/", "val_raw/", 1)
+
+
+def share_of_corpus(corpus: str) -> str:
+    """Tag of a corpus's share in the samples."""
+    return _SHARE.replace("CORPUS", corpus)

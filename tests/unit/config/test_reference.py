@@ -1,0 +1,55 @@
+"""The references of the configuration, docs/configuration.md and the README, follow the code."""
+
+import re
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+from megatron_eso.config.keys import describe_keys
+from megatron_eso.config.reference import format_reference, read_meanings
+from megatron_eso.config.sections import KEYS, SECTIONS
+
+ROOT = Path(__file__).resolve().parents[3]
+REMEDY = "python -m megatron_eso.config.reference > docs/configuration.md"
+
+
+def test_every_key_has_a_line_of_its_own() -> None:
+    for name, section in SECTIONS.items():
+        meanings = read_meanings(section)
+        assert set(meanings) == {key.name for key in describe_keys(name, section)}
+        assert all(text.endswith(".") and "|" not in text for text in meanings.values())
+
+
+def test_the_reference_is_the_output_of_the_code() -> None:
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == format_reference(), f"run {REMEDY}"
+    command = [sys.executable, "-m", "megatron_eso.config.reference"]
+    assert subprocess.check_output(command, text=True, cwd=ROOT, timeout=60) == written
+
+
+def test_the_reference_says_what_a_line_of_the_code_says() -> None:
+    rows = format_reference().splitlines()
+    for row in (
+        "| `model.rotary_base` | int | `10000` | > 0 | fixed | logged | "
+        "Base of the rotary position embedding. |",
+        '| `objective.loss_type` | `elbo`, `low_var` | `"elbo"` |  | free | logged | '
+        "Weight of a masked token in the diffusion phase: of the bound, or 1. Only for `eso_lm`. |",
+        "| `data.train` | str or list of str | required |  | free | free | "
+        "Directory or URL of the training shards, or a list of them: a blend of corpora. |",
+        "| `optimizer.ema_decay` | float | `0.0` | >= 0, < 1 | free | free | "
+        "Decay of the moving average of the weights; 0: none is kept. |",
+    ):
+        assert row in rows
+    assert len([row for row in rows if row.startswith("| `")]) == len(KEYS)
+
+
+def test_the_readme_names_the_keys_that_a_resumed_run_keeps() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "(docs/configuration.md)" in readme
+    (row,) = re.findall(r"^\| refused \| (.+) \|$", readme, re.MULTILINE)
+    kept, _, free = row.partition(" but ")
+    patterns, exceptions = (re.findall(r"`([\w.*]+)`", part) for part in (kept, free))
+    named = {path for path in KEYS if any(fnmatch(path, pattern) for pattern in patterns)}
+    assert named - set(exceptions) == {path for path, key in KEYS.items() if key.is_frozen("run")}
+    assert set(exceptions) <= named

@@ -1,0 +1,125 @@
+"""The tree stays a house: narrow folders, short files and functions, imports without a circle."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.structure.import_map import ROOT, Structure, find_floors, read_structure
+
+
+@pytest.fixture(scope="module")
+def structure() -> Structure:
+    return read_structure(ROOT)
+
+
+def test_no_circle_of_files(structure: Structure) -> None:
+    assert structure.file_circles == []
+
+
+def test_no_circle_between_what_lies_in_one_folder(structure: Structure) -> None:
+    assert structure.level_circles == []
+
+
+def test_no_circle_of_folders(structure: Structure) -> None:
+    assert structure.folder_circles == [], "\n".join(map(str, structure.circle_imports))
+
+
+def test_folders_are_narrow(structure: Structure) -> None:
+    assert structure.wide_folders == {}
+
+
+def test_files_are_short(structure: Structure) -> None:
+    assert structure.long_files == {}
+
+
+def test_functions_are_short(structure: Structure) -> None:
+    assert structure.long_functions == {}
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def test_circles_and_floors_are_found(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "megatron_eso/errors.py": "X = 1\n",
+            "megatron_eso/config/sections.py": "from megatron_eso.errors import X\n",
+            "megatron_eso/model/block.py": "from ..config import sections\n",
+            "megatron_eso/model/late.py": "def f():\n    import megatron_eso.training.loop\n",
+            "megatron_eso/training/loop.py": "import megatron_eso.model.block\n",
+            "pretrain/train.py": "from megatron_eso.training.loop import run\n",
+        },
+    )
+    found = read_structure(tmp_path)
+    assert found.file_circles == []
+    assert found.folder_circles == [["megatron_eso/model", "megatron_eso/training"]]
+    assert found.level_circles == found.folder_circles
+    assert found.circle_imports == [
+        [
+            "megatron_eso/model/late.py <- megatron_eso/training/loop.py",
+            "megatron_eso/training/loop.py <- megatron_eso/model/block.py",
+        ]
+    ]
+    floors = {folder.name.rpartition("/")[2]: folder.floor for folder in found.folders}
+    assert floors == {"megatron_eso": 0, "config": 1, "model": 2, "training": 2, "pretrain": 3}
+    assert found.lazy_imports == {"megatron_eso/model/late.py": 1}
+    assert find_floors({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": 2, "b": 1, "c": 0}
+
+
+def test_a_room_between_two_files_of_its_folder_is_no_circle_of_one_level(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        {
+            "megatron_eso/training/step.py": "X = 1\n",
+            "megatron_eso/training/records/tags.py": "import megatron_eso.training.step\n",
+            "megatron_eso/training/loop.py": "from .records import tags\n",
+        },
+    )
+    found = read_structure(tmp_path)
+    assert found.folder_circles == [["megatron_eso/training", "megatron_eso/training/records"]]
+    assert found.level_circles == []
+    write(tmp_path, {"megatron_eso/training/step.py": "from .records.tags import X\n"})
+    assert read_structure(tmp_path).level_circles == [
+        ["megatron_eso/training/records", "megatron_eso/training/step.py"]
+    ]
+
+
+def test_what_is_counted(tmp_path: Path) -> None:
+    long_function = "def long():\n" + "    x = 1\n" * 60
+    write(
+        tmp_path,
+        {
+            "data_tools/build/a.py": "def run():\n    pass\n\n\ndef main():\n    pass\n",
+            "data_tools/build/b.py": "class run:\n    pass\n\n\ndef main():\n    pass\n",
+            "data_tools/build/c.py": long_function + "Y = 1\n" * 400,
+            "megatron_eso/objectives/eso_lm.py": "name = 'diffusion'\n",
+            "megatron_eso/training/step.py": '"""diffusion"""\nloss = f"loss_{x}_sequential"\n',
+            "megatron_eso/runs/paths.py": (
+                "import os, fcntl\n"
+                "a = ['latest', 'the latest', f'step_{n:08d}', 'step_seconds', 'x/state.json']\n"
+                "fcntl.flock(f, 1)\n"
+                "os.replace(a, b)\n"
+                "path.rename(other)\n"
+                "text.replace('a', 'b')\n"
+                "if config.objective.name == objective.name: pass\n"
+            ),
+            **{f"pretrain/m{number}.py": "X = 1\n" for number in range(13)},
+            "pretrain/__init__.py": "",
+        },
+    )
+    found = read_structure(tmp_path)
+    assert found.wide_folders == {"pretrain": 13}
+    assert found.long_files == {"data_tools/build/c.py": 461}
+    assert found.long_functions == {"data_tools/build/c.py:long": 61}
+    assert found.shared_names == {"run": ["data_tools/build/a.py", "data_tools/build/b.py"]}
+    assert found.phase_names == {"megatron_eso/training/step.py": 1}
+    paths = "megatron_eso/runs/paths.py"
+    assert found.checkpoint_names == {paths: 3}
+    assert found.flocks == {paths: 1}
+    assert found.renames == {paths: 2}
+    assert found.objective_name_readers == {paths: 2}
