@@ -32,7 +32,7 @@ SAMPLER_OBJECTIVES = ("eso_lm",)
 """Objectives whose network the sampler has."""
 
 
-def check_objective(checkpoint: Checkpoint) -> None:
+def refuse_objective(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint of an objective whose network the sampler does not have.
 
     Raises:
@@ -62,7 +62,7 @@ def read_network(
         CheckpointError: there are no such weights, a tensor is missing, damaged or of another
             shape, or the sampler does not know the run's objective.
     """
-    check_objective(checkpoint)
+    refuse_objective(checkpoint)
     config = describe_network(checkpoint.config, checkpoint.directory / CONFIG_FILE)
     if weights is None:
         weights = "ema" if checkpoint.has_ema else "raw"

@@ -26,7 +26,7 @@ from megatron_eso.training.records.log import start_logging
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns the exit code."""
-    arguments = parse_arguments(argv)
+    arguments = parse_command_line(argv)
     start_logging()
     logging.getLogger().setLevel(logging.WARNING)
     try:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR")

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.json:
             text = json.dumps(to_json(report)) + "\n"
         else:
-            text = "".join(f"{line}\n" for line in describe(report, time.time()))
+            text = "".join(f"{line}\n" for line in describe_run(report, time.time()))
         clear = _CLEAR_SCREEN if arguments.watch and sys.stdout.isatty() else ""
         sys.stdout.write(clear + text)
         sys.stdout.flush()
@@ -96,7 +96,7 @@ def read_report(run: RunDirectory) -> Report:
     )
 
 
-def describe(report: Report, now: float) -> Iterator[str]:
+def describe_run(report: Report, now: float) -> Iterator[str]:
     """Yield the status, a line for each thing to know; `now` in seconds since the epoch."""
     status, metrics = report.status, report.metrics
     age = now - status.time

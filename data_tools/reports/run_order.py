@@ -8,7 +8,7 @@ from megatron_eso.config.sections import Config
 from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.errors import DataError
-from megatron_eso.runs.checkpoint_state import STATE_FILE, read_state
+from megatron_eso.runs.checkpoint_state import STATE_FILE, read_checkpoint_state
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import newest
 
@@ -35,7 +35,7 @@ def open_run_order(arguments: Sequence[str]) -> tuple[Config, TrainingData]:
     checkpoint = newest(run.checkpoints)
     if checkpoint is None:
         return config, data
-    state = read_state(checkpoint)
+    state = read_checkpoint_state(checkpoint)
     if state.data is None:
         raise DataError(
             f"{checkpoint / STATE_FILE}: states no order of samples; name another run.directory"

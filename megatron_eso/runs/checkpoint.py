@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from megatron_eso.config.loading import read_config
 from megatron_eso.config.sections import Config
 from megatron_eso.errors import CheckpointError
-from megatron_eso.runs.checkpoint_state import CheckpointState, read_state
+from megatron_eso.runs.checkpoint_state import CheckpointState, read_checkpoint_state
 from megatron_eso.runs.file_index import FILE_INDEX, find_damage, read_file_index
 from megatron_eso.runs.run_directory import CONFIG_FILE, RunDirectory
 from megatron_eso.runs.steps import find_step, list_checkpoints, step_name
@@ -70,7 +70,7 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
     return Checkpoint(
         directory=directory,
         config=read_config(directory / CONFIG_FILE),
-        state=read_state(directory),
+        state=read_checkpoint_state(directory),
         metadata=read_metadata(directory),
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_eso.config.sections import CheckpointConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.files import remove_folder, rename
-from megatron_eso.runs.checkpoint_state import CheckpointState, read_state
+from megatron_eso.runs.checkpoint_state import CheckpointState, read_checkpoint_state
 from megatron_eso.runs.steps import LATEST, list_checkpoints, step_number, write_latest
 
 LEFTOVERS = ("step_*.tmp", "step_*.deleting")
@@ -77,7 +77,7 @@ def list_kept(folder: Path, config: CheckpointConfig) -> set[Path]:
 def _read_record(checkpoint: Path) -> CheckpointState | None:
     """Return `state.json`; None where it is damaged, which is found out when it is needed."""
     try:
-        return read_state(checkpoint)
+        return read_checkpoint_state(checkpoint)
     except CheckpointError:
         return None
 
@@ -106,5 +106,5 @@ def make_newest(valid: Path, damaged: Iterable[Path], unwanted: Iterable[Path]) 
         write_latest(valid)
     for checkpoint in damaged:
         shutil.rmtree(checkpoint.with_suffix(".damaged"), ignore_errors=True)
-        checkpoint.replace(checkpoint.with_suffix(".damaged"))
+        rename(checkpoint, checkpoint.with_suffix(".damaged"))
     remove(unwanted)

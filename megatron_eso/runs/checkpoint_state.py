@@ -45,7 +45,7 @@ class CheckpointState:
         return {**first, **counters, **content}
 
 
-def read_state(checkpoint: Path) -> CheckpointState:
+def read_checkpoint_state(checkpoint: Path) -> CheckpointState:
     """Read `state.json` of a checkpoint.
 
     Raises:

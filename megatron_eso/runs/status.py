@@ -82,20 +82,19 @@ def read_status(path: Path) -> RunStatus | None:
     try:
         content = json.loads(path.read_text())
         version = content["format_version"]
-        missing = [name for name in _ALWAYS if name not in content]
-        if missing:
-            raise ValueError(f"it states no {missing[0]}")
-        status = RunStatus(**{name: content[name] for name in _ORDER if name in content})
+        if version == FORMAT_VERSION:
+            missing = [name for name in _ALWAYS if name not in content]
+            if missing:
+                raise ValueError(f"it states no {missing[0]}")
+            return RunStatus(**{name: content[name] for name in _ORDER if name in content})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
-    if version != FORMAT_VERSION:
-        raise ConfigError(
-            f"{path}: format_version {version}, this version reads {FORMAT_VERSION}: "
-            f"use the megatron-eso that wrote it"
-        )
-    return status
+    raise ConfigError(
+        f"{path}: format_version {version}, this version reads {FORMAT_VERSION}: "
+        f"use the megatron-eso that wrote it"
+    )
 
 
 def read_recent_metrics(path: Path) -> dict[str, float]:

@@ -12,7 +12,7 @@ from megatron_eso.errors import CheckpointError
 from megatron_eso.objectives.build import build_objective
 from megatron_eso.objectives.loss import to_perplexity
 from megatron_eso.runs.checkpoint import PREFIXES
-from megatron_eso.runs.checkpoint_state import read_state
+from megatron_eso.runs.checkpoint_state import read_checkpoint_state
 from megatron_eso.training.batches import ValidationBatches
 from megatron_eso.training.checkpointing.restore import refuse_damage
 from megatron_eso.training.checkpointing.state import load_weights
@@ -46,7 +46,7 @@ def evaluate_checkpoint(
         DataError: The shards are of another tokenizer.
     """
     install_cpu_backend()
-    record = read_state(checkpoint)
+    record = read_checkpoint_state(checkpoint)
     if record.data is not None:  # a conversion's has none
         validation.check_tokenizer(record.data["tokenizer"])
     has_ema = record.ema_updates is not None

@@ -65,7 +65,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.config": ERRORS,
     "megatron_eso.randomness": (),
     "megatron_eso.objectives": ERRORS + CONFIG + RANDOMNESS,
-    "megatron_eso.runs": BASE + CONFIG,
+    "megatron_eso.runs": ERRORS
+    + ("megatron_eso.files", "megatron_eso.locks")
+    + (*SECTIONS, "megatron_eso.config.loading"),
     "megatron_eso.estimates": ERRORS + CONFIG + OBJECTIVES,
     "megatron_eso.data": (),
     "megatron_eso.data.tokenizers": ERRORS,
@@ -89,7 +91,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data_tools.imports": BASE + SHARDS + TOKENIZERS + ("data_tools.output",),
     "data_tools.reports": BASE
     + (CONFIG + RUNS + REMOTE + TOKENIZERS + SAMPLES + ("data_tools.build",)),
-    "checkpoints_conversion": BASE + CONFIG + RANDOMNESS + RUNS + TOKENIZERS + SAMPLER,
+    "checkpoints_conversion": ERRORS
+    + ("megatron_eso.files",)
+    + CONFIG
+    + RANDOMNESS
+    + RUNS
+    + TOKENIZERS
+    + SAMPLER,
     "checkpoints_conversion.parameter_map": ERRORS + SAMPLER,
     "checkpoints_conversion.network_fields": ERRORS
     + CONFIG

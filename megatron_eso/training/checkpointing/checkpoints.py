@@ -36,7 +36,7 @@ from megatron_eso.training.checkpointing.staleness import (
     refuse_stale,
     take_sample,
 )
-from megatron_eso.training.checkpointing.state import describe, list_parts
+from megatron_eso.training.checkpointing.state import describe_state, list_parts
 from megatron_eso.training.checkpointing.tensor_parts import TensorPart
 from megatron_eso.training.train_state import TrainState
 
@@ -118,7 +118,7 @@ class Checkpoints:
         sample = self._sample_state(final, state, parts, groups)
         documents = {
             CONFIG_FILE: config_to_dict(config),
-            STATE_FILE: describe(state, self.batches.state, val_nelbo).to_json(),
+            STATE_FILE: describe_state(state, self.batches.state, val_nelbo).to_json(),
         }
         if in_background:
             arguments = (final, self._host.copy(parts), sample, documents)

@@ -23,7 +23,7 @@ from torch.futures import Future
 
 from megatron_eso.errors import CheckpointError
 from megatron_eso.files import sync_tree, write_json
-from megatron_eso.runs.checkpoint_state import read_state
+from megatron_eso.runs.checkpoint_state import read_checkpoint_state
 from megatron_eso.runs.file_index import (
     FileEntry,
     Index,
@@ -186,7 +186,7 @@ def read_parts(folder: Path, parts: list[TensorPart]) -> None:
 def _find_writer(folder: Path) -> str:
     """Return the version of torch that wrote a checkpoint."""
     try:
-        return read_state(folder).torch_version or "of an unknown version"
+        return read_checkpoint_state(folder).torch_version or "of an unknown version"
     except CheckpointError:
         return "of an unknown version"
 

@@ -13,7 +13,7 @@ from megatron_eso.config.loading import read_config
 from megatron_eso.config.sections import KEYS, Config
 from megatron_eso.data.tokenizers.fingerprint import TokenizerFingerprint
 from megatron_eso.errors import CheckpointError, ConfigError
-from megatron_eso.runs.checkpoint_state import STATE_FILE, read_state
+from megatron_eso.runs.checkpoint_state import STATE_FILE, read_checkpoint_state
 from megatron_eso.runs.run_directory import CONFIG_FILE, RunDirectory
 from megatron_eso.runs.steps import newest
 from megatron_eso.training.checkpointing.checkpoints import Checkpoints
@@ -53,7 +53,7 @@ def restore(
 
 def resume(checkpoint: Path, state: TrainState, config: Config, checkpoints: Checkpoints) -> None:
     """Continue a run; collective over the world, errors as for `restore`."""
-    record = read_state(checkpoint)
+    record = read_checkpoint_state(checkpoint)
     is_training = record.kind == "training"
     if is_training:
         remedy = "a resumed run keeps it; restore the value or choose another run.directory"
@@ -87,7 +87,7 @@ def start_from(
     load_weights(source, state)
     if state.ema is not None:
         state.ema.restart()
-    record = read_state(source)
+    record = read_checkpoint_state(source)
     logger.info(
         "starting from %s: loaded are its weights of step %d%s; fresh are Adam's moments, %sthe "
         "learning-rate schedule, the counters and the order of the samples",
@@ -138,7 +138,7 @@ def check_initial_weights(
     if config.checkpoint.init_other_tokenizer:
         check_weights(checkpoint, config, ignored=(MASK_TOKEN,))
         return
-    data = read_state(checkpoint).data
+    data = read_checkpoint_state(checkpoint).data
     if data is not None and data["tokenizer"] != tokenizer.identity:
         raise ConfigError(
             f"checkpoint.init_from = {checkpoint}: these weights were trained with another "

@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_eso.runs.checkpoint import PREFIXES
-from megatron_eso.runs.checkpoint_state import CheckpointState, read_state
+from megatron_eso.runs.checkpoint_state import CheckpointState, read_checkpoint_state
 from megatron_eso.training.checkpointing.files import read_parts
 from megatron_eso.training.checkpointing.tensor_parts import (
     TensorPart,
@@ -28,7 +28,7 @@ from megatron_eso.training.optimization.optimizer import MOMENTS
 from megatron_eso.training.train_state import TrainState
 
 
-def describe(
+def describe_state(
     state: TrainState, samples: Mapping[str, Any], val_nelbo: float | None
 ) -> CheckpointState:
     """Return what `state.json` of a checkpoint states.
@@ -89,7 +89,7 @@ def load_training_state(checkpoint: Path, state: TrainState) -> None:
     Raises:
         CheckpointError: It is damaged or of another format.
     """
-    record = read_state(checkpoint)
+    record = read_checkpoint_state(checkpoint)
     load_weights(checkpoint, state)
     if record.kind == "weights":
         if state.ema is not None:
