@@ -1,6 +1,5 @@
 """Sampler directories and run directories: round trips, choice of weights, atomicity, refusals."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ from transformers import AutoTokenizer
 from checkpoints_conversion import sampler_directory
 from checkpoints_conversion.__main__ import main
 from checkpoints_conversion.parameter_map import map_to_megatron
-from checkpoints_conversion.run_network import read_network, write_run_directory
+from checkpoints_conversion.run_network import write_run_directory
 from checkpoints_conversion.sampler_directory import write_sampler_directory
 from megatron_eso.errors import CheckpointError, ConfigError, DataError
 from megatron_eso.runs.checkpoint import open_checkpoint
@@ -387,11 +386,15 @@ def test_a_configuration_of_another_model_is_refused(
 
 
 def test_a_run_of_another_objective_is_refused(tmp_path: Path, run_directory: Path) -> None:
-    checkpoint = open_checkpoint(run_directory)
-    objective = dataclasses.replace(checkpoint.config.objective, name="any_order_ar")
-    config = dataclasses.replace(checkpoint.config, objective=objective)
-    with pytest.raises(CheckpointError, match=r"objective\.name = any_order_ar: the sampler knows"):
-        read_network(dataclasses.replace(checkpoint, config=config), None)
+    step = run_directory / STEP_0
+    config = json.loads((step / "config.json").read_text())
+    config["objective"] = {"name": "any_order_ar"}
+    (step / "config.json").write_text(json.dumps(config))
+    (step / FILE_INDEX).unlink()
+    for arguments in (["to-sampler", str(run_directory)], ["verify", str(run_directory)]):
+        with pytest.raises(CheckpointError, match="name = any_order_ar: the sampler knows eso_lm"):
+            main([*arguments, str(tmp_path / "out" if "to" in arguments[0] else run_directory)])
+    assert not (tmp_path / "out").exists()
 
 
 def test_exit_codes_and_one_line_errors(tmp_path: Path) -> None:
