@@ -130,7 +130,7 @@ def build_command_line() -> argparse.ArgumentParser:
     command.add_argument("b", type=Path, metavar="B")
     command.add_argument("--step", type=int, help="of run directories; default: the newest")
     command.add_argument(
-        "--weights", choices=kinds, help="default: as the sampler directory says, else ema"
+        "--weights", choices=kinds, help="default: those of the sampler directory, else ema"
     )
     command.add_argument("--mask-token-id", type=int, metavar="N", help="of official checkpoints")
     command.add_argument(

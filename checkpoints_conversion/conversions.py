@@ -107,12 +107,12 @@ def convert_from_official(
     )
 
 
-def choose_mask_token(told: int | None, tokenizer: Path | None, vocab_size: int) -> int | None:
+def choose_mask_token(chosen: int | None, tokenizer: Path | None, vocab_size: int) -> int | None:
     """Return the mask token that the caller names, or else that of a tokenizer of this size."""
-    if told is None and tokenizer is not None and has_tokenizer(tokenizer):
+    if chosen is None and tokenizer is not None and has_tokenizer(tokenizer):
         loaded = Tokenizer.load(tokenizer)
         return loaded.mask_token_id if loaded.vocab_size == vocab_size else None
-    return told
+    return chosen
 
 
 def convert_to_megatron(sampler_dir: Path, run_dir: Path) -> Conversion:

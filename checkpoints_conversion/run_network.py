@@ -50,7 +50,7 @@ def refuse_objective(checkpoint: Checkpoint) -> None:
 def read_network(
     checkpoint: Checkpoint, weights: str | None
 ) -> tuple[NetworkConfig, dict[str, Tensor], dict[str, Any]]:
-    """The network, its tensors by the sampler's names, and what `config.json` says of them.
+    """Return the network, its tensors by the sampler's names, and the content of `config.json`.
 
     Nothing of it depends on the layout of the run that wrote the checkpoint.
 

@@ -29,7 +29,7 @@ _PHASE = re.compile(r"train/loss_([a-z_]+)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What there is to say of a run.
+    """What is known of a run.
 
     Attributes:
         run: Its directory.

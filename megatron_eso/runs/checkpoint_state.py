@@ -1,4 +1,4 @@
-"""`state.json` of a checkpoint: what it holds beside its tensors."""
+"""`state.json` of a checkpoint: what it holds besides its tensors."""
 
 import json
 from collections.abc import Mapping

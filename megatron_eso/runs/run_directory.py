@@ -90,7 +90,7 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for this process; the operating system lets go when the process ends.
+        """Hold the directory for this process, at most until the process ends.
 
         Raises:
             ConfigError: Another process holds it; the message states its host and job.

@@ -56,7 +56,7 @@ class Checkpoints:
 
     Args:
         directory: `RUN_DIR/checkpoints`.
-        config: Says which checkpoints are kept.
+        config: Which checkpoints are kept, and how saves are made.
         batches: The run's samples, whose state a checkpoint holds.
     """
 
@@ -144,7 +144,7 @@ class Checkpoints:
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save goes on in the background."""
+        """Whether a save is running in the background."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
@@ -188,7 +188,7 @@ class Checkpoints:
                 run_on_first(self._group, partial(publish, unfinished, final, self.config))
         except CheckpointError as error:
             if self._is_first:
-                shutil.rmtree(unfinished, ignore_errors=True)  # perhaps it has filled the disk
+                shutil.rmtree(unfinished, ignore_errors=True)  # it may have filled the disk
             raise CheckpointError(f"{final.name} could not be saved: {error}") from error
 
     def find_valid(self) -> Path | None:

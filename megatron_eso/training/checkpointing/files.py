@@ -1,7 +1,7 @@
 """Writing, checking and reading a checkpoint's files, each rank its own share of them.
 
 The folder is Megatron-Core's `torch_dist` format. Nothing here touches the state of the run, so
-that writing may go on in a thread, on a gloo group of its own, while the run takes steps.
+that a thread can write, on a gloo group of its own, while the run takes steps.
 """
 
 import logging
