@@ -16,7 +16,8 @@ from torch import Tensor
 
 from checkpoints_conversion.__main__ import main as convert
 from megatron_eso.errors import CheckpointError, TrainingError
-from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.runs.steps import list_checkpoints, step_number
 from pretrain.initial_weights import convert_initial_weights
 from tests.parallel.test_conversion import LLAMA
 from tests.parallel.test_resume import resave
@@ -399,7 +400,7 @@ def test_a_save_that_failed_is_tried_again(world: World, tiny_data: Path, tmp_pa
     """Long before the next one is due by steps."""
     overrides: Overrides = {"train.num_steps": 30, "checkpoint.interval": 20}
     assert world.run(run_with_quick_retries, 1, tmp_path, tiny_data, overrides) == [None]
-    again, last = (int(path.name[5:]) for path in list_checkpoints(tmp_path / "checkpoints"))
+    again, last = (step_number(path) for path in list_checkpoints(tmp_path / "checkpoints"))
     assert 20 < again < 30
     assert last == 30
 

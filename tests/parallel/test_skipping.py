@@ -13,8 +13,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
-from megatron_eso.training.steps.counters import WARMUP_STEPS
+from megatron_eso.runs.counters import WARMUP_STEPS
+from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.runs.steps import list_checkpoints
 from tests.support.loop import Ran, run_loop
 from tests.support.torchrun import read_records
 from tests.support.training import LAYOUTS, OVERLAPPED, Overrides, open_batches, take_step

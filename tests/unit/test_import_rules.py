@@ -57,7 +57,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.config": ERRORS,
     "megatron_eso.randomness": (),
     "megatron_eso.objectives": ERRORS + CONFIG + RANDOMNESS,
-    "megatron_eso.runs": BASE + CONFIG,
+    "megatron_eso.runs": ERRORS
+    + ("megatron_eso.files", "megatron_eso.locks")
+    + (*SECTIONS, "megatron_eso.config.loading"),
     "megatron_eso.estimates": ERRORS + CONFIG + OBJECTIVES,
     "megatron_eso.data": (),
     "megatron_eso.data.tokenizers": ERRORS,
@@ -68,7 +70,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.training.distributed": ERRORS + RANKS + SECTIONS,
     "megatron_eso.training.optimization": SECTIONS + MODEL + DISTRIBUTED,
     "megatron_eso.training.steps": ERRORS
-    + (SECTIONS + RANDOMNESS + OBJECTIVES + SAMPLES + MODEL + OPTIMIZATION),
+    + (SECTIONS + RANDOMNESS + OBJECTIVES + RUNS + SAMPLES + MODEL + OPTIMIZATION),
     "megatron_eso.training.guards": ERRORS + RANKS + SECTIONS + OBJECTIVES + RUNS + STEPS,
     "megatron_eso.training.records": BASE
     + (RANKS + SECTIONS + OBJECTIVES + RUNS + SAMPLES + STEPS + GUARDS),
@@ -86,7 +88,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data_tools.imports": BASE + SHARDS + TOKENIZERS + ("data_tools.build.output",),
     "data_tools.reports": BASE
     + (CONFIG + RUNS + REMOTE + TOKENIZERS + SAMPLES + ("data_tools.build.document_order",)),
-    "checkpoints_conversion": BASE + CONFIG + RANDOMNESS + RUNS + TOKENIZERS + SAMPLER,
+    "checkpoints_conversion": ERRORS
+    + ("megatron_eso.files",)
+    + (CONFIG + RANDOMNESS + RUNS + TOKENIZERS + SAMPLER),
     "checkpoints_conversion.parameter_map": ERRORS + SAMPLER,
     "checkpoints_conversion.network_fields": ERRORS
     + CONFIG
@@ -160,7 +164,9 @@ def test_a_violation_is_found(tmp_path: Path, file: str, line: str, violation: s
         (
             "megatron torch numpy",
             "megatron_eso.config.loading megatron_eso.errors megatron_eso.files "
-            "megatron_eso.progress megatron_eso.retries megatron_eso.training.records.tags",
+            "megatron_eso.progress megatron_eso.retries megatron_eso.training.records.tags "
+            "megatron_eso.runs.run_directory megatron_eso.runs.checkpoint_state "
+            "megatron_eso.runs.restarts pretrain.status",
         ),
         ("megatron torch", "megatron_eso.data.shards.format megatron_eso.runs.file_index"),
         (

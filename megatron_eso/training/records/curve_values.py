@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from megatron_eso.objectives.loss import NelboEstimate
+from megatron_eso.runs.counters import Counters
 from megatron_eso.training.guards.stragglers import Straggler
 from megatron_eso.training.records import tags
 from megatron_eso.training.records.device import published_peak, used_memory_gib
-from megatron_eso.training.steps.counters import Counters
 from megatron_eso.training.steps.step import StepResult
 
 

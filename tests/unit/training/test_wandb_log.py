@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eso.runs.counters import Counters
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.training.records.metrics import MetricsLog
 from megatron_eso.training.records.wandb_log import WandbLog
-from megatron_eso.training.steps.counters import Counters
 from tests.support.training import tiny_arguments
 
 ROOT = Path(__file__).resolve().parents[3]
