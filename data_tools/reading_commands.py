@@ -4,11 +4,12 @@ import argparse
 from typing import Any
 
 from data_tools.locations import add_location, open_cache
-from data_tools.reports.bench_reader import bench_reader
-from data_tools.reports.blend_report import report_blend
-from data_tools.reports.inspect_shards import inspect_datasets
-from data_tools.reports.order_report import report_order
-from data_tools.reports.verify_shards import verify_datasets
+from data_tools.reports.blend import report_blend
+from data_tools.reports.inspection import inspect_datasets
+from data_tools.reports.order import report_order
+from data_tools.reports.reader_speed import bench_reader
+from data_tools.reports.verification import verify_datasets
+from megatron_eso.quantities import parse_count
 
 
 def add_reading_commands(commands: Any) -> None:
@@ -71,10 +72,10 @@ def add_reading_commands(commands: Any) -> None:
 
 def _count(text: str) -> int:
     """A whole number that is not negative; `1e9` is one."""
-    value = float(text)
-    if value < 0 or value != int(value):
-        raise argparse.ArgumentTypeError(f"{text} is no count")
-    return int(text) if text.isdecimal() else int(value)
+    try:
+        return parse_count(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no count") from error
 
 
 def _length(text: str) -> int:

@@ -8,11 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_tools.build.build_shards import BuildOptions, Part, build_dataset, merge_parts
-from data_tools.imports.import_tokens import ImportOptions, import_tokens
+from data_tools.build.dataset import BuildOptions, Part, build_dataset, merge_parts
+from data_tools.imports.formats import OPTIONS, describe_formats
+from data_tools.imports.importer import ImportOptions, import_tokens
 from data_tools.text.embedded_corpus import write_corpus
-from data_tools.text.inputs import TextOptions, parse_separator
-from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
+from data_tools.text.inputs import parse_separator
+from data_tools.text.interface import TextOptions
+from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
 from megatron_eso.data.shards.format import RECORD_TOKENS, SHARD_RECORDS
 from megatron_eso.errors import ConfigError
 
@@ -130,9 +132,9 @@ def _add_import_tokens(commands: Any) -> None:
     command.add_argument(
         "--from",
         dest="kind",
-        choices=("megatron", "packed"),
+        choices=OPTIONS,
         required=True,
-        help="megatron: .bin and .idx; packed: .bin of TinyLlama, or folders of litdata's chunks",
+        help=describe_formats(),
     )
     command.add_argument(
         "--input", nargs="+", required=True, metavar="PATH", help="files, or folders of them"

@@ -154,7 +154,7 @@ def remove_folder(folder: Path, leftover: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Give a file or folder another name in the same folder; on the disk when this returns."""
+    """Give a file or folder another name; the new name is on the disk when this returns."""
     source.replace(target)
     sync_path(target.parent)
 

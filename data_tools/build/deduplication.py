@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.build.encoded_spans import SpanFiles, read_documents
-from data_tools.build.worker_pool import map_in_order
-from megatron_eso.files import sync_path
+from data_tools.build.journal import SpanFiles, read_documents
+from data_tools.build.workers import map_in_order
+from megatron_eso.files import new_path
 
 BUCKET_DOCUMENTS = 2**24
 """About how many documents a pass holds in memory, at some 50 bytes each."""
@@ -53,18 +53,15 @@ def mark_duplicates(
     if path.exists():
         return
     num_documents = sum(span.num_documents for span in spans)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    marks = np.memmap(unfinished, dtype=np.uint8, mode="w+", shape=(num_documents,))
     # A power of two, so that the lowest bits tell the bucket.
     num_buckets = 1 << max(0, -(-num_documents // bucket_documents) - 1).bit_length()
     finder = _DuplicateFinder(spans=spans, num_buckets=num_buckets)
     workers = min(num_workers, num_buckets)
-    for _, duplicates in map_in_order(finder, range(num_buckets), workers):
-        marks[duplicates] = 1
-    marks.flush()
-    del marks
-    sync_path(unfinished)
-    unfinished.rename(path)
+    with new_path(path) as unfinished:
+        marks = np.memmap(unfinished, dtype=np.uint8, mode="w+", shape=(num_documents,))
+        for _, duplicates in map_in_order(finder, range(num_buckets), workers):
+            marks[duplicates] = 1
+        marks.flush()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.build.deduplication import BLOCK_DOCUMENTS, CountedSpan, read_marks
-from data_tools.build.encoded_spans import read_documents
+from data_tools.build.journal import read_documents
 from megatron_eso.data.shards.manifest import Split
 from megatron_eso.randomness.permutation import permute, round_keys
 from megatron_eso.randomness.purposes import Purpose
@@ -53,8 +53,8 @@ class SplitCounts:
     num_documents: int
     num_text_bytes: int
     num_duplicates: int
-    piece_documents: tuple[npt.NDArray[np.int64], ...]
-    """Documents of each piece of each span."""
+    slice_documents: tuple[npt.NDArray[np.int64], ...]
+    """Documents of each slice of each span."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,20 +113,20 @@ class RandomOrder(DocumentOrder):
 
 def survey(
     spans: Sequence[CountedSpan],
-    pieces: Sequence[npt.NDArray[np.int64]],
+    slices: Sequence[npt.NDArray[np.int64]],
     selection: Selection,
 ) -> tuple[InputOrder, SplitCounts]:
     """Go through all documents once and find those of a split.
 
     Args:
         spans: all documents.
-        pieces: the documents of each piece of each span, int64.
+        slices: the documents of each slice of each span, int64.
         selection: which documents to take.
     """
     counter = _Counter()
     marks = None if selection.marks is None else read_marks(selection.marks, spans)
-    for number, (span, of_pieces) in enumerate(zip(spans, pieces, strict=True)):
-        counter.begin_span(of_pieces)
+    for number, (span, of_slices) in enumerate(zip(spans, slices, strict=True)):
+        counter.begin_span(of_slices)
         for first, documents in span.iterate_blocks():
             chosen_D = selection.choose(documents)
             kept_D = chosen_D
@@ -191,12 +191,12 @@ class _Counter:
         self._num_documents = 0
         self._num_text_bytes = 0
         self._num_duplicates = 0
-        self._pieces: list[npt.NDArray[np.int64]] = []
+        self._slices: list[npt.NDArray[np.int64]] = []
 
-    def begin_span(self, of_pieces: npt.NDArray[np.int64]) -> None:
+    def begin_span(self, of_slices: npt.NDArray[np.int64]) -> None:
         self._first_token = 0
-        self._piece_ends = np.cumsum(of_pieces)
-        self._pieces.append(np.zeros_like(of_pieces))
+        self._slice_ends = np.cumsum(of_slices)
+        self._slices.append(np.zeros_like(of_slices))
 
     def add(
         self,
@@ -214,16 +214,16 @@ class _Counter:
         self._num_duplicates += int(chosen_D.sum() - kept_D.sum())
         kept = np.flatnonzero(kept_D) + first
         if kept.size:
-            piece = np.searchsorted(self._piece_ends, kept, side="right")
-            counts = np.bincount(piece - piece[0])
-            self._pieces[-1][piece[0] : piece[-1] + 1] += counts
+            part = np.searchsorted(self._slice_ends, kept, side="right")
+            counts = np.bincount(part - part[0])
+            self._slices[-1][part[0] : part[-1] + 1] += counts
 
     def counts(self) -> SplitCounts:
         return SplitCounts(
             num_documents=self._num_documents,
             num_text_bytes=self._num_text_bytes,
             num_duplicates=self._num_duplicates,
-            piece_documents=tuple(self._pieces),
+            slice_documents=tuple(self._slices),
         )
 
 

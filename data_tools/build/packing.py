@@ -4,7 +4,6 @@ A shard that is finished has a note beside the spans with what the files beside 
 know of it; packing that was interrupted goes on with the shards that have none.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.build.document_order import SPAN_SHIFT, DocumentOrder
-from data_tools.build.encoded_spans import SpanFiles, TokenReader
-from data_tools.build.worker_pool import map_in_order
+from data_tools.build.journal import SpanFiles, TokenReader
+from data_tools.build.workers import map_in_order
 from megatron_eso.data.shards.format import numpy_dtype
 from megatron_eso.data.shards.manifest import HashedFile, Split
 from megatron_eso.data.shards.writer import RecordFormat, ShardWriter, WrittenShard
-from megatron_eso.files import sync_path
+from megatron_eso.files import new_file
 from megatron_eso.progress import Progress
 
 _READ_TOKENS = 2**20
@@ -77,8 +76,7 @@ class ShardPacker:
         finally:
             reader.close()
         written = writer.close()
-        # A note that is there promises that the shard has its name.
-        sync_path(packed.directory)
+        # After the shard has its name on the disk, which a note promises.
         _save(written, packed.note(shard))
         return last - first
 
@@ -150,8 +148,7 @@ def _join(
 
 
 def _save(shard: WrittenShard, path: Path) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with unfinished.open("wb") as file:
+    with new_file(path) as file:
         np.savez(
             file,
             name=shard.file.name,
@@ -161,9 +158,6 @@ def _save(shard: WrittenShard, path: Path) -> None:
             blocks=shard.blocks,
             document_ends=shard.document_ends,
         )
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path)
 
 
 def _load(path: Path) -> WrittenShard:

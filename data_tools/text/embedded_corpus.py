@@ -9,13 +9,13 @@ and validation.
 import ast
 import itertools
 import json
-import os
 import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.files import new_file
 
 # Tests are no prose, and what is installed beside the library differs between machines.
 _EXCLUDED_FOLDERS = {
@@ -47,13 +47,9 @@ def write_corpus(out: Path) -> int:
     documents = list(collect_documents(library))
     if not documents:
         raise DataError(f"no library in source form at {library}; use a complete Python")
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    with unfinished.open("w", encoding="ascii") as file:
+    with new_file(out) as file:
         for text in documents:
-            file.write(json.dumps({"text": text}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(out)
+            file.write(json.dumps({"text": text}).encode("ascii") + b"\n")
     size = sum(len(text.encode("utf-8")) for text in documents)
     sys.stdout.write(f"{out}: {len(documents)} documents, {size / 1e6:.2f} MB of text\n")
     return len(documents)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+INVALID_UTF8 = "invalid UTF-8; convert the file"
+
 _READ_BYTES = 2**20
 
 
@@ -30,11 +32,20 @@ class Problem:
         return f"{self.path}:{line}: {self.what}"
 
 
+def find_invalid_utf8(text: bytes) -> int | None:
+    """The place of the first byte that is no UTF-8; None if there is none."""
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return error.start
+    return None
+
+
 @lru_cache
 def _count_newlines(path: str, stop: int) -> int:
     count = 0
     with Path(path).open("rb") as stream:
-        while stop and (piece := stream.read(min(stop, _READ_BYTES))):
-            count += piece.count(b"\n")
-            stop -= len(piece)
+        while stop and (data := stream.read(min(stop, _READ_BYTES))):
+            count += data.count(b"\n")
+            stop -= len(data)
     return count

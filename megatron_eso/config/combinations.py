@@ -36,13 +36,13 @@ def check_config(config: Config, origins: Origins | None = None) -> list[str]:
     check_ranges(traced)
     check_objective(traced)
     check_model(traced)
-    check_data(traced)
+    check_corpora(traced)
     check_optimizer(traced)
     check_parallel(traced)
     check_interleaving(traced)
     check_pipeline(traced)
     check_periods(traced)
-    check_batches(traced, data_parallel_size=1)
+    check_batch_sizes(traced, data_parallel_size=1)
     return list_objective_warnings(traced)
 
 
@@ -69,7 +69,7 @@ def check_layout(config: Config, world_size: int, origins: Origins | None = None
             f"start {round_up(max(world_size, 1), parallel.model_parallel_size)} ranks"
         )
     data_parallel_size = world_size // parallel.model_parallel_size
-    check_batches(TracedConfig(config=config, origins=origins or {}), data_parallel_size)
+    check_batch_sizes(TracedConfig(config=config, origins=origins or {}), data_parallel_size)
     return data_parallel_size
 
 
@@ -151,7 +151,7 @@ def check_model(traced: TracedConfig) -> None:
     )
 
 
-def check_data(traced: TracedConfig) -> None:
+def check_corpora(traced: TracedConfig) -> None:
     """Refuse lists of corpora and weights that do not fit, and samples without text."""
     data, key = traced.config.data, "data.train"
     corpora, weights = data.train_corpora, data.train_weights
@@ -299,7 +299,7 @@ def check_periods(traced: TracedConfig) -> None:
             traced.require(traced.config.get(key) == 0, key, "needs data.validation")
 
 
-def check_batches(traced: TracedConfig, data_parallel_size: int) -> None:
+def check_batch_sizes(traced: TracedConfig, data_parallel_size: int) -> None:
     """Refuse batch sizes that the layout does not divide."""
     train, parallel = traced.config.train, traced.config.parallel
     check_dealing(

@@ -125,7 +125,7 @@ class Key:
         )
 
 
-def list_keys(section: str, section_type: type) -> list[Key]:
+def describe_keys(section: str, section_type: type) -> list[Key]:
     """The keys of a section, in its order.
 
     Args:

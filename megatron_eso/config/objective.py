@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from megatron_eso.config.keys import DERIVED, Frozen, Logged, Only, list_keys
+from megatron_eso.config.keys import DERIVED, Frozen, Logged, Only, describe_keys
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,5 +39,5 @@ class ObjectiveConfig:
 
     def has_key(self, name: str) -> bool:
         """Whether the objective has this key; under another one it keeps its default."""
-        (key,) = (key for key in list_keys("objective", type(self)) if key.name == name)
+        (key,) = (key for key in describe_keys("objective", type(self)) if key.name == name)
         return key.belongs_to(self.name)

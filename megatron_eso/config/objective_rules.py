@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from megatron_eso.config.keys import list_keys
+from megatron_eso.config.keys import describe_keys
 from megatron_eso.config.origins import TracedConfig
 
 
@@ -13,7 +13,8 @@ def check_objective(traced: TracedConfig) -> None:
     for name in find_foreign_keys(objective):
         traced.refuse(
             f"objective.{name}",
-            f"objective.name = {json.dumps(objective.name)} has no such key; leave it out",
+            f"objective.name = {json.dumps(objective.name)} has no such key; leave it out, or set "
+            f"its default",
         )
     if objective.has_key("batch_split"):
         check_split(traced)
@@ -28,7 +29,7 @@ def find_foreign_keys(objective: Any) -> list[str]:
     default = type(objective)(name=objective.name)
     return [
         key.name
-        for key in list_keys("objective", type(objective))
+        for key in describe_keys("objective", type(objective))
         if not key.belongs_to(objective.name)
         and getattr(objective, key.name) != getattr(default, key.name)
     ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from annotated_types import Interval
 
-from megatron_eso.config.keys import Key, Start, list_keys
+from megatron_eso.config.keys import Key, Start, describe_keys
 from megatron_eso.config.sections import SECTIONS
 
 INTRODUCTION = """\
@@ -45,7 +45,7 @@ def format_reference() -> str:
     parts = [INTRODUCTION]
     for name, section in SECTIONS.items():
         meanings = read_meanings(section)
-        rows = [format_row(key, meanings[key.name]) for key in list_keys(name, section)]
+        rows = [format_row(key, meanings[key.name]) for key in describe_keys(name, section)]
         parts.append(f"## `[{name}]`\n\n{section.__doc__}\n\n{HEADER}" + "\n".join(rows) + "\n")
     return "\n".join(parts)
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from megatron_eso.config.keys import DERIVED, Frozen, Key, Logged, list_keys
+from megatron_eso.config.keys import DERIVED, Frozen, Key, Logged, describe_keys
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.objective import ObjectiveConfig
 
@@ -275,6 +275,6 @@ SECTIONS: dict[str, type] = typing.get_type_hints(Config)
 """The dataclass of each section."""
 
 KEYS: dict[str, Key] = {
-    key.path: key for name, section in SECTIONS.items() for key in list_keys(name, section)
+    key.path: key for name, section in SECTIONS.items() for key in describe_keys(name, section)
 }
 """Every key by `section.name`, in the order of the sections."""

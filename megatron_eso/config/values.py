@@ -126,5 +126,7 @@ def refuse_key(path: str, origin: str) -> NoReturn:
             raise ConfigError(
                 f"{origin}: {path} is no key: did you mean {' or '.join(sorted(found))}?"
             )
-    known_keys = f"keys of [{section}] are {', '.join(own.values())}" if own else "see the README"
+    known_keys = "see docs/configuration.md"
+    if own:
+        known_keys = f"keys of [{section}] are {', '.join(own.values())}"
     raise ConfigError(f"{origin}: {path} is no key: {known_keys}")

@@ -163,57 +163,109 @@ def plan_rows(
     """
     if x_0_BT.shape != noise.permutation_BT.shape:
         raise ValueError(f"x_0 has shape {x_0_BT.shape}, its noise {noise.permutation_BT.shape}")
-    # Samples without a masked token have no rows; mixed streams come first.
-    sorted_BT = np.take_along_axis(x_0_BT, noise.permutation_BT, axis=1)
-    num_masked_B = noise.is_masked_BT.sum(axis=1)
-    mixed = np.flatnonzero(~noise.is_sequential_B & (num_masked_B > 0))
-    clean = np.flatnonzero(noise.is_sequential_B & (num_masked_B > 0))
-    samples = np.concatenate([mixed, clean])
-    counts = num_masked_B[samples]
-    sample_E = np.repeat(samples, counts)
-
-    # Slots of each kind: clean tokens come first, masked ones fill the sample's last slots.
-    slot_T = np.arange(x_0_BT.shape[1])
-    is_real_BT = slot_T < noise.length_B[:, None]
-    is_masked_BT = is_real_BT & (slot_T >= (noise.length_B - num_masked_B)[:, None])
-    is_loss, is_query = is_masked_BT[mixed], is_masked_BT[clean]
-    in_stream, in_clean = is_real_BT[mixed], slot_T < noise.length_B[clean, None] - 1
-
-    # Pack the rows: mixed streams, clean streams, queries.
-    queries = noise.permutation_BT[clean][is_query]
-    tokens_R = [
-        np.where(is_loss, mask_token_id, sorted_BT[mixed])[in_stream],
-        sorted_BT[clean][in_clean],
-        np.full(len(queries), mask_token_id),
-    ]
-    positions_R = [
-        noise.permutation_BT[mixed][in_stream],
-        noise.permutation_BT[clean][in_clean],
-        queries,
-    ]
-    num_rows = sum(len(part) for part in tokens_R)
-    loss_rows_E = [np.flatnonzero(is_loss[in_stream]), np.arange(num_rows - len(queries), num_rows)]
-    rows = Rows(
-        tokens_R=_join(tokens_R, np.int64),
-        positions_R=_join(positions_R, np.int64),
-        stream_lengths=(*noise.length_B[mixed].tolist(), *(noise.length_B[clean] - 1).tolist()),
-        num_mixed_streams=len(mixed),
-        query_lengths=tuple(num_masked_B[clean].tolist()),
-        loss_rows_E=_join(loss_rows_E, np.int64),
-        loss_lengths=tuple(counts.tolist()),
-        num_rows=num_rows,
-        num_loss_rows=len(sample_E),
-    )
+    slots = _Slots.sort(x_0_BT, noise)
+    sample_E = np.repeat(np.concatenate([slots.mixed, slots.clean]), slots.counts)
     loss = LossRows(
-        targets_E=_join([sorted_BT[mixed][is_loss], sorted_BT[clean][is_query]], np.int64),
+        targets_E=_join(
+            [
+                slots.tokens_BT[slots.mixed][slots.is_loss],
+                slots.tokens_BT[slots.clean][slots.is_query],
+            ],
+            np.int64,
+        ),
         weights_E=_join([weight_B[sample_E]], np.float32),
         elbo_weights_E=_join([elbo_weight_B[sample_E]], np.float32),
         phase_E=_join([phase_B[sample_E]], np.int64),
         sample_E=_join([sample_E], np.int64),
-        lengths=rows.loss_lengths,
+        lengths=tuple(slots.counts.tolist()),
     )
+    rows = _pack(slots, mask_token_id)
     micro_batch = MicroBatch(rows=rows, loss=loss, indices_B=indices_B, phase_B=phase_B)
     return micro_batch.pad(1, mask_token_id)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Slots:
+    """The samples of a micro-batch in slot order, and the slots that become rows of each kind.
+
+    Attributes:
+        tokens_BT: Clean tokens in slot order.
+        permutation_BT: Positions of the slots.
+        length_B: Real tokens of the samples.
+        mixed: Samples that become mixed streams; samples without a masked token have no rows.
+        clean: Samples that become clean streams with queries.
+        counts: Masked tokens of the mixed samples, then of the clean ones.
+        is_loss: Slots of the mixed samples that hold a mask token.
+        is_query: Slots of the clean samples that a query predicts.
+        in_mixed: Slots of the mixed samples that are rows.
+        in_clean: Slots of the clean samples that are rows: all but the last.
+    """
+
+    tokens_BT: NDArray[np.int64]
+    permutation_BT: NDArray[np.int64]
+    length_B: NDArray[np.int64]
+    mixed: NDArray[np.int64]
+    clean: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    is_loss: NDArray[np.bool_]
+    is_query: NDArray[np.bool_]
+    in_mixed: NDArray[np.bool_]
+    in_clean: NDArray[np.bool_]
+
+    @classmethod
+    def sort(cls, x_0_BT: NDArray[np.int64], noise: Noise) -> Self:
+        """Sort texts by slot; clean tokens come first, masked ones fill a sample's last slots."""
+        num_masked_B = noise.is_masked_BT.sum(axis=1)
+        mixed = np.flatnonzero(~noise.is_sequential_B & (num_masked_B > 0))
+        clean = np.flatnonzero(noise.is_sequential_B & (num_masked_B > 0))
+        slot_T = np.arange(x_0_BT.shape[1])
+        is_real_BT = slot_T < noise.length_B[:, None]
+        is_masked_BT = is_real_BT & (slot_T >= (noise.length_B - num_masked_B)[:, None])
+        return cls(
+            tokens_BT=np.take_along_axis(x_0_BT, noise.permutation_BT, axis=1),
+            permutation_BT=noise.permutation_BT,
+            length_B=noise.length_B,
+            mixed=mixed,
+            clean=clean,
+            counts=num_masked_B[np.concatenate([mixed, clean])],
+            is_loss=is_masked_BT[mixed],
+            is_query=is_masked_BT[clean],
+            in_mixed=is_real_BT[mixed],
+            in_clean=slot_T < noise.length_B[clean, None] - 1,
+        )
+
+
+def _pack(slots: _Slots, mask_token_id: int) -> Rows:
+    """Pack the rows: mixed streams, clean streams, queries."""
+    mixed, clean = slots.mixed, slots.clean
+    queries = slots.permutation_BT[clean][slots.is_query]
+    tokens_R = [
+        np.where(slots.is_loss, mask_token_id, slots.tokens_BT[mixed])[slots.in_mixed],
+        slots.tokens_BT[clean][slots.in_clean],
+        np.full(len(queries), mask_token_id),
+    ]
+    positions_R = [
+        slots.permutation_BT[mixed][slots.in_mixed],
+        slots.permutation_BT[clean][slots.in_clean],
+        queries,
+    ]
+    num_rows = sum(len(part) for part in tokens_R)
+    loss_rows_E = [
+        np.flatnonzero(slots.is_loss[slots.in_mixed]),
+        np.arange(num_rows - len(queries), num_rows),
+    ]
+    lengths = (*slots.length_B[mixed].tolist(), *(slots.length_B[clean] - 1).tolist())
+    return Rows(
+        tokens_R=_join(tokens_R, np.int64),
+        positions_R=_join(positions_R, np.int64),
+        stream_lengths=lengths,
+        num_mixed_streams=len(mixed),
+        query_lengths=tuple(slots.counts[len(mixed) :].tolist()),
+        loss_rows_E=_join(loss_rows_E, np.int64),
+        loss_lengths=tuple(slots.counts.tolist()),
+        num_rows=num_rows,
+        num_loss_rows=int(slots.counts.sum()),
+    )
 
 
 def _join(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> Tensor:

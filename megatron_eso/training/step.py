@@ -80,22 +80,9 @@ def train_step(
         flops_per_token: Counted for every real token, whatever the length of its sample.
         dropout_seed: The run's seed; None where nothing is dropped out.
     """
-    # Forward and backward over the micro-batches, and the losses of the whole batch.
     clear_gradients(state)
-    step = partial(
-        forward_step,
-        objective=objective,
-        tokens=plan.tokens,
-        # Megatron-Core averages over micro-batches and data-parallel ranks; the loss is a sum.
-        scale=len(plan.micro_batches) * groups.dp.size(),
-        dropout_seed=dropout_seed,
-        pp_rank=groups.pp.rank(),
-    )
-    reports = run_schedule(step, state, plan.micro_batches, groups, forward_only=False)
+    own_losses = run_micro_batches(state, plan, objective, groups, dropout_seed)
     num_phases = len(objective.phases)
-    own_losses = torch.zeros(2 * num_phases, dtype=torch.float64)
-    if reports:
-        own_losses = torch.stack(reports).sum(0)
     losses = reduce_over_world(own_losses.clone(), groups)
     losses_P, elbo_P = losses[:num_phases], losses[num_phases:]
     loss, nelbo = float(objective.combine(losses_P)), float(objective.combine(elbo_P))
@@ -124,6 +111,34 @@ def train_step(
     )
     advance(state, result, config, flops_per_token)
     return result
+
+
+def run_micro_batches(
+    state: TrainState,
+    plan: StepPlan,
+    objective: Objective,
+    groups: ProcessGroupCollection,
+    dropout_seed: int | None,
+) -> Tensor:
+    """Run forward and backward of a step; collective over the world, errors as for `train_step`.
+
+    Returns:
+        This rank's part of the losses of the phases, with the weights of the objective and then of
+        the NELBO: float64 `[2 P]`, zeros on the pipeline stages that have none.
+    """
+    step = partial(
+        forward_step,
+        objective=objective,
+        tokens=plan.tokens,
+        # Megatron-Core averages over micro-batches and data-parallel ranks; the loss is a sum.
+        scale=len(plan.micro_batches) * groups.dp.size(),
+        dropout_seed=dropout_seed,
+        pp_rank=groups.pp.rank(),
+    )
+    reports = run_schedule(step, state, plan.micro_batches, groups, forward_only=False)
+    if not reports:
+        return torch.zeros(2 * len(objective.phases), dtype=torch.float64)
+    return torch.stack(reports).sum(0)
 
 
 def advance(

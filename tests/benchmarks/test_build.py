@@ -25,7 +25,7 @@ import psutil
 import pytest
 
 from data_tools.text.embedded_corpus import collect_documents
-from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
+from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 
 NUM_WORKERS = 2

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from data_tools.text.documents import hash_document, parse_unit
-from data_tools.text.inputs import SPAN_BYTES, TextOptions, find_inputs, plan_spans
+from data_tools.text.inputs import find_inputs
+from data_tools.text.interface import TextOptions, Unit, hash_document
 from data_tools.text.problems import Problem
-from data_tools.text.units import UNIT_BYTES, Unit, read_units
+from data_tools.text.spans import SPAN_BYTES, plan_spans
+from data_tools.text.units import UNIT_BYTES, parse_unit, read_units
 
 SEPARATOR = "<|end|>\n"
 

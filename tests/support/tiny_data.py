@@ -3,8 +3,8 @@
 import random
 from pathlib import Path
 
-from data_tools.build.build_shards import BuildOptions, build_dataset
-from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
+from data_tools.build.dataset import BuildOptions, build_dataset
+from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
 
 NUM_WORDS = 200
 NUM_DOCUMENTS = 300

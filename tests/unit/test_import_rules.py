@@ -83,12 +83,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.sampler.texts": ERRORS + SAMPLER + TOKENIZERS,
     "data_tools": BASE + REMOTE + TOKENIZERS,
     "data_tools.text": BASE + TOKENIZERS,
-    "data_tools.build": BASE + SHARDS + TOKENIZERS + RANDOMNESS + ("data_tools.text",),
-    "data_tools.imports": BASE + SHARDS + TOKENIZERS + ("data_tools.build",),
+    "data_tools.output": BASE,
+    "data_tools.build": BASE
+    + (SHARDS + TOKENIZERS + RANDOMNESS + ("data_tools.text", "data_tools.output")),
+    "data_tools.imports": BASE + SHARDS + TOKENIZERS + ("data_tools.output",),
     "data_tools.reports": BASE
     + (CONFIG + RUNS + REMOTE + TOKENIZERS + SAMPLES + ("data_tools.build",)),
     "checkpoints_conversion": BASE + CONFIG + RANDOMNESS + RUNS + TOKENIZERS + SAMPLER,
     "checkpoints_conversion.parameter_map": ERRORS + SAMPLER,
+    "checkpoints_conversion.network_fields": ERRORS
+    + CONFIG
+    + ("megatron_eso.sampler.layers_eso_lm",),
     "pretrain": ("megatron_eso", "data_tools", "checkpoints_conversion"),
 }
 USES_MEGATRON = ("megatron_eso.model", "megatron_eso.training", "pretrain")

@@ -36,7 +36,7 @@ from megatron_eso.data.shards.format import (
 from megatron_eso.data.shards.manifest import HashedFile, Manifest, Source, Split, dataset_id
 from megatron_eso.data.tokenizers.fingerprint import TokenizerFingerprint
 from megatron_eso.errors import DataError
-from megatron_eso.files import new_file, sync_path
+from megatron_eso.files import new_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,12 +222,10 @@ class DatasetPublisher:
             blocks=self._blocks.close(),
             documents=documents.close(),
         )
-        sync_path(self._directory)
         encoded = manifest.encode()
         file = HashingFile(self._directory / MANIFEST_FILE)
         file.write(encoded)
         file.close()
-        sync_path(self._directory)
         return dataset_id(encoded)
 
     def _write_tokenizer(self, files: Mapping[str, bytes]) -> tuple[HashedFile, ...]:
@@ -238,7 +236,6 @@ class DatasetPublisher:
             file = HashingFile(folder / name)
             file.write(files[name])
             written.append(file.close())
-        sync_path(folder)
         return tuple(written)
 
 

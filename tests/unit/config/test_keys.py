@@ -14,8 +14,8 @@ from megatron_eso.config.keys import (
     Logged,
     Only,
     describe_interval,
+    describe_keys,
     is_inside,
-    list_keys,
     read_interval,
 )
 from megatron_eso.config.objective import ObjectiveConfig
@@ -232,13 +232,15 @@ def test_a_key_of_another_objective_is_refused_in_one_line() -> None:
         check_objective(traced)
     assert str(raised.value) == (
         'command line: objective.alpha_0 = 0.5: objective.name = "second" has no such key; '
-        "leave it out"
+        "leave it out, or set its default"
     )
 
 
 def test_the_keys_of_eso_lm_are_its_own() -> None:
     own = {
-        key.name for key in list_keys("objective", ObjectiveConfig) if "eso_lm" in key.objectives
+        key.name
+        for key in describe_keys("objective", ObjectiveConfig)
+        if "eso_lm" in key.objectives
     }
     assert own == {"variant", "alpha_0", "batch_split", "loss_type", "sampling_eps"}
 

@@ -6,7 +6,7 @@ import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
-from megatron_eso.config.keys import list_keys
+from megatron_eso.config.keys import describe_keys
 from megatron_eso.config.reference import format_reference, read_meanings
 from megatron_eso.config.sections import KEYS, SECTIONS
 
@@ -17,7 +17,7 @@ REMEDY = "python -m megatron_eso.config.reference > docs/configuration.md"
 def test_every_key_has_a_line_of_its_own() -> None:
     for name, section in SECTIONS.items():
         meanings = read_meanings(section)
-        assert set(meanings) == {key.name for key in list_keys(name, section)}
+        assert set(meanings) == {key.name for key in describe_keys(name, section)}
         assert all(text.endswith(".") and "|" not in text for text in meanings.values())
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from data_tools.text.embedded_corpus import collect_documents
-from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
+from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
 from megatron_eso.data.shards.manifest import Source
 from megatron_eso.data.shards.writer import DatasetWriter
 from megatron_eso.data.tokenizers.fingerprint import TokenizerFingerprint

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.text.embedded_corpus import write_corpus
-from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
+from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
 
 
 @pytest.fixture(scope="session")

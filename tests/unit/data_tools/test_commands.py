@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.train_tokenizer import TokenizerOptions, train_tokenizer
+from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import ConfigError, DataError

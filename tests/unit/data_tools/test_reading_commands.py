@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.reports import bench_reader
-from data_tools.reports.bench_reader import read_ahead, read_randomly
+from data_tools.reports import reader_speed
+from data_tools.reports.reader_speed import read_ahead, read_randomly
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import DataError
 
@@ -99,7 +99,7 @@ def test_a_url_is_as_good_as_a_directory(folder: Path, url: str, run: Run, tmp_p
 
 
 def test_bench_reads_in_every_way(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_reader, "SECONDS", 0.05)
+    monkeypatch.setattr(reader_speed, "SECONDS", 0.05)
     report = json.loads(run("bench", folder, "--sequence-length", 100, "--json"))
     assert report["location"] == str(folder / "train")
     for way in report["ways"]:

@@ -1,0 +1,173 @@
+"""What a build was begun with, on the disk: whoever goes on must mean the same."""
+
+import base64
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.text.compression import Compression
+from data_tools.text.interface import InputFile
+from data_tools.text.spans import Span, plan_spans
+from megatron_eso.data.tokenizers.fingerprint import TokenizerFingerprint
+from megatron_eso.errors import ConfigError
+from megatron_eso.files import write_once
+
+PLAN_FILE = "plan.json"
+FORMAT_VERSION = 1
+"""Of the plan and of all that lies beside it; what another version began is not gone on with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedInput:
+    """An input file, as all machines see it."""
+
+    name: str
+    kind: str
+    compression: Compression | None
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildPlan:
+    """What decides the bytes of the datasets; the names of its fields are those of the options."""
+
+    text_key: str
+    document_separator: str | None
+    validation: float
+    deduplicate: bool
+    shuffle: int | None
+    record_tokens: int
+    shard_records: int
+    span_bytes: int
+    tokenizer: TokenizerFingerprint
+    input: tuple[PlannedInput, ...]
+
+    def plan_spans(self) -> list[Span]:
+        """The spans of the input; they follow from the sizes of the files."""
+        files = [
+            InputFile(
+                path=None,
+                name=file.name,
+                kind=file.kind,
+                compression=file.compression,
+                num_bytes=file.num_bytes,
+            )
+            for file in self.input
+        ]
+        return plan_spans(files, self.span_bytes)
+
+    def find_difference(self, other: "BuildPlan") -> str | None:
+        """Say in which option another plan differs, as `--option A, not B`."""
+        for each in dataclasses.fields(self):
+            ours, theirs = getattr(self, each.name), getattr(other, each.name)
+            if ours == theirs:
+                continue
+            option = f"--{each.name.replace('_', '-')}"
+            if each.name == "tokenizer":
+                return f"{option} of model {ours.model_sha256[:12]}, not {theirs.model_sha256[:12]}"
+            if each.name == "input":
+                return f"{option} {_compare_inputs(ours, theirs)}"
+            return f"{option} {ours}, not {theirs}"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredPlan:
+    """A plan, with what merging needs beside it."""
+
+    plan: BuildPlan
+    num_parts: int
+    """Of the array that began; names the parts that are missing."""
+    tokenizer_files: Mapping[str, bytes]
+
+
+def list_inputs(files: Sequence[InputFile]) -> tuple[PlannedInput, ...]:
+    """The inputs without their places on this machine."""
+    return tuple(
+        PlannedInput(
+            name=file.name, kind=file.kind, compression=file.compression, num_bytes=file.num_bytes
+        )
+        for file in files
+    )
+
+
+def store_plan(directory: Path, stored: StoredPlan) -> StoredPlan:
+    """Write a plan unless there is one; of several processes one writes it.
+
+    Returns:
+        The plan that is there.
+    """
+    write_once(directory / PLAN_FILE, json.dumps(_encode(stored)))
+    found = read_plan(directory)
+    assert found is not None
+    return found
+
+
+def read_plan(directory: Path) -> StoredPlan | None:
+    """The plan of a directory, None where there is none.
+
+    Raises:
+        ConfigError: another version of the program began the work.
+    """
+    try:
+        text = (directory / PLAN_FILE).read_text(encoding="ascii")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    fields = json.loads(text)
+    if fields.get("format_version") != FORMAT_VERSION:
+        raise ConfigError(
+            f"{directory} was begun by another version of this program; go on with that, or "
+            "remove it to begin anew"
+        )
+    plan = fields["plan"]
+    return StoredPlan(
+        plan=BuildPlan(
+            **plan
+            | {
+                "tokenizer": TokenizerFingerprint(**plan["tokenizer"]),
+                "input": tuple(PlannedInput(**each) for each in plan["input"]),
+            }
+        ),
+        num_parts=fields["num_parts"],
+        tokenizer_files={
+            name: base64.b64decode(content) for name, content in fields["tokenizer_files"].items()
+        },
+    )
+
+
+def check_plan(directory: Path, stored: BuildPlan, asked: BuildPlan) -> None:
+    """Refuse to go on with other options than the work was begun with.
+
+    Raises:
+        ConfigError: an option differs.
+    """
+    difference = stored.find_difference(asked)
+    if difference is not None:
+        raise ConfigError(
+            f"{directory} was begun with {difference}; give the options that it was begun with, "
+            "or remove it to begin anew"
+        )
+
+
+def _encode(stored: StoredPlan) -> dict[str, Any]:
+    return {
+        "format_version": FORMAT_VERSION,
+        "plan": dataclasses.asdict(stored.plan),
+        "num_parts": stored.num_parts,
+        "tokenizer_files": {
+            name: base64.b64encode(content).decode("ascii")
+            for name, content in stored.tokenizer_files.items()
+        },
+    }
+
+
+def _compare_inputs(ours: Sequence[PlannedInput], theirs: Sequence[PlannedInput]) -> str:
+    if len(ours) != len(theirs):
+        return f"of {len(ours)} files, not {len(theirs)}"
+    first, other = next((one, two) for one, two in zip(ours, theirs, strict=True) if one != two)
+    if first.name != other.name:
+        return f"{first.name}, not {other.name}"
+    return f"{first.name} of {first.num_bytes} bytes, not {other.num_bytes}"

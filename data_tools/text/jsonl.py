@@ -1,0 +1,78 @@
+"""JSONL: a document per line, under the text key."""
+
+import json
+from collections.abc import Iterator
+
+from data_tools.text.interface import (
+    Document,
+    InputFile,
+    Slice,
+    TextFormat,
+    TextOptions,
+    Unit,
+    hash_document,
+)
+from data_tools.text.problems import INVALID_UTF8, Problem, find_invalid_utf8
+from data_tools.text.streams import read_stream
+
+_DECODER = json.JSONDecoder()
+
+
+def _read(
+    file: InputFile, part: Slice, index: int, options: TextOptions, unit_bytes: int
+) -> Iterator[Unit]:
+    return read_stream(file, part, index, separator=b"\n", unit_bytes=unit_bytes)
+
+
+def _parse(unit: Unit, options: TextOptions) -> Iterator[Document | Problem]:
+    for line, content in enumerate(_split_lines(unit.data), start=unit.first_line):
+        try:
+            record = _DECODER.decode(content)  # type: ignore[arg-type]
+            text = record[options.text_key].encode("utf-8")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            wrong = _explain(content, options.text_key)
+            if wrong is not None:
+                yield unit.name_problem(line, wrong)
+        else:
+            yield Document(text=text, hash=hash_document(text))
+    yield from unit.problems
+
+
+def _split_lines(data: bytes) -> list[str] | list[str | None]:
+    """The lines; None for those in invalid UTF-8."""
+    try:
+        return data.decode("utf-8").split("\n")
+    except UnicodeDecodeError:
+        lines = data.split(b"\n")
+        return [None if find_invalid_utf8(line) is not None else line.decode() for line in lines]
+
+
+def _explain(line: str | None, text_key: str) -> str | None:
+    """What is wrong with a line without text; None if it is blank."""
+    if line is None:
+        return INVALID_UTF8
+    if not line.strip():
+        return None
+    try:
+        record = _DECODER.decode(line)
+    except json.JSONDecodeError as error:
+        return f"invalid JSON ({error.msg}, column {error.colno}); mend the line"
+    except (ValueError, RecursionError) as error:
+        return f"invalid JSON ({error}); mend the line"
+    if not isinstance(record, dict):
+        return "not a JSON object; each line must be one"
+    if text_key not in record:
+        return f"no key {text_key!r}; name the key of the text by --text-key"
+    if not isinstance(record[text_key], str):
+        return f"{text_key!r} is not a string; name the key of the text by --text-key"
+    return "the text holds half a surrogate pair; mend the line"
+
+
+JSONL = TextFormat(
+    name="jsonl",
+    suffixes=(".jsonl", ".ndjson", ".json"),
+    is_compressible=True,
+    is_sliceable=True,
+    read=_read,
+    parse=_parse,
+)

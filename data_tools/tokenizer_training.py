@@ -1,0 +1,199 @@
+"""`train-tokenizer`: a lossless SentencePiece tokenizer with a mask token, reproducibly."""
+
+import heapq
+import io
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import sentencepiece
+import xxhash
+
+from data_tools.output import new_output
+from data_tools.text.inputs import find_inputs
+from data_tools.text.interface import InputFile, TextOptions, Unit
+from data_tools.text.problems import Problem
+from data_tools.text.spans import plan_spans
+from data_tools.text.units import parse_unit, read_units
+from megatron_eso.data.tokenizers.sentencepiece_model import MODEL_FILE
+from megatron_eso.data.tokenizers.special_tokens import MASK_NAME
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer, split_segments
+from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.progress import Progress
+
+TRAINING_FILE = "tokenizer_training.json"
+
+_SAMPLE_BYTES = 256 * 2**20
+_NUM_ROUND_TRIPS = 1000
+# Their number decides how SentencePiece sums up scores, hence the pieces: the same on any machine.
+_NUM_THREADS = 8
+# Longer lines are cut: the trainer would leave them out.
+_LINE_CHARACTERS = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerOptions:
+    """What to train."""
+
+    inputs: Sequence[str]
+    """Files, folders, globs, or standard input."""
+    vocab_size: int
+    """Ids, the mask token among them."""
+    out: Path
+    text: TextOptions = TextOptions()
+    model_type: Literal["unigram", "bpe"] = "unigram"
+
+
+def train_tokenizer(options: TokenizerOptions) -> Tokenizer:
+    """Train a tokenizer and write it to a new directory.
+
+    Large inputs are sampled by the hash of their text, so that memory stays bounded.
+
+    Raises:
+        ConfigError: the vocabulary size does not fit the text, or a path is wrong.
+        DataError: the text is damaged.
+    """
+    start = time.monotonic()
+    with new_output(options.out) as building:
+        sample = _sample_text(options)
+        sys.stderr.write(
+            f"train-tokenizer: {options.vocab_size} pieces from "
+            f"{sum(map(len, sample)) / 1e6:.1f} MB of text\n"
+        )
+        tokenizer = Tokenizer({MODEL_FILE: _train_model(sample, options)})
+        tokenizer.save(building)
+        training = {
+            "normalization": "identity",
+            "model_type": options.model_type,
+            "num_threads": _NUM_THREADS,
+            "sample_bytes": sum(map(len, sample)),
+            "sentencepiece": sentencepiece.__version__,
+            "vocab_size": options.vocab_size,
+        }
+        text = json.dumps(training, sort_keys=True, indent=1) + "\n"
+        (building / TRAINING_FILE).write_text(text, encoding="ascii")
+    _report(options.out, tokenizer, sample, time.monotonic() - start)
+    return tokenizer
+
+
+class _Sample:
+    """The segments of the lowest hashes, as many as there is room for."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._room = num_bytes
+        self._seen = 0
+        # The smallest entry is the segment of the highest hash, of equal ones the last.
+        self._heap: list[tuple[int, int, bytes]] = []
+        # Nothing comes back into the room that a large segment has left: what is kept depends on
+        # the segments alone, not on when room was made.
+        self._bound = 2**64
+
+    def add(self, segment: bytes) -> None:
+        """Take a segment if its hash allows."""
+        value = xxhash.xxh3_64_intdigest(segment)
+        self._seen += 1
+        if value >= self._bound:
+            return
+        heapq.heappush(self._heap, (-value, -self._seen, segment))
+        self._room -= len(segment)
+        while self._room < 0 and len(self._heap) > 1:
+            value, _, segment = heapq.heappop(self._heap)
+            self._bound = -value
+            self._room += len(segment)
+
+    def segments(self) -> list[bytes]:
+        """In the order in which they were added."""
+        return [segment for _, _, segment in sorted(self._heap, key=lambda entry: -entry[1])]
+
+
+def _sample_text(options: TokenizerOptions) -> list[bytes]:
+    files = find_inputs(options.inputs)
+    progress = Progress("train-tokenizer: reading", sum(file.num_bytes for file in files))
+    sample = _Sample(_SAMPLE_BYTES)
+    problems: list[Problem] = []
+    num_problems = 0
+    for unit in _read_all(files, options.text):
+        found: list[Problem] = []
+        for document in parse_unit(unit, options.text, found):
+            for segment in split_segments(document.text):
+                sample.add(segment)
+        num_problems += len(found)
+        problems = problems or found[:1]
+        progress.advance(unit.raw_bytes)
+    progress.finish()
+    for problem in problems:
+        sys.stderr.write(
+            f"train-tokenizer: {num_problems} bad places left out, first {problem.describe()}\n"
+        )
+    segments = sample.segments()
+    if not segments:
+        raise DataError("the input holds no text to train on; check --input and --text-key")
+    return segments
+
+
+def _read_all(files: Sequence[InputFile], options: TextOptions) -> Iterator[Unit]:
+    for span in plan_spans(files):
+        yield from read_units(files, span, options)
+
+
+def _train_model(sample: Sequence[bytes], options: TokenizerOptions) -> bytes:
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_iterate_lines(sample),
+            model_writer=model,
+            model_type=options.model_type,
+            vocab_size=options.vocab_size,
+            # Lossless: no normalization, all white space kept, any byte has a piece.
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            byte_fallback=True,
+            allow_whitespace_only_pieces=True,
+            character_coverage=0.9995,
+            # Training is fed by lines and would never meet a newline.
+            user_defined_symbols=["\n", "\t"],
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            control_symbols=[MASK_NAME],
+            max_sentence_length=8 * _LINE_CHARACTERS,
+            num_threads=_NUM_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        # The message follows its place in the source: "Internal: file(line) [check] ...".
+        message = str(error).rpartition("] ")[2]
+        if "ocabulary size" in message or "vocab_size" in message:
+            raise ConfigError(
+                f"--vocab-size {options.vocab_size} does not fit the text: {message}"
+            ) from error
+        raise DataError(f"SentencePiece cannot train on this text: {message}") from error
+    return model.getvalue()
+
+
+def _iterate_lines(sample: Sequence[bytes]) -> Iterator[str]:
+    for segment in sample:
+        for line in segment.decode("utf-8").split("\n"):
+            for start in range(0, len(line), _LINE_CHARACTERS):
+                yield line[start : start + _LINE_CHARACTERS]
+
+
+def _report(out: Path, tokenizer: Tokenizer, sample: Sequence[bytes], seconds: float) -> None:
+    step = max(1, len(sample) // _NUM_ROUND_TRIPS)
+    tried = [segment.decode("utf-8") for segment in sample[::step]]
+    exact = sum(tokenizer.decode(tokenizer.encode(text)) == text for text in tried)
+    special = sum(text.count("\u2581") for text in tried)
+    fingerprint = tokenizer.fingerprint()
+    sys.stdout.write(
+        f"{out}: {tokenizer.vocab_size} pieces, mask token {tokenizer.mask_token_id}, "
+        f"in {seconds:.1f} s\n"
+        f"fingerprint: model {fingerprint.model_sha256}, pieces {fingerprint.pieces_sha256}\n"
+        f"round trip: {exact} of {len(tried)} texts exact; "
+        f"U+2581 in them (comes back as a space): {special}\n"
+    )

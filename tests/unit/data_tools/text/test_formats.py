@@ -1,0 +1,63 @@
+"""The table of text formats: which file is of which, and what every format must do."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from data_tools.text.formats import FORMATS, find_format, list_suffixes
+from data_tools.text.interface import InputFile, Slice, TextFormat, TextOptions
+from tests.support.input_files import to_jsonl, write_parquet
+
+TEXTS = ["first", "second, naïve", "third"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.jsonl", "jsonl"),
+        ("a.b.ndjson", "jsonl"),
+        ("a.json.gz", "jsonl"),
+        ("a.txt.zst", "txt"),
+        ("a.parquet", "parquet"),
+        ("a.parquet.gz", None),
+        ("a.gz", None),
+        ("a.csv", None),
+        ("jsonl", None),
+    ],
+)
+def test_suffixes_decide(name: str, expected: str | None) -> None:
+    found = find_format(Path(name))
+    assert (found and found.name) == expected
+
+
+def test_the_suffixes_are_named_in_messages() -> None:
+    assert list_suffixes() == ".jsonl, .ndjson, .json, .txt (each also .gz, .zst) and .parquet"
+
+
+def test_no_suffix_and_no_name_is_taken_twice() -> None:
+    suffixes = [suffix for each in FORMATS.values() for suffix in each.suffixes]
+    assert len(set(suffixes)) == len(suffixes)
+    assert all(name == each.name for name, each in FORMATS.items())
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=list(FORMATS))
+def test_every_format_gives_the_documents_of_a_file(tmp_path: Path, form: TextFormat) -> None:
+    path = tmp_path / f"a{form.suffixes[0]}"
+    match form.name:
+        case "jsonl":
+            path.write_bytes(to_jsonl(TEXTS))
+        case "txt":
+            path.write_bytes("|".join(TEXTS).encode())
+        case "parquet":
+            write_parquet(path, TEXTS)
+    size = path.stat().st_size
+    file = InputFile(path=path, name=path.name, kind=form.name, compression=None, num_bytes=size)
+    options = TextOptions(document_separator="|")
+    units = list(form.read(file, Slice(file=0, start=0, stop=size), 5, options, 8))
+    assert units[-1].source is not None
+    assert units[-1].source.num_bytes == size == sum(unit.raw_bytes for unit in units)
+    assert {(unit.slice, unit.kind, unit.path) for unit in units} == {(5, form.name, str(path))}
+    assert [unit.source for unit in units[:-1]] == [None] * (len(units) - 1)
+    documents = [document for unit in units for document in form.parse(unit, options)]
+    assert [dataclasses.asdict(document)["text"].decode() for document in documents] == TEXTS
