@@ -193,6 +193,11 @@ class ParallelConfig:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
     @property
+    def row_multiple(self) -> int:
+        """What the rows of a micro-batch must divide by: sequence parallelism splits them."""
+        return self.tensor_model_parallel_size if self.sequence_parallel else 1
+
+    @property
     def num_pipeline_parts(self) -> int:
         """Parts that the pipeline cuts the model into: stages, times chunks where interleaved."""
         return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)

@@ -55,7 +55,9 @@ def evaluate_checkpoint(
         raise CheckpointError(f"{checkpoint}: holds no EMA weights; use --weights raw")
     mask_token_id = config.data.vocabulary.mask_token_id
     objective = build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id)
-    batches = ValidationBatches(config, objective, validation)
+    batches = ValidationBatches(
+        objective, validation, config.validation, row_multiple=config.parallel.row_multiple
+    )
     with process_group(), model_parallel_groups(config.parallel) as groups:
         state = load_state(checkpoint, config, weights, groups)
         estimate = evaluate(state, batches, groups, use_ema=False)

@@ -18,6 +18,7 @@ from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import DataError
 from megatron_eso.estimates.flops import training_flops_per_token
 from megatron_eso.objectives.build import build_objective
+from megatron_eso.objectives.objective import Objective
 from megatron_eso.ranks import is_first_rank
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.status import JobFacts, State
@@ -106,24 +107,24 @@ def build_trainer(
         stack: Takes down what is built, when it is closed.
     """
     groups, watchdog = join_world(config, run, stack)
-    mask_token_id = config.data.vocabulary.mask_token_id
-    objective = build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id)
     with watchdog.deadline("start"):
-        batches = TrainingBatches(config, objective, train_data, groups.dp.size())
+        batches = build_batches(config, train_data, groups.dp.size())
         check_data(batches.state)
         hosts = gather_hosts()
+        dropout_seed = config.run.seed if config.model.hidden_dropout > 0 else None
         state, checkpoints = restore_state(config, batches, run, groups)
+        try_largest_batch(
+            state, batches, config.train, config.parallel, groups, dropout_seed=dropout_seed
+        )
     logger.info("samples: %s", train_data.describe())
     records = open_records(config, run, batches, state, hosts, watchdog, stack)
-    validation = None
-    if validation_data is not None:
-        validation = ValidationBatches(config, objective, validation_data)
+    validation = build_validation(config, batches.objective, validation_data)
     prefetcher = StepPrefetcher(batches, groups.dp.rank(), config.data.prefetch_steps)
     train = config.train
     return Trainer(
         train_config=train,
         batch_check_interval=config.data.batch_check_interval,
-        dropout_seed=config.run.seed if config.model.hidden_dropout > 0 else None,
+        dropout_seed=dropout_seed,
         state=state,
         groups=groups,
         batches=batches,
@@ -153,6 +154,28 @@ def join_world(
     return groups, stack.enter_context(build_watchdog(config.watchdog, log))
 
 
+def build_batches(config: Config, data: TrainingData, data_parallel_size: int) -> TrainingBatches:
+    """Build the run's objective, and what plans its batches; no communication."""
+    mask_token_id = config.data.vocabulary.mask_token_id
+    return TrainingBatches(
+        build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id),
+        data,
+        config.train,
+        data_parallel_size=data_parallel_size,
+        row_multiple=config.parallel.row_multiple,
+    )
+
+
+def build_validation(
+    config: Config, objective: Objective, data: ValidationData | None
+) -> ValidationBatches | None:
+    """Build what plans the batches of a validation, where there is one; no communication."""
+    if data is None:
+        return None
+    multiple = config.parallel.row_multiple
+    return ValidationBatches(objective, data, config.validation, row_multiple=multiple)
+
+
 def restore_state(
     config: Config, batches: TrainingBatches, run: RunDirectory, groups: ProcessGroupCollection
 ) -> tuple[TrainState, Checkpoints]:
@@ -162,7 +185,6 @@ def restore_state(
     logger.info("%s", describe_parts(config, state))
     initial = run.initial if run.initial.exists() else None
     restore(state, config, checkpoints, init_from=initial)
-    try_largest_batch(config, state, batches, groups)
     return state, checkpoints
 
 

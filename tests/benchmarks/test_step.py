@@ -34,7 +34,7 @@ def time_steps(run: Path, data: Path, overrides: Overrides) -> float:
     seconds = []
     with model_parallel_groups(config.parallel) as groups:
         state = build_train_state(config, groups)
-        batches = open_batches(config, groups)
+        batches = open_batches(config, groups.dp.size())
         for _ in range(NUM_STEPS + 1):
             began = time.perf_counter()
             take_step(config, state, batches, groups)

@@ -101,7 +101,7 @@ def compare_steps(run: Path, data_by_rank: Path, overrides: Overrides) -> list[s
     config = tiny_config(run, data_by_rank / str(dist.get_rank()), overrides)
     messages = []
     with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups)
+        batches = open_batches(config, groups.dp.size())
         for step in range(STEP + 2):
             plan = batches.plan_step(batches.step(step, step * BATCH), groups.dp.rank())
             try:

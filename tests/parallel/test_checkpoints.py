@@ -67,7 +67,7 @@ def build(run: Path, data: Path, overrides: Overrides, groups):  # type: ignore[
     from tests.support.training import tiny_config
 
     config = tiny_config(run, data, overrides)
-    batches = open_batches(config, groups)
+    batches = open_batches(config, groups.dp.size())
     state = build_train_state(config, groups)
     return config, batches, state, Checkpoints(run / "checkpoints", config.checkpoint, batches)
 

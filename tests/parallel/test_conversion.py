@@ -73,7 +73,6 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from megatron_eso.training.steps.batches import row_multiple
     from megatron_eso.training.steps.evaluation import for_evaluation
     from megatron_eso.training.steps.step import run_schedule
     from megatron_eso.training.steps.train_state import build_train_state
@@ -94,12 +93,12 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
         )
         objective = eso_lm(dataset.mask_token_id, alpha_0=alpha_0)
         micro_batches.append(
-            plan_noise(objective, x_0, noise, row_multiple=row_multiple(config.parallel))
+            plan_noise(objective, x_0, noise, row_multiple=config.parallel.row_multiple)
         )
         answers += map(torch.from_numpy, (x_0, noise.is_masked_BT, noise.permutation_BT))
 
     with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups)
+        batches = open_batches(config, groups.dp.size())
         state = build_train_state(config, groups)
         restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
         captured: list[Tensor] = []

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eso.data.samples.training_data import TrainingData
-from tests.support.planning import objective_of
 from tests.support.training import (
     LAYOUTS,
     OVERLAPPED,
@@ -50,12 +48,8 @@ PLANS: dict[str, Overrides] = {
 
 @pytest.mark.parametrize("case", PLANS)
 def test_no_micro_batch_is_larger(case: str, tiny_data: Path, tmp_path: Path) -> None:
-    from megatron_eso.training.steps.batches import TrainingBatches
-
     config = tiny_config(tmp_path, tiny_data, PLANS[case])
-    batches = TrainingBatches(
-        config, objective_of(config), TrainingData.open(config.data, config.run.seed), 1
-    )
+    batches = open_batches(config, 1)
     largest = count_rows(batches.plan_largest())
     draw, seen = np.random.default_rng(0), 0
     while seen < NUM_MICRO_BATCHES:
@@ -93,7 +87,7 @@ def run_dry(run: Path, data: Path, overrides: Overrides, tries: bool) -> tuple[A
 
     config = tiny_config(run, data, overrides)
     with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups)
+        batches = open_batches(config, groups.dp.size())
         state = build_train_state(config, groups)
         before, counters = copy(state), state.counters
         if tries:
@@ -136,8 +130,8 @@ def raise_shortage(run: Path, data: Path, overrides: Overrides) -> str:
 
     config = tiny_config(run, data, overrides)
     with model_parallel_groups(config.parallel) as groups:
-        num_rows = open_batches(config, groups).plan_largest().rows.num_rows
-        return str(explain_shortage(config, num_rows, 2**32))
+        batches = open_batches(config, groups.dp.size())
+        return str(explain_shortage(batches, config.train, config.parallel, 2**32))
 
 
 def test_the_error_names_the_levers(world: World, tiny_data: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.objectives.noise import draw_noise, validation_times
 from megatron_eso.objectives.objective import VALIDATION_SEED
@@ -20,6 +19,7 @@ from tests.support.training import (
     OVERLAPPED,
     Overrides,
     open_batches,
+    open_held_out,
     read_checkpoint,
     take_step,
     tiny_config,
@@ -44,18 +44,15 @@ def evaluate_tiny(run: Path, data: Path, overrides: Overrides) -> tuple[Any, Any
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from megatron_eso.training.steps.batches import ValidationBatches
     from megatron_eso.training.steps.evaluation import evaluate
     from megatron_eso.training.steps.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
-    validation = ValidationData.open(config.data)
-    assert validation is not None
     with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups)
+        batches = open_batches(config, groups.dp.size())
         state = build_train_state(config, groups)
         restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
-        held_out = ValidationBatches(config, batches.objective, validation)
+        held_out = open_held_out(config)
         ema = evaluate(state, held_out, groups, use_ema=True)
         raw = evaluate(state, held_out, groups, use_ema=False)
         take_step(config, state, batches, groups)

@@ -31,7 +31,6 @@ def compute_losses(run: Path, overrides: Overrides, golden: dict[str, Tensor]) -
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.checkpointing.restore import restore
     from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from megatron_eso.training.steps.batches import row_multiple
     from megatron_eso.training.steps.step import run_schedule
     from megatron_eso.training.steps.train_state import build_train_state
     from tests.support.planning import eso_lm, plan_noise
@@ -60,7 +59,7 @@ def compute_losses(run: Path, overrides: Overrides, golden: dict[str, Tensor]) -
             is_sequential_B=is_sequential,
         )
         objective = eso_lm(mask_token_id, alpha_0=ALPHA_0)
-        x_0, multiple = golden["b.diffusion.x0"].numpy(), row_multiple(config.parallel)
+        x_0, multiple = golden["b.diffusion.x0"].numpy(), config.parallel.row_multiple
         micro_batches.append(plan_noise(objective, x_0, noise, row_multiple=multiple))
 
     def step(iterator, model):  # type: ignore[no-untyped-def]

@@ -71,7 +71,7 @@ def compute_gradients(
         for parameter, sharded in shard_parameters(model):
             index = _index(sharded)
             parameter.data.copy_(megatron_tensors[sharded.key][index])
-        batches = open_batches(config, groups)
+        batches = open_batches(config, groups.dp.size())
         plan = batches.plan_step(batches.step(0, 0), groups.dp.rank())
         step = partial(
             forward_step,

@@ -108,7 +108,7 @@ def resave(run: Path, data: Path, overrides: Overrides, to: Path) -> None:
 
     config = tiny_config(run, data, overrides)
     with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups)
+        batches = open_batches(config, groups.dp.size())
         state = build_train_state(config, groups)
         restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
         Checkpoints(to, config.checkpoint, batches).save(state, config, groups)

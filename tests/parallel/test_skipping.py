@@ -241,7 +241,7 @@ def go_on_elsewhere(run: Path, data: Path, overrides: Overrides, consumed: int) 
     config = tiny_config(run, data, overrides)
     losses = []
     with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups)
+        batches = open_batches(config, groups.dp.size())
         state = build_train_state(config, groups)
         restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
         state.counters = dataclasses.replace(state.counters, consumed_samples=consumed)

@@ -61,7 +61,7 @@ def train_through_damage(run: Path, data: Path, overrides: Overrides, rank: int)
         return torch.full_like(gradient, math.nan)
 
     with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups)
+        batches = open_batches(config, groups.dp.size())
         state = build_train_state(config, groups)
         weight = next(p for p in state.parameters if "linear_fc2.weight" in p.sharded.key).model
 

@@ -13,6 +13,7 @@ from megatron_eso.config.combinations import with_vocabulary
 from megatron_eso.config.loading import load_config
 from megatron_eso.config.sections import Config
 from megatron_eso.data.samples.training_data import TrainingData
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.reader import TokenDataset
 from tests.support.planning import objective_of
 
@@ -105,7 +106,7 @@ def train_tiny(run: Path, data: Path, overrides: Overrides, num_steps: int) -> T
     config = tiny_config(run, data, overrides)
     losses, grad_norms = [], []
     with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups)
+        batches = open_batches(config, groups.dp.size())
         state = build_train_state(config, groups)
         checkpoints = Checkpoints(run / "checkpoints", config.checkpoint, batches)
         restore(state, config, checkpoints)
@@ -119,12 +120,28 @@ def train_tiny(run: Path, data: Path, overrides: Overrides, num_steps: int) -> T
     return Trained(losses=losses, grad_norms=grad_norms, checkpoint=checkpoint)
 
 
-def open_batches(config: Config, groups: Any) -> Any:
+def open_batches(config: Config, data_parallel_size: int) -> Any:
     """The batches of a small run, with its objective."""
     from megatron_eso.training.steps.batches import TrainingBatches
 
     data = TrainingData.open(config.data, config.run.seed)
-    return TrainingBatches(config, objective_of(config), data, groups.dp.size())
+    return TrainingBatches(
+        objective_of(config),
+        data,
+        config.train,
+        data_parallel_size=data_parallel_size,
+        row_multiple=config.parallel.row_multiple,
+    )
+
+
+def open_held_out(config: Config) -> Any:
+    """The validation batches of a small run."""
+    from megatron_eso.training.steps.batches import ValidationBatches
+
+    data = ValidationData.open(config.data)
+    assert data is not None
+    objective, multiple = objective_of(config), config.parallel.row_multiple
+    return ValidationBatches(objective, data, config.validation, row_multiple=multiple)
 
 
 def take_step(config: Config, state: Any, batches: Any, groups: Any, prefetcher: Any = None) -> Any:

@@ -32,3 +32,14 @@ class SampleSource(Protocol):
             DataError: A shard is damaged; the message names shard, record, offset, row and sample.
         """
         ...
+
+    def lengths(self, indices_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return how many tokens of each sample are real; the rest of it is not trained on.
+
+        Args:
+            indices_B: Sample numbers from 0, int64 `[B]`.
+
+        Returns:
+            int64 `[B]` in 1 .. T.
+        """
+        ...

@@ -29,6 +29,7 @@ from megatron_eso.data.samples.corpora import (
     warn_of_unknown,
 )
 from megatron_eso.data.samples.framing import Framing
+from megatron_eso.data.samples.lengths import draw_lengths
 from megatron_eso.data.samples.order import ORDER_VERSION
 from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.reader import TokenDataset
@@ -46,6 +47,7 @@ class TrainingData:
         datasets: the datasets of the present blend, by dataset id.
         blend: the order of the run.
         row_tokens: S, tokens of text in a sample.
+        sequence_length: T, tokens of a sample with its framing.
         tokenizer: the tokenizer of all corpora.
         vocabulary: the ids that may occur, and the mask token, which never does.
         tokenizer_directory: where its files lie.
@@ -74,6 +76,8 @@ class TrainingData:
                 f"it once, and raise its weight in data.train_weights"
             )
         self.row_tokens = data.row_tokens
+        self.sequence_length = data.sequence_length
+        self._seed, self._ssl_ratio = seed, data.ssl_ratio
         self._framing = Framing.resolve(data, self.tokenizer)
         self._phase = data.phase
         self.tokenizer_directory = datasets[0].tokenizer_directory
@@ -122,6 +126,10 @@ class TrainingData:
     def samples(self, indices_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Read samples with their framing, without end; see `SampleSource.samples`."""
         return self._framing.frame(self.rows(indices_B))
+
+    def lengths(self, indices_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the real tokens of samples; see `SampleSource.lengths`."""
+        return draw_lengths(self._seed, indices_B, self._ssl_ratio, self.sequence_length)
 
     def rows(self, sample_indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Read the text of samples, without framing.

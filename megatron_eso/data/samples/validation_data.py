@@ -20,6 +20,7 @@ class ValidationData:
         dataset: The dataset.
         vocabulary: The ids that may occur, and the mask token, which never does.
         num_samples: Samples of the set.
+        sequence_length: Tokens of a sample with its framing.
     """
 
     def __init__(self, data: DataConfig, dataset: TokenDataset) -> None:
@@ -36,6 +37,7 @@ class ValidationData:
         self.dataset = dataset
         self.vocabulary = read_vocabulary(dataset)
         self._location = str(data.validation)
+        self.sequence_length = data.sequence_length
         self._row_tokens = data.row_tokens
         self._framing = Framing.resolve(data, dataset.manifest.tokenizer)
         self.num_samples = dataset.num_rows(data.row_tokens)
@@ -60,6 +62,10 @@ class ValidationData:
     def samples(self, indices_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """Read samples with their framing; see `SampleSource.samples`."""
         return self._framing.frame(self.dataset.rows(indices_B, self._row_tokens))
+
+    def lengths(self, indices_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the real tokens of samples, which are never cut; see `SampleSource.lengths`."""
+        return np.full(len(indices_B), self.sequence_length)
 
     def check_tokenizer(self, expected: Mapping[str, Any]) -> None:
         """Refuse the set if its token ids mean something else than those of a run.

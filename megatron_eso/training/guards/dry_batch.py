@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_eso.config.sections import Config
+from megatron_eso.config.sections import ParallelConfig, TrainConfig
 from megatron_eso.errors import ConfigError
 from megatron_eso.ranks import is_first_rank, own_rank
 from megatron_eso.training.optimization.optimizer import MOMENTS
@@ -23,21 +23,34 @@ logger = logging.getLogger(__name__)
 
 
 def try_largest_batch(
-    config: Config, state: TrainState, batches: TrainingBatches, groups: ProcessGroupCollection
+    state: TrainState,
+    batches: TrainingBatches,
+    train: TrainConfig,
+    parallel: ParallelConfig,
+    groups: ProcessGroupCollection,
+    *,
+    dropout_seed: int | None,
 ) -> None:
     """Run the largest micro-batches through the schedule, if there is a GPU; collective.
+
+    Args:
+        state: Left as it was.
+        batches: The run's.
+        train: Named in the error.
+        parallel: Named in the error.
+        groups: Groups of this rank.
+        dropout_seed: The run's seed; None where nothing is dropped out.
 
     Raises:
         ConfigError: They do not fit; the message names what to lower.
     """
     if not torch.cuda.is_available():
         return
-    seed = config.run.seed if config.model.hidden_dropout > 0 else None
     try:
-        run_largest_batch(state, batches, groups, dropout_seed=seed)
+        run_largest_batch(state, batches, groups, dropout_seed=dropout_seed)
     except torch.OutOfMemoryError as error:
-        num_rows = batches.plan_largest().rows.num_rows
-        refusal = explain_shortage(config, num_rows, torch.cuda.max_memory_allocated())
+        used = torch.cuda.max_memory_allocated()
+        refusal = explain_shortage(batches, train, parallel, used)
         if not is_first_rank():  # rank 0 need not lack memory too
             logger.error("%s", refusal)
         raise refusal from error
@@ -79,9 +92,11 @@ def run_largest_batch(
     del held
 
 
-def explain_shortage(config: Config, num_rows: int, used: int) -> ConfigError:
+def explain_shortage(
+    batches: TrainingBatches, train: TrainConfig, parallel: ParallelConfig, used: int
+) -> ConfigError:
     """Return the error of a rank whose memory does not suffice; `used` in bytes at most so far."""
-    train, parallel = config.train, config.parallel
+    num_rows = batches.plan_largest().rows.num_rows
     recompute = (
         ' or set train.recompute_granularity = "full"'
         if train.recompute_granularity == "none"
@@ -91,7 +106,7 @@ def explain_shortage(config: Config, num_rows: int, used: int) -> ConfigError:
         f"rank {own_rank()}: out of memory before step 1, beyond "
         f"{used / GIBI:.1f} GiB, at the largest micro-batch: {num_rows} rows of "
         f"train.micro_batch_size = {train.micro_batch_size} samples of data.sequence_length = "
-        f"{config.data.sequence_length}: lower these,{recompute} or share the model among more "
+        f"{batches.data.sequence_length}: lower these,{recompute} or share the model among more "
         f"ranks with parallel.tensor_model_parallel_size = {parallel.tensor_model_parallel_size}, "
         f"parallel.pipeline_model_parallel_size = {parallel.pipeline_model_parallel_size} or "
         f"parallel.use_distributed_optimizer = {str(parallel.use_distributed_optimizer).lower()}"

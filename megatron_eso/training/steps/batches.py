@@ -12,8 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_eso.config.sections import Config, ParallelConfig
-from megatron_eso.data.samples.lengths import draw_lengths
+from megatron_eso.config.sections import TrainConfig, ValidationConfig
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import ConfigError
@@ -46,29 +45,34 @@ class TrainingBatches:
     """The micro-batches of every step, as a function of the samples consumed before it.
 
     Args:
-        config: The resolved configuration.
         objective: Plans the rows.
         data: The training shards.
+        config: Sizes of global batch and micro-batch.
         data_parallel_size: Number of data-parallel ranks.
+        row_multiple: Rows and loss rows of a micro-batch are padded to a multiple of this.
 
     Raises:
         ConfigError: The global batch cannot be dealt evenly.
     """
 
     def __init__(
-        self, config: Config, objective: Objective, data: TrainingData, data_parallel_size: int
+        self,
+        objective: Objective,
+        data: TrainingData,
+        config: TrainConfig,
+        *,
+        data_parallel_size: int,
+        row_multiple: int,
     ) -> None:
         self.objective = objective
         self.data = data
         self.dealing = Dealing(
-            config.train.global_batch_size,
-            config.train.micro_batch_size,
+            config.global_batch_size,
+            config.micro_batch_size,
             data_parallel_size,
             objective.phases[0].share,
         )
-        self._seed = config.run.seed
-        self._config = config.data
-        self._row_multiple = row_multiple(config.parallel)
+        self._row_multiple = row_multiple
 
     @property
     def state(self) -> dict[str, Any]:
@@ -112,12 +116,7 @@ class TrainingBatches:
         Raises:
             DataError: A shard is damaged.
         """
-        length_N = draw_lengths(
-            self._seed,
-            step.first_index + np.arange(step.batch_size),
-            self._config.ssl_ratio,
-            self._config.sequence_length,
-        )
+        length_N = self.data.lengths(step.first_index + np.arange(step.batch_size))
         micro_batches = []
         for places in self.dealing.micro_batches(data_parallel_rank):
             indices = step.first_index + places
@@ -134,7 +133,7 @@ class TrainingBatches:
         """Plan a micro-batch with at least as many rows of every kind as any of the run's."""
         phases = [self.dealing.split.phases(places) for places in self.dealing.micro_batches(0)]
         kinds = {tuple(phase_B.tolist()): phase_B for phase_B in phases}
-        length = self._config.sequence_length
+        length = self.data.sequence_length
         plans = [self.objective.plan_largest(phase_B, length) for phase_B in kinds.values()]
         return self._pad(max(plans, key=lambda plan: plan.rows.num_rows))
 
@@ -146,22 +145,30 @@ class ValidationBatches:
     """The micro-batches of a validation set; the whole is the same on every layout.
 
     Args:
-        config: The resolved configuration.
         objective: Plans the rows, always with the weights of the NELBO.
         data: The validation set.
+        config: Sizes of the set and of a micro-batch.
+        row_multiple: Rows and loss rows of a micro-batch are padded to a multiple of this.
 
     Attributes:
         num_samples: N, the samples that a validation reads: `validation.num_samples`, or all.
         sequence_length: T.
     """
 
-    def __init__(self, config: Config, objective: Objective, data: ValidationData) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        data: ValidationData,
+        config: ValidationConfig,
+        *,
+        row_multiple: int,
+    ) -> None:
         self.objective = objective
-        self.sequence_length = config.data.sequence_length
-        self.num_samples = min(config.validation.num_samples or data.num_samples, data.num_samples)
+        self.sequence_length = data.sequence_length
+        self.num_samples = min(config.num_samples or data.num_samples, data.num_samples)
         self._data = data
-        self._micro_batch_size = config.validation.micro_batch_size
-        self._row_multiple = row_multiple(config.parallel)
+        self._micro_batch_size = config.micro_batch_size
+        self._row_multiple = row_multiple
 
     def plan(self, data_parallel_rank: int, data_parallel_size: int) -> Iterator[MicroBatch]:
         """Plan this rank's part of the set, each sample once for each phase it goes through."""
@@ -189,13 +196,8 @@ class ValidationBatches:
             yield Samples(
                 tokens_BT=self._data.samples(indices),
                 indices_B=indices,
-                length_B=np.full(len(indices), self.sequence_length),
+                length_B=self._data.lengths(indices),
             )
 
     def _pad(self, micro_batch: MicroBatch) -> MicroBatch:
         return micro_batch.pad(self._row_multiple, self._data.vocabulary.mask_token_id)
-
-
-def row_multiple(parallel: ParallelConfig) -> int:
-    """Return what the number of rows must divide by: sequence parallelism splits it over TP."""
-    return parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1

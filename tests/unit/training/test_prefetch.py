@@ -29,8 +29,8 @@ DEADLINE_SECONDS = 30.0
 class RecordedBatches(TrainingBatches):
     """Real batches that note which steps were planned, and by which thread."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.places: list[int] = []
         self.threads: set[threading.Thread] = set()
 
@@ -45,8 +45,9 @@ def make_batches(data: Path, folder: Path) -> RecordedBatches:
     overrides = {"data.ssl_ratio": 0.5, "train.global_batch_size": BATCH}
     config = tiny_config(folder / "run", data, overrides)
     dataset = TokenDataset.open(data / "train", retry_seconds=())
+    data_of_run = TrainingData(config.data, config.run.seed, (dataset,))
     return RecordedBatches(
-        config, objective_of(config), TrainingData(config.data, config.run.seed, (dataset,)), 2
+        objective_of(config), data_of_run, config.train, data_parallel_size=2, row_multiple=1
     )
 
 

@@ -11,13 +11,10 @@ from numpy.typing import NDArray
 from megatron_eso.config.sections import Config
 from megatron_eso.data.samples.framing import Framing
 from megatron_eso.data.samples.training_data import TrainingData
-from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError
 from megatron_eso.objectives.rows import MicroBatch
-from megatron_eso.training.steps.batches import TrainingBatches, ValidationBatches
-from tests.support.planning import objective_of
-from tests.support.training import Overrides, tiny_config
+from tests.support.training import Overrides, open_batches, open_held_out, tiny_config
 
 T = 24
 FRAMED: Overrides = {"data.framing": '"bos_eos"', "data.sequence_length": T}
@@ -51,12 +48,6 @@ def assert_framed(
     assert {row.tobytes() for row in samples[:, 1:-1]} == {row.tobytes() for row in text}
 
 
-def held_out_of(config: Config) -> ValidationBatches:
-    data = ValidationData.open(config.data)
-    assert data is not None
-    return ValidationBatches(config, objective_of(config), data)
-
-
 @pytest.fixture
 def config(tiny_data: Path, tmp_path: Path) -> Config:
     # Every sample has masked tokens.
@@ -67,11 +58,11 @@ def test_every_sample_has_bos_text_and_eos(config: Config, tiny_data: Path) -> N
     train = TrainingData.open(config.data, config.run.seed)
     validation = TokenDataset.open(tiny_data / "validation")
     mask = train.vocabulary.mask_token_id
-    batches = TrainingBatches(config, objective_of(config), train, 1)
+    batches = open_batches(config, 1)
     samples = samples_of(batches.plan_step(batches.step(10, 80), 0).micro_batches, mask)
     assert_framed(samples, train.rows(80 + np.arange(8)), validation)
 
-    held_out = held_out_of(config)
+    held_out = open_held_out(config)
     num_samples = held_out.num_samples
     assert num_samples == validation.num_rows(T - 2) > validation.num_rows(T)
     text = validation.rows(np.arange(num_samples), T - 2)
@@ -85,7 +76,7 @@ def test_every_sample_has_bos_text_and_eos(config: Config, tiny_data: Path) -> N
 
 def test_both_tokens_are_masked_like_any_other(config: Config) -> None:
     """At a rate of at least 1 - alpha_0 in either phase, here 3/4, of 2 phases x 190 samples."""
-    held_out = held_out_of(config)
+    held_out = open_held_out(config)
     targets = [
         (rows.positions_R[rows.loss_rows_E], rows.num_loss_rows)
         for rows in (batch.rows for batch in held_out.plan(0, 1))
@@ -97,7 +88,7 @@ def test_both_tokens_are_masked_like_any_other(config: Config) -> None:
 
 def test_validation_samples_are_never_cut(config: Config) -> None:
     data = dataclasses.replace(config.data, ssl_ratio=1.0)
-    whole, cut = (held_out_of(some) for some in (config, dataclasses.replace(config, data=data)))
+    whole, cut = (open_held_out(some) for some in (config, dataclasses.replace(config, data=data)))
     for planned, expected in (
         (cut.plan(0, 1), whole.plan(0, 1)),
         (cut.plan_order(0, 0, 1), whole.plan_order(0, 0, 1)),
