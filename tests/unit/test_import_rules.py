@@ -45,7 +45,7 @@ GUARDS = ("megatron_eso.training.guards",)
 RECORDS = ("megatron_eso.training.records",)
 SAMPLER = ("megatron_eso.sampler",)
 
-# Room -> what of ours it may import beside itself; the longest name that fits a module counts.
+# Room -> what of ours it may import apart from itself; the longest name that fits a module counts.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.errors": (),
     "megatron_eso.quantities": (),
