@@ -7,7 +7,6 @@ directory.
 import argparse
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -20,11 +19,11 @@ from megatron_eso.quantities import format_seconds
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.status import RunStatus, read_recent_metrics
 from megatron_eso.runs.steps import newest
+from megatron_eso.training.records import tags
 
 _CLEAR_SCREEN = "\033[H\033[2J"
 # A run replaces its status with every line of its log; a longer silence is reported.
 _SILENCE_SECONDS = 600.0
-_PHASE = re.compile(r"train/loss_([a-z_]+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,18 +111,18 @@ def describe_run(report: Report, now: float) -> Iterator[str]:
     num_steps = status.num_steps
     share = f"/{num_steps} ({100 * status.step / num_steps:.1f} %)" if num_steps else ""
     yield f"step         {status.step}{share}"
-    if "train/loss" in metrics:
+    if tags.LOSS in metrics:
         yield f"loss         {_describe_loss(metrics)}"
-    if "val/nelbo" in metrics:
+    if tags.VAL_NELBO in metrics:
         yield (
-            f"validation   NELBO {metrics['val/nelbo']:.4f}, perplexity "
-            f"{metrics['val/perplexity']:.2f}"
+            f"validation   NELBO {metrics[tags.VAL_NELBO]:.4f}, perplexity "
+            f"{metrics[tags.VAL_PERPLEXITY]:.2f}"
         )
-    if "perf/tokens_per_second" in metrics:
-        mfu = f", MFU {100 * metrics['perf/mfu']:.1f} %" if "perf/mfu" in metrics else ""
+    if tags.TOKENS_PER_SECOND in metrics:
+        mfu = f", MFU {100 * metrics[tags.MFU]:.1f} %" if tags.MFU in metrics else ""
         yield (
-            f"speed        {metrics['perf/tokens_per_second']:.0f} tokens/s, "
-            f"{metrics['perf/step_seconds']:.3f} s a step{mfu}"
+            f"speed        {metrics[tags.TOKENS_PER_SECOND]:.0f} tokens/s, "
+            f"{metrics[tags.STEP_SECONDS]:.3f} s a step{mfu}"
         )
     if status.state == "running" and status.seconds_left is not None:
         yield f"ETA          {format_seconds(status.seconds_left)}"
@@ -143,13 +142,13 @@ def describe_run(report: Report, now: float) -> Iterator[str]:
 def _describe_loss(metrics: dict[str, float]) -> str:
     """Return the loss, that of each phase which the run's objective has, and what went wrong."""
     phases = [
-        f"{match[1]} {value:.4f}"
+        f"{phase} {value:.4f}"
         for tag, value in metrics.items()
-        if (match := _PHASE.fullmatch(tag))
+        if (phase := tags.phase_of_loss(tag)) is not None
     ]
     return (
-        f"{metrics['train/loss']:.4f} ({', '.join(phases)}), skipped steps "
-        f"{metrics['train/skipped_steps']:.0f}, times gone back {metrics['train/rollbacks']:.0f}"
+        f"{metrics[tags.LOSS]:.4f} ({', '.join(phases)}), skipped steps "
+        f"{metrics[tags.SKIPPED_STEPS]:.0f}, times gone back {metrics[tags.ROLLBACKS]:.0f}"
     )
 
 

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         UserError: On rank 0: nodes and faults, in a line.
     """
-    arguments = parse_arguments(argv)
+    arguments = parse_options(argv)
     limits = Limits(
         clock_skew_seconds=arguments.max_clock_skew,
         free_gib=arguments.min_free_gib,
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("; ".join(faults))
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.preflight", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="is made if it is not there")

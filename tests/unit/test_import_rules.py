@@ -25,7 +25,7 @@ BASE = (
     "megatron_eso.retries",
 )
 CONFIG = ("megatron_eso.config",)
-SECTIONS = tuple(f"megatron_eso.config.{name}" for name in ("sections", "model", "objective"))
+SECTIONS = ("megatron_eso.config.sections",)
 RANKS = ("megatron_eso.ranks",)
 RANDOMNESS = ("megatron_eso.randomness",)
 OBJECTIVES = ("megatron_eso.objectives",)
@@ -70,14 +70,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.training.distributed": ERRORS + RANKS + SECTIONS,
     "megatron_eso.training.optimization": SECTIONS + MODEL + DISTRIBUTED,
     "megatron_eso.training.steps": ERRORS
-    + (SECTIONS + RANDOMNESS + OBJECTIVES + RUNS + SAMPLES + MODEL + OPTIMIZATION),
+    + (SECTIONS + ("megatron_eso.config.model",) + RANDOMNESS + OBJECTIVES)
+    + (RUNS + SAMPLES + MODEL + OPTIMIZATION),
     "megatron_eso.training.guards": ERRORS + RANKS + SECTIONS + OBJECTIVES + RUNS + STEPS,
-    "megatron_eso.training.records": BASE
-    + (RANKS + SECTIONS + OBJECTIVES + RUNS + SAMPLES + STEPS + GUARDS),
+    "megatron_eso.training.records": ("megatron_eso.files", "megatron_eso.quantities")
+    + (ERRORS + RANKS + SECTIONS + OBJECTIVES + RUNS + SAMPLES + STEPS + GUARDS),
     "megatron_eso.training.records.tags": (),
-    "megatron_eso.training.checkpointing": BASE
-    + (CONFIG + RUNS + FINGERPRINT + MODEL + STEPS + GUARDS + RECORDS),
-    "megatron_eso.training": BASE + (RANKS + CONFIG + OBJECTIVES + RUNS + ESTIMATES + SAMPLES),
+    "megatron_eso.training.checkpointing": ("megatron_eso.files", "megatron_eso.retries")
+    + (ERRORS + RANKS + CONFIG + RUNS + FINGERPRINT + STEPS + GUARDS + RECORDS),
+    "megatron_eso.training": ERRORS + RANKS + CONFIG + OBJECTIVES + RUNS + ESTIMATES + SAMPLES,
     "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.schedule",),
     "megatron_eso.sampler.texts": ERRORS + SAMPLER + TOKENIZERS,
     "data_tools": BASE + REMOTE + TOKENIZERS,
@@ -95,7 +96,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "checkpoints_conversion.network_fields": ERRORS
     + CONFIG
     + ("megatron_eso.sampler.layers_eso_lm",),
-    "pretrain": ("megatron_eso", "data_tools", "checkpoints_conversion"),
+    "pretrain": ("megatron_eso", "checkpoints_conversion"),
 }
 USES_MEGATRON = ("megatron_eso.model", "megatron_eso.training", "pretrain")
 HOLDS_PARALLEL_STATE = "megatron_eso.training.distributed.parallel"

@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_eso.config.loading import config_to_dict
 from megatron_eso.config.sections import CheckpointConfig, Config
 from megatron_eso.errors import CheckpointError
+from megatron_eso.ranks import is_first_rank
 from megatron_eso.runs.checkpoint_folder import begin, make_newest, publish
 from megatron_eso.runs.checkpoint_state import STATE_FILE
 from megatron_eso.runs.run_directory import CONFIG_FILE
@@ -66,7 +67,6 @@ class Checkpoints:
         self.batches = batches
         # The collectives of the writing threads must not mix with those of the steps.
         self._group = dist.new_group(backend="gloo")
-        self._is_first = self._group.rank() == 0
         self._host = HostCopies()
         self._sample: StateSample | None = None
         self._thread: threading.Thread | None = None
@@ -107,7 +107,7 @@ class Checkpoints:
         began = time.monotonic()
         self.wait()
         waited = time.monotonic() - began
-        if in_background and waited > LONG_WAIT_SECONDS and self._is_first:
+        if in_background and waited > LONG_WAIT_SECONDS and is_first_rank():
             logger.warning(
                 "the checkpoint before was still being written: the run waited %.0f s for it; "
                 "a longer checkpoint.interval avoids that",
@@ -187,7 +187,7 @@ class Checkpoints:
                 write_files(unfinished, own, documents, self._group, check)
                 run_on_first(self._group, partial(publish, unfinished, final, self.config))
         except CheckpointError as error:
-            if self._is_first:
+            if is_first_rank():
                 shutil.rmtree(unfinished, ignore_errors=True)  # it may have filled the disk
             raise CheckpointError(f"{final.name} could not be saved: {error}") from error
 
@@ -226,7 +226,7 @@ class Checkpoints:
                 run_on_first(self._group, partial(make_newest, step, damaged, unwanted))
                 return step
             damaged.append(step)
-            if self._is_first:
+            if is_first_rank():
                 more = f" and {len(problems) - 1} more" if problems[1:] else ""
                 logger.warning(
                     "%s is damaged: %s%s; falling back to an older one", step, problems[0], more

@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_eso.errors import DataError
 from megatron_eso.objectives.rows import MicroBatch
+from megatron_eso.ranks import own_rank
 
 
 def check_batches(
@@ -34,7 +35,7 @@ def check_batches(
     Raises:
         DataError: Ranks differ; on every rank of the world, and the same error.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size = own_rank(), dist.get_world_size()
     table = torch.zeros(world_size, 2, dtype=torch.int64, device=torch.cuda.current_device())
     own_hash = np.uint64(hash_batches(micro_batches)).view(np.int64)
     table[rank] = torch.tensor([groups.dp.rank(), int(own_hash)])

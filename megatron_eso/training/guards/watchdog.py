@@ -30,11 +30,11 @@ from typing import Self
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import (
     _get_default_store,
-    get_rank,
     get_world_size,
 )
 
 from megatron_eso.config.sections import WatchdogConfig
+from megatron_eso.ranks import own_rank
 
 EXIT_CODE = 1
 HEARTBEAT_SECONDS = 5.0
@@ -237,7 +237,7 @@ def build_watchdog(config: WatchdogConfig, log: Path) -> Watchdog:
         deadlines,
         interval_seconds=min(HEARTBEAT_SECONDS, shortest / 4),
         store=_get_default_store(),
-        rank=get_rank(),
+        rank=own_rank(),
         num_ranks=get_world_size(),
     )
 

@@ -72,6 +72,12 @@ def loss_of_phase(phase: str) -> str:
     return _LOSS_OF_PHASE.replace("PHASE", phase)
 
 
+def phase_of_loss(tag: str) -> str | None:
+    """The phase whose training loss the tag names; None for other tags."""
+    prefix = _LOSS_OF_PHASE.removesuffix("PHASE")
+    return tag.removeprefix(prefix) if tag.startswith(prefix) else None
+
+
 def val_nelbo_of_phase(phase: str) -> str:
     """Tag of a phase's part of the validation NELBO."""
     return _VAL_NELBO_OF_PHASE.replace("PHASE", phase)
