@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingData:
-    """The corpora of a run in the order of its samples; a `SampleSource`.
+    """The corpora of a run in the order of its samples. Reading is safe from several threads.
 
     Attributes:
         datasets: the datasets of the present blend, by dataset id.
@@ -120,7 +120,17 @@ class TrainingData:
         return dataclasses.replace(places, row_N=row_N)
 
     def samples(self, indices_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Read samples with their framing, without end; see `SampleSource.samples`."""
+        """Read samples, framed as `data.framing` says.
+
+        Args:
+            indices_B: sample numbers, int64 `[B]`, from 0 upwards without end.
+
+        Returns:
+            Token ids, int64 `[B, T]`, T = `data.sequence_length`.
+
+        Raises:
+            DataError: a shard is damaged; the message names shard, record, offset, row and sample.
+        """
         return self._framing.frame(self.rows(indices_B))
 
     def rows(self, sample_indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -14,7 +14,7 @@ from megatron_eso.data.shards.sources import ShardSource
 
 
 class ValidationData:
-    """The rows of the dataset `data.validation`; a `SampleSource`.
+    """The rows of the dataset `data.validation`. Reading is safe from several threads.
 
     Attributes:
         dataset: The dataset.
@@ -58,7 +58,17 @@ class ValidationData:
         return [self.dataset.shards]
 
     def samples(self, indices_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Read samples with their framing; see `SampleSource.samples`."""
+        """Read samples, framed as `data.framing` says.
+
+        Args:
+            indices_B: Sample numbers, int64 `[B]`, from 0 to num_samples - 1.
+
+        Returns:
+            Token ids, int64 `[B, T]`, T = `data.sequence_length`.
+
+        Raises:
+            DataError: A shard is damaged; the message names shard, record, offset, and row.
+        """
         return self._framing.frame(self.dataset.rows(indices_B, self._row_tokens))
 
     def check_tokenizer(self, expected: Mapping[str, Any]) -> None:
