@@ -94,7 +94,7 @@ def report(comparison: Comparison, paths: tuple[Path, Path], tolerance: float) -
     return 0 if same else 1
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_command_line() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m checkpoints_conversion", description=__doc__)
     commands = parser.add_subparsers(required=True)
@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("b", type=Path, metavar="B")
     command.add_argument("--step", type=int, help="of run directories; default: the newest")
     command.add_argument(
-        "--weights", choices=kinds, help="default: as the sampler directory says, else ema"
+        "--weights", choices=kinds, help="default: those of the sampler directory, else ema"
     )
     command.add_argument("--mask-token-id", type=int, metavar="N", help="of official checkpoints")
     command.add_argument(
@@ -143,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int | None:
     """Run one command."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    args = build_parser().parse_args(argv)
+    args = build_command_line().parse_args(argv)
     if getattr(args, "step", None) is not None and args.step < 0:
         raise ConfigError(f"--step {args.step}: is negative; give the step of a checkpoint")
     code: int | None = args.run(args)

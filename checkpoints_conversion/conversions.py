@@ -12,10 +12,11 @@ from checkpoints_conversion.official import (
     infer_config,
     read_official,
 )
-from checkpoints_conversion.run_network import open_checkpoint, read_network, write_run_directory
+from checkpoints_conversion.run_network import read_network, write_run_directory
 from checkpoints_conversion.sampler_directory import write_sampler_directory
 from checkpoints_conversion.verify import Comparison, compare, load_any, recorded_weights
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
+from megatron_eso.runs.checkpoint import open_checkpoint
 from megatron_eso.sampler.directory import build_network, read_description, read_weights
 from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
@@ -106,12 +107,12 @@ def convert_from_official(
     )
 
 
-def choose_mask_token(told: int | None, tokenizer: Path | None, vocab_size: int) -> int | None:
+def choose_mask_token(chosen: int | None, tokenizer: Path | None, vocab_size: int) -> int | None:
     """Return the mask token that the caller names, or else that of a tokenizer of this size."""
-    if told is None and tokenizer is not None and has_tokenizer(tokenizer):
+    if chosen is None and tokenizer is not None and has_tokenizer(tokenizer):
         loaded = Tokenizer.load(tokenizer)
         return loaded.mask_token_id if loaded.vocab_size == vocab_size else None
-    return told
+    return chosen
 
 
 def convert_to_megatron(sampler_dir: Path, run_dir: Path) -> Conversion:

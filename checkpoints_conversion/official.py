@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints_conversion.restricted_pickle import load_torch_file, plain_value
 from megatron_eso.errors import CheckpointError
+from megatron_eso.runs.unpickling import load_torch_file, plain_value
 from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """Which tensor of a distributed checkpoint is which tensor of the sampler, both ways. torch only.
 
-A table of entries says it; two pure functions walk the table. Layouts that differ: Megatron-Core
+It is a table of entries; two pure functions walk it. Layouts that differ: Megatron-Core
 keeps the query, key and value rows of a group together (`[q_1..q_r, k, v]` per group), SwiGLU's
 gate and up projection in one matrix, and the vocabulary padded. Residual gates (a scale per output
 channel) fold into the output projections on the way out.

@@ -3,9 +3,8 @@
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
 from megatron_eso.errors import CheckpointError
-from megatron_eso.files import sync_path, sync_tree
+from megatron_eso.files import new_folder, write_json
 from megatron_eso.sampler import network_eso_lm
 from megatron_eso.sampler.directory import FORMAT_VERSION, INDEX_FILE, WEIGHTS_FILE
 
@@ -34,7 +33,7 @@ MODEL_CLASS = "modeling_eso_lm.EsoLMModel"
 
 
 def write_sampler_directory(
-    directory: str | Path,
+    directory: Path,
     description: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     *,
@@ -78,8 +77,8 @@ def write_sampler_directory(
         copy_tokenizer(tokenizer, partial, description)
         stored = {name: tensors[name].to(dtype).contiguous() for name in sorted(tensors)}
         write_weights(partial, stored, max_shard_bytes)
-        write_json(partial / "config.json", config)
-        write_json(partial / "generation_config.json", generation)
+        write_sorted_json(partial / "config.json", config)
+        write_sorted_json(partial / "generation_config.json", generation)
         code = Path(network_eso_lm.__file__).parent
         for name in CODE_FILES:
             shutil.copyfile(code / name, partial / name)
@@ -94,9 +93,9 @@ def is_sampler_directory(directory: Path) -> bool:
     return isinstance(config, dict) and config.get("model_type") == "eso_lm"
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write sorted, indented JSON."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def write_sorted_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON as every conversion does, so that equal weights give equal bytes."""
+    write_json(path, content, indent=2, sort_keys=True)
 
 
 def write_weights(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
@@ -118,9 +117,8 @@ def write_weights(directory: Path, tensors: Mapping[str, Tensor], max_shard_byte
         save_file(shard, directory / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file_name)
     total = sum(tensor.nbytes for tensor in tensors.values())
-    write_json(
-        directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_sorted_json(directory / INDEX_FILE, index)
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -181,37 +179,24 @@ def copy_tokenizer(tokenizer: Path | None, directory: Path, description: Mapping
 
 
 @contextmanager
-def new_directory(directory: str | Path, replaces: Any = None) -> Iterator[Path]:
-    """Yield a hidden directory beside `directory` that takes its place, synced, at the end.
+def new_directory(
+    directory: Path, replaces: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
+    """Yield a directory that takes the name `directory` at the end, or never.
 
     Args:
-        directory: must not exist, be empty, or satisfy `replaces`.
-        replaces: tells of an existing directory whether it may be replaced.
+        directory: Must not exist, be empty, or satisfy `replaces`.
+        replaces: Whether an existing directory may be replaced; by default none.
 
     Raises:
-        CheckpointError: the directory exists and must not be replaced, or cannot be written.
+        CheckpointError: The directory exists and must not be replaced, or cannot be written.
     """
-    directory = Path(os.path.abspath(directory))
-    if directory.exists():
-        is_empty = directory.is_dir() and not any(directory.iterdir())
-        if not (is_empty or (replaces is not None and replaces(directory))):
-            raise CheckpointError(
-                f"{directory}: exists and holds something else; name a new directory"
-            )
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    replaced = directory.with_name(f".{directory.name}.replaced-{os.getpid()}")
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        sync_tree(partial)
-        if directory.exists():
-            directory.rename(replaced)
-        partial.rename(directory)
-        sync_path(directory.parent)
+        with new_folder(directory.absolute(), replaces=replaces) as partial:
+            yield partial
+    except FileExistsError:
+        raise CheckpointError(
+            f"{directory}: exists and holds something else; name a new directory"
+        ) from None
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)

@@ -17,11 +17,14 @@ from checkpoints_conversion.official import (
     infer_config,
     read_official,
 )
-from checkpoints_conversion.run_network import is_checkpoint, open_checkpoint, read_network
+from checkpoints_conversion.run_network import read_network
 from checkpoints_conversion.sampler_directory import is_sampler_directory
 from megatron_eso.errors import CheckpointError
 from megatron_eso.randomness.bits import random_bits
 from megatron_eso.randomness.purposes import Purpose
+from megatron_eso.runs.checkpoint import open_checkpoint
+from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.runs.torch_dist import is_torch_dist
 from megatron_eso.sampler.directory import build_network, read_description, read_weights
 from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
@@ -115,7 +118,7 @@ def load_any(
             tensors=read_weights(path),
             weights=recorded_weights(path) or "raw",
         )
-    if is_checkpoint(path) or (path / "checkpoints").is_dir():
+    if is_torch_dist(path) or RunDirectory(path).checkpoints.is_dir():
         checkpoint = open_checkpoint(path, step)
         config, tensors, description = read_network(checkpoint, weights)
         return Loaded(

@@ -19,17 +19,18 @@ from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import ConfigError, UserError, run_command
 from megatron_eso.ranks import is_first_rank, launched_world_size
-from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.runs.run_directory import CONFIG_FILE, RunDirectory
+from megatron_eso.runs.steps import find_step, list_checkpoints
 from megatron_eso.training.records.log import start_logging
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate; returns the exit code."""
-    arguments = parse_arguments(argv)
+    arguments = parse_command_line(argv)
     start_logging()
     logging.getLogger().setLevel(logging.WARNING)
     try:
-        checkpoint = find_step(Path(arguments.run_dir), arguments.step)
+        checkpoint = choose_checkpoint(RunDirectory(Path(arguments.run_dir)), arguments.step)
         config, validation = configure(checkpoint, arguments.data, arguments.overrides)
         # Imported once the configuration is known to be sound: importing takes seconds.
         from megatron_eso.training.checkpoint_evaluation import evaluate_checkpoint
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR")
@@ -63,19 +64,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def find_step(run: Path, step: int | None) -> Path:
-    """The checkpoint of a step, or the newest.
+def choose_checkpoint(run: RunDirectory, step: int | None) -> Path:
+    """Return the checkpoint of a step, or the newest.
 
     Raises:
         ConfigError: There is none.
     """
-    found = list_checkpoints(RunDirectory(run).checkpoints)
-    wanted = [path for path in found if step is None or path.name == f"step_{step:08d}"]
-    if not wanted:
+    found = find_step(run.checkpoints, step)
+    if found is None:
         what = "no complete checkpoint" if step is None else f"no checkpoint of step {step}"
-        names = ", ".join(path.name for path in found) or "none"
-        raise ConfigError(f"{run}: {what}; there are: {names}")
-    return wanted[-1]
+        names = ", ".join(path.name for path in list_checkpoints(run.checkpoints)) or "none"
+        raise ConfigError(f"{run.path}: {what}; there are: {names}")
+    return found
 
 
 def configure(
@@ -86,7 +86,7 @@ def configure(
     Raises:
         ConfigError: They do not fit each other or the number of ranks.
     """
-    written = read_config(checkpoint / "config.json")
+    written = read_config(checkpoint / CONFIG_FILE)
     with tempfile.TemporaryDirectory() as folder:
         layer = Path(folder) / "config.toml"
         layer.write_text(config_to_toml(written))

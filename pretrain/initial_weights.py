@@ -5,7 +5,8 @@ from pathlib import Path
 
 from checkpoints_conversion.conversions import convert_to_megatron
 from checkpoints_conversion.sampler_directory import is_sampler_directory
-from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.runs.steps import newest
 
 
 def convert_initial_weights(init_from: str | None, run: RunDirectory) -> None:
@@ -18,6 +19,6 @@ def convert_initial_weights(init_from: str | None, run: RunDirectory) -> None:
         CheckpointError: The sampler directory is damaged.
     """
     shutil.rmtree(run.initial, ignore_errors=True)
-    is_new = not list_checkpoints(run.checkpoints)
+    is_new = newest(run.checkpoints) is None
     if is_new and init_from is not None and is_sampler_directory(Path(init_from)):
         convert_to_megatron(Path(init_from), run.initial)

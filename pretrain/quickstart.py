@@ -23,6 +23,7 @@ from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import UserError, run_command
 from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.runs.status import read_status
 from megatron_eso.training.records.tags import VAL_PERPLEXITY
 
 CONFIG = SHIPPED_CONFIGS / "quickstart.toml"
@@ -87,7 +88,7 @@ def plan_stages(config: Config, overrides: list[str], data: Path, sampler: Path)
         ),
         Stage(
             f"pretrain on {NUM_PROCESSES} processes",
-            run / "status.json",
+            RunDirectory(run).status,
             [*launch, f"--nproc-per-node={NUM_PROCESSES}"]
             + ["-m", "pretrain.train", str(CONFIG), *overrides],
             is_training_finished,
@@ -102,7 +103,8 @@ def plan_stages(config: Config, overrides: list[str], data: Path, sampler: Path)
 
 def is_training_finished(status: Path) -> bool:
     """Whether the run has reached its last step, by its status."""
-    return status.exists() and RunDirectory(status.parent).read_status()["state"] == "finished"
+    found = read_status(status)
+    return found is not None and found.state == "finished"
 
 
 def run_stage(title: str, stage: Stage) -> None:

@@ -1,4 +1,4 @@
-"""How a run fares, read from its directory: `python -m pretrain.status RUN_DIR [--watch]`.
+"""How a run stands, read from its directory: `python -m pretrain.status RUN_DIR [--watch]`.
 
 Needs neither torch nor a GPU, and disturbs nothing: run it over ssh on any machine that sees the
 directory.
@@ -7,21 +7,41 @@ directory.
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_eso.errors import ConfigError, run_command
 from megatron_eso.quantities import format_seconds
+from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.runs.status import RunStatus, read_recent_metrics
+from megatron_eso.runs.steps import newest
 
 _CLEAR_SCREEN = "\033[H\033[2J"
-_TAIL_BYTES = 64 * 1024
-# A run says something at every line of its log; this long without one is worth a word.
+# A run replaces its status with every line of its log; a longer silence is reported.
 _SILENCE_SECONDS = 600.0
+_PHASE = re.compile(r"train/loss_([a-z_]+)")
 
-Status = dict[str, Any]
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What is known of a run.
+
+    Attributes:
+        run: Its directory.
+        status: Its `status.json`.
+        metrics: The newest values in `metrics.jsonl`, by tag.
+        checkpoint: The newest one.
+    """
+
+    run: RunDirectory
+    status: RunStatus
+    metrics: dict[str, float]
+    checkpoint: Path | None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,70 +64,56 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object a time")
     arguments = parser.parse_args(argv)
     while True:
-        status = read_status(arguments.run)
+        report = read_report(RunDirectory(arguments.run))
         if arguments.json:
-            text = json.dumps(to_json(status)) + "\n"
+            text = json.dumps(to_json(report)) + "\n"
         else:
-            text = "".join(f"{line}\n" for line in describe(arguments.run, status, time.time()))
+            text = "".join(f"{line}\n" for line in describe_run(report, time.time()))
         clear = _CLEAR_SCREEN if arguments.watch and sys.stdout.isatty() else ""
         sys.stdout.write(clear + text)
         sys.stdout.flush()
-        if not arguments.watch or status["state"] in ("finished", "failed"):
+        if not arguments.watch or report.status.state in ("finished", "failed"):
             return
         time.sleep(arguments.watch)
 
 
-def read_status(run: Path) -> Status:
-    """`status.json` with what the newest lines of `metrics.jsonl` and the checkpoints add.
+def read_report(run: RunDirectory) -> Report:
+    """Read what the run's files state.
 
     Raises:
         ConfigError: the directory holds no run.
     """
-    path = run / "status.json"
-    try:
-        status: Status = json.loads(path.read_text())
-    except FileNotFoundError as error:
+    status = run.read_status()
+    if status is None:
         raise ConfigError(
-            f"{run}: holds no status.json; name the run.directory of a run that has started"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
-    checkpoints = sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8))
-    if checkpoints:
-        status["last_checkpoint"] = checkpoints[-1].name
-        status["last_checkpoint_time"] = checkpoints[-1].stat().st_mtime
-    for values in _read_tail(run / "metrics.jsonl"):
-        status.setdefault("metrics", {}).update(values)
-    return status
-
-
-def describe(run: Path, status: Status, now: float) -> Iterator[str]:
-    """The status, a line for each thing to know; `now` in seconds since the epoch."""
-    metrics = status.get("metrics", {})
-    age = now - status["time"]
-    job = f"job {status['job']}, " if status.get("job") else ""
-    reason = f": {status['reason']}" if status.get("reason") else ""
-    yield f"run          {run}"
-    yield (
-        f"state        {status['state']}{reason} ({job}process {status['pid']} on "
-        f"{status['host']}), {format_seconds(age)} ago"
+            f"{run.path}: holds no status.json; name the run.directory of a run that has started"
+        )
+    return Report(
+        run=run,
+        status=status,
+        metrics=read_recent_metrics(run.metrics),
+        checkpoint=newest(run.checkpoints),
     )
-    if status["state"] == "running" and age > _SILENCE_SECONDS:
-        yield f"             no sign of life for {format_seconds(age)}: look into {run / 'logs'}"
-    num_steps = status.get("num_steps")
-    share = f"/{num_steps} ({100 * status['step'] / num_steps:.1f} %)" if num_steps else ""
-    yield f"step         {status['step']}{share}"
+
+
+def describe_run(report: Report, now: float) -> Iterator[str]:
+    """Yield the status, a line for each thing to know; `now` in seconds since the epoch."""
+    status, metrics = report.status, report.metrics
+    age = now - status.time
+    job = f"job {status.job}, " if status.job else ""
+    reason = f": {status.reason}" if status.reason else ""
+    yield f"run          {report.run.path}"
+    yield (
+        f"state        {status.state}{reason} ({job}process {status.pid} on {status.host}), "
+        f"{format_seconds(age)} ago"
+    )
+    if status.state == "running" and age > _SILENCE_SECONDS:
+        yield f"             no sign of life for {format_seconds(age)}: look into {report.run.logs}"
+    num_steps = status.num_steps
+    share = f"/{num_steps} ({100 * status.step / num_steps:.1f} %)" if num_steps else ""
+    yield f"step         {status.step}{share}"
     if "train/loss" in metrics:
-        phases = ", ".join(
-            f"{tag.removeprefix('train/loss_')} {value:.4f}"
-            for tag, value in metrics.items()
-            if tag.startswith("train/loss_")
-        )
-        yield (
-            f"loss         {metrics['train/loss']:.4f} ({phases}), skipped steps "
-            f"{metrics['train/skipped_steps']:.0f}, times gone back "
-            f"{metrics['train/rollbacks']:.0f}"
-        )
+        yield f"loss         {_describe_loss(metrics)}"
     if "val/nelbo" in metrics:
         yield (
             f"validation   NELBO {metrics['val/nelbo']:.4f}, perplexity "
@@ -119,45 +125,44 @@ def describe(run: Path, status: Status, now: float) -> Iterator[str]:
             f"speed        {metrics['perf/tokens_per_second']:.0f} tokens/s, "
             f"{metrics['perf/step_seconds']:.3f} s a step{mfu}"
         )
-    if status["state"] == "running" and "seconds_left" in status:
-        yield f"ETA          {format_seconds(status['seconds_left'])}"
-    if "last_checkpoint" in status:
-        written = format_seconds(now - status["last_checkpoint_time"])
-        yield f"checkpoint   {status['last_checkpoint']}, {written} ago"
+    if status.state == "running" and status.seconds_left is not None:
+        yield f"ETA          {format_seconds(status.seconds_left)}"
+    if report.checkpoint is not None:
+        written = format_seconds(now - report.checkpoint.stat().st_mtime)
+        yield f"checkpoint   {report.checkpoint.name}, {written} ago"
     else:
         yield "checkpoint   none yet"
-    if "restarts" in status:
-        yield f"restarts     {status['restarts']}"
-    if "hosts" in status:
+    if status.restarts is not None:
+        yield f"restarts     {status.restarts}"
+    if status.hosts is not None:
         yield (
-            f"nodes        {len(status['hosts'])}: {', '.join(status['hosts'])}; "
-            f"{status['num_ranks']} ranks"
+            f"nodes        {len(status.hosts)}: {', '.join(status.hosts)}; {status.num_ranks} ranks"
         )
 
 
-def to_json(status: Status) -> Status:
-    """The status with text in place of what JSON has no number for."""
-    metrics = {
-        tag: value if math.isfinite(value) else str(value)
-        for tag, value in status.get("metrics", {}).items()
+def _describe_loss(metrics: dict[str, float]) -> str:
+    """Return the loss, that of each phase which the run's objective has, and what went wrong."""
+    phases = [
+        f"{match[1]} {value:.4f}"
+        for tag, value in metrics.items()
+        if (match := _PHASE.fullmatch(tag))
+    ]
+    return (
+        f"{metrics['train/loss']:.4f} ({', '.join(phases)}), skipped steps "
+        f"{metrics['train/skipped_steps']:.0f}, times gone back {metrics['train/rollbacks']:.0f}"
+    )
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """Return the report as one object, with text in place of what JSON has no number for."""
+    content = report.status.to_json()
+    if report.checkpoint is not None:
+        content["last_checkpoint"] = report.checkpoint.name
+        content["last_checkpoint_time"] = report.checkpoint.stat().st_mtime
+    content["metrics"] = {
+        tag: value if math.isfinite(value) else str(value) for tag, value in report.metrics.items()
     }
-    return status | {"metrics": metrics}
-
-
-def _read_tail(path: Path) -> Iterator[dict[str, float]]:
-    """The last whole lines of metrics.jsonl; training and validation lines alternate there."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return
-    for line in lines:
-        try:
-            # What is not finite is text there.
-            yield {key: float(value) for key, value in json.loads(line).items()}
-        except (ValueError, TypeError, AttributeError):  # cut by the window, or being written
-            continue
+    return content
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from megatron_eso.data.samples.blend import BLOCK_SAMPLES, Blend
 from megatron_eso.data.samples.training_data import TrainingData
 
 MAX_EPOCHS = 4
-"""More epochs give a warning: repeating pays less and less (Muennighoff et al. 2023)."""
+"""More epochs give a warning: repeating pays less (Muennighoff et al., arXiv 2305.16264)."""
 MAX_ROUNDING = 0.01
 """A share that rounding changes by more than this, relative to itself, gives a warning."""
 MAX_UNUSED = 0.01

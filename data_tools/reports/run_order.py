@@ -1,6 +1,5 @@
 """The order of a run's samples, from its directory or from what its training is given."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,9 @@ from megatron_eso.config.sections import Config
 from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.errors import DataError
+from megatron_eso.runs.checkpoint_state import STATE_FILE, read_checkpoint_state
+from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.runs.steps import newest
 
 
 def open_run_order(arguments: Sequence[str]) -> tuple[Config, TrainingData]:
@@ -19,32 +21,25 @@ def open_run_order(arguments: Sequence[str]) -> tuple[Config, TrainingData]:
 
     Raises:
         ConfigError: the configuration does not hold together, or does not continue the run.
-        DataError: a corpus or the checkpoint is missing or damaged.
+        CheckpointError: the checkpoint is damaged.
+        DataError: a corpus is missing or damaged, or the checkpoint states no order of samples.
     """
     is_run = len(arguments) == 1 and Path(arguments[0]).is_dir()
     if is_run:
-        config = read_config(Path(arguments[0]) / "config.json")
-        run = Path(arguments[0])
+        run = RunDirectory(Path(arguments[0]))
+        config = read_config(run.config)
     else:
         config = load_config(arguments, folder=SHIPPED_CONFIGS).config
-        run = Path(config.run.directory)
+        run = RunDirectory(Path(config.run.directory))
     data = TrainingData.open(config.data, config.run.seed)
-    try:
-        newest = (run / "checkpoints" / "latest").read_text().strip()
-    except FileNotFoundError:
+    checkpoint = newest(run.checkpoints)
+    if checkpoint is None:
         return config, data
-    checkpoint = run / "checkpoints" / newest
-    try:
-        state = json.loads((checkpoint / "state.json").read_text())
-        order, consumed_samples = state["data"], state["consumed_samples"]
-    except (OSError, ValueError, KeyError) as error:
+    state = read_checkpoint_state(checkpoint)
+    if state.data is None:
         raise DataError(
-            f"{checkpoint / 'state.json'}: tells no order of samples ({error!r}); "
-            "name another run.directory"
-        ) from error
-    data.resume(
-        order,
-        consumed_samples=consumed_samples,
-        source=str(checkpoint),
-    )
+            f"{checkpoint / STATE_FILE}: states no order of samples; name another run.directory"
+        )
+    consumed_samples = state.counters.consumed_samples
+    data.resume(state.data, consumed_samples=consumed_samples, source=str(checkpoint))
     return config, data

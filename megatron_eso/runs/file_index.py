@@ -1,7 +1,7 @@
 """The index of a checkpoint's files: sizes and hashes, by which damage is found before it is used.
 
-`index.json` lies beside the files that it lists. It is written last, and its own checksum is part
-of it.
+`index.json` lies in the folder of the files that it lists. It is written last, and its own checksum
+is part of it.
 """
 
 import json
@@ -14,10 +14,10 @@ import xxhash
 from megatron_eso.errors import CheckpointError
 from megatron_eso.files import write_text
 
-INDEX_FILE = "index.json"
+FILE_INDEX = "index.json"
 FORMAT_VERSION = 1
 
-_PIECE_BYTES = 2**22
+_CHUNK_BYTES = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,29 +32,29 @@ Index = Mapping[str, FileEntry]
 
 
 def describe_file(path: Path) -> FileEntry:
-    """Size and hash of a file as it is."""
+    """Return size and hash of a file as it is."""
     digest, size = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
-        while piece := file.read(_PIECE_BYTES):
-            digest.update(piece)
-            size += len(piece)
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
     return FileEntry(size, digest.hexdigest())
 
 
-def write_index(folder: Path, index: Index) -> None:
+def write_file_index(folder: Path, index: Index) -> None:
     """Write the index of a folder's files; on disk when this returns."""
     files = {name: asdict(index[name]) for name in sorted(index)}
     content = {"format_version": FORMAT_VERSION, "files": files, "checksum": _checksum(files)}
-    write_text(folder / INDEX_FILE, json.dumps(content, indent=1) + "\n")
+    write_text(folder / FILE_INDEX, json.dumps(content, indent=1) + "\n")
 
 
-def read_index(folder: Path) -> Index:
+def read_file_index(folder: Path) -> Index:
     """Read the index of a folder.
 
     Raises:
         CheckpointError: It is missing, damaged or of another version.
     """
-    path = folder / INDEX_FILE
+    path = folder / FILE_INDEX
     try:
         content = json.loads(path.read_text(encoding="ascii"))
         files, version = content["files"], content["format_version"]
@@ -72,7 +72,7 @@ def read_index(folder: Path) -> Index:
 
 
 def find_damage(folder: Path, index: Index, names: Iterable[str] | None = None) -> Iterator[str]:
-    """What is wrong with the files of a folder, a line each.
+    """Find what is wrong with the files of a folder, a line each.
 
     Args:
         folder: holds the files.

@@ -1,22 +1,22 @@
-"""A run's directory: who holds it, what it was configured to do, and how it fares."""
+"""A run's directory: where its files are, and which process holds it."""
 
-import fcntl
-import json
 import logging
 import os
 import shutil
 import socket
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from megatron_eso.config.loading import config_to_dict
 from megatron_eso.config.sections import Config
 from megatron_eso.errors import ConfigError
-from megatron_eso.files import write_json
+from megatron_eso.files import new_folder, write_json
+from megatron_eso.locks import hold_lock
+from megatron_eso.runs.status import JobFacts, RunStatus, State, read_status, write_status
+
+CONFIG_FILE = "config.json"
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +27,21 @@ class RunDirectory:
 
     Attributes:
         path: The directory.
-        facts: Of this job, said in every status: restarts, num_steps, hosts, num_ranks.
+        facts: What every status that is written here states.
     """
 
     path: Path
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: JobFacts = field(default_factory=JobFacts)
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / CONFIG_FILE
+
+    @property
+    def tokenizer(self) -> Path:
+        """A copy of the tokenizer that the run's data were made with."""
+        return self.path / "tokenizer"
 
     @property
     def checkpoints(self) -> Path:
@@ -44,13 +54,28 @@ class RunDirectory:
         return self.path / "init_from"
 
     @property
+    def status(self) -> Path:
+        """How the run stands (status.py)."""
+        return self.path / "status.json"
+
+    @property
+    def restarts(self) -> Path:
+        """How each job of the run has ended (restarts.py)."""
+        return self.path / "restarts.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """One log a rank."""
+        return self.path / "logs"
+
+    @property
     def stop_file(self) -> Path:
-        """Whoever makes it ends the run, after a checkpoint; it is not requeued."""
+        """Where this file appears, the run saves and ends; it is not requeued."""
         return self.path / "stop"
 
     @property
     def requeue_file(self) -> Path:
-        """Whoever makes it ends the job, after a checkpoint; the job script has another go on."""
+        """Where this file appears, the job saves and ends; the job script starts another one."""
         return self.path / "requeue"
 
     @property
@@ -65,75 +90,66 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for this process; the operating system lets go when the process ends.
+        """Hold the directory for this process, at most until the process ends.
 
         Raises:
-            ConfigError: Another process holds it; the message tells host and job.
+            ConfigError: Another process holds it; the message states its host and job.
+            UserError: The file system gives no locks.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                lock.seek(0)
+        with hold_lock(self.path / ".lock", holder=describe_process()) as lock:
+            if not lock.is_held:
                 raise ConfigError(
-                    f"run.directory = {self.path}: {lock.read().strip() or 'another process'} "
-                    f"is running there: wait for it, or choose another run.directory"
-                ) from error
-            lock.truncate(0)
-            lock.write(describe_process())
-            lock.flush()
+                    f"run.directory = {self.path}: {lock.holder or 'another process'} is running "
+                    f"there: wait for it, or choose another run.directory"
+                )
             yield
 
     def write_config(self, config: Config, tokenizer: Path) -> None:
         """Record the resolved configuration, and the tokenizer that its data were made with."""
-        write_json(self.path / "config.json", config_to_dict(config))
-        if not (self.path / "tokenizer").exists():
-            partial = self.path / "tokenizer.tmp"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(tokenizer, partial)
-            partial.replace(self.path / "tokenizer")
+        write_json(self.config, config_to_dict(config))
+        if not self.tokenizer.exists():
+            with new_folder(self.tokenizer) as partial:
+                shutil.copytree(tokenizer, partial, dirs_exist_ok=True)
 
-    def write_status(self, state: str, step: int, reason: str = "", **more: Any) -> None:
-        """Replace `status.json`; `state` is running, interrupted, finished or failed.
+    def write_status(
+        self,
+        state: State,
+        step: int,
+        reason: str = "",
+        *,
+        loss: float | None = None,
+        tokens_per_second: float | None = None,
+        seconds_left: float | None = None,
+    ) -> None:
+        """Replace `status.json` by what this process knows.
 
-        A file system that refuses does not end the run; the log tells.
+        A file system that refuses does not end the run; it is logged.
         """
-        content = {
-            "format_version": 1,
-            "state": state,
-            "step": step,
-            "reason": reason,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "job": os.environ.get("SLURM_JOB_ID"),
-            "time": time.time(),
-            **self.facts,
-            **more,
-        }
+        status = RunStatus(
+            state=state,
+            step=step,
+            reason=reason,
+            loss=loss,
+            tokens_per_second=tokens_per_second,
+            seconds_left=seconds_left,
+            **asdict(self.facts),
+        )
         try:
-            write_json(self.path / "status.json", content)
+            write_status(self.status, status)
         except OSError as error:
-            logger.error("%s: not up to date: %s", self.path / "status.json", error)
+            logger.error("%s: not up to date: %s", self.status, error)
 
-    def read_status(self) -> dict[str, Any]:
-        """Read `status.json`; empty where there is none."""
-        try:
-            return dict(json.loads((self.path / "status.json").read_text()))
-        except FileNotFoundError:
-            return {}
+    def read_status(self) -> RunStatus | None:
+        """Read `status.json`; None where there is none.
 
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `RUN_DIR/checkpoints`, oldest first.
-
-    A checkpoint gets its name `step_XXXXXXXX` once it is complete.
-    """
-    return sorted(folder.glob("step_" + "[0-9]" * 8))
+        Raises:
+            ConfigError: It cannot be read, or is of another format version.
+        """
+        return read_status(self.status)
 
 
 def describe_process() -> str:
-    """Host, process and job, for whoever finds the directory locked."""
+    """Return host, process and job, for the error of a process that finds the directory locked."""
     job = os.environ.get("SLURM_JOB_ID")
     suffix = f" of job {job}" if job else ""
     return f"process {os.getpid()} on {socket.gethostname()}{suffix}"

@@ -1,7 +1,8 @@
-"""Megatron-Core's `torch_dist` directories in plain PyTorch: no megatron, no process group.
+"""Megatron-Core's `torch_dist` directories in plain PyTorch: no megatron, no process group needed.
 
-torch reads the index `.metadata` with plain pickle; here only the classes of an index are built,
-and tensors are read with `weights_only`. Byte entries (pickled objects) are never loaded.
+torch reads `.metadata`, its index of the tensors, with plain pickle; here only the classes of an
+index are built, and tensors are read with `weights_only`. Byte entries (pickled objects) are never
+loaded.
 """
 
 import dataclasses
@@ -20,26 +21,51 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_eso.errors import CheckpointError
-from megatron_eso.runs.unpickling import TORCH_DIST_BACKEND, read_checkpoint_metadata
+from megatron_eso.runs.unpickling import METADATA_FILE, unpickle_metadata
 
-INDEX_FILE = ".metadata"
 BACKEND_FILE = "metadata.json"
+COMMON_FILE = "common.pt"
+BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+"""What Megatron-Core 0.16.1 reads in `metadata.json`."""
+
+READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, CheckpointException)
+"""What torch raises where a file is missing or damaged; it wraps most in a CheckpointException."""
 
 
-class _Reader(FileSystemReader):
-    """torch's reader with an index that was read already."""
+class SafeReader(FileSystemReader):
+    """torch's reader, which does not execute what the pickle of an index names.
 
-    def __init__(self, directory: Path, index: Metadata) -> None:
+    Args:
+        directory: Of the checkpoint.
+        metadata: Its index, if that was read already.
+    """
+
+    def __init__(self, directory: Path, metadata: Metadata | None = None) -> None:
         super().__init__(directory)
-        self.index = index
+        self._directory = directory
+        self._metadata = metadata
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """The index."""
-        return self.index
+        """Return the index.
+
+        Raises:
+            CheckpointError: As for the function `read_metadata`.
+        """
+        return self._metadata or read_metadata(self._directory)
 
 
-def read_index(directory: Path) -> Metadata:
-    """Read the index without executing anything that its pickle names.
+def is_torch_dist(directory: Path) -> bool:
+    """Whether this is a distributed checkpoint itself."""
+    return (directory / BACKEND_FILE).is_file() and (directory / METADATA_FILE).is_file()
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Read the index of the tensors without executing anything that its pickle names.
 
     Raises:
         CheckpointError: missing, damaged or of another format.
@@ -51,24 +77,41 @@ def read_index(directory: Path) -> Metadata:
         raise CheckpointError(
             f"{backend}: cannot be read ({error}); give a complete checkpoint"
         ) from None
-    if found != TORCH_DIST_BACKEND["sharded_backend"]:
+    if found != BACKEND["sharded_backend"]:
         raise CheckpointError(f"{backend}: the format {found!r} is unknown; save as torch_dist")
-    index = read_checkpoint_metadata(directory)
-    if index.storage_meta is None:
-        index = dataclasses.replace(index, storage_meta=StorageMeta())
-    return index
+    metadata = unpickle_metadata(directory)
+    if metadata.storage_meta is None:
+        metadata = dataclasses.replace(metadata, storage_meta=StorageMeta())
+    return metadata
 
 
-def list_shapes(index: Metadata) -> dict[str, tuple[int, ...]]:
+def write_backend(directory: Path, *, indent: int | None = None) -> tuple[str, str]:
+    """Write the two small files by which Megatron-Core knows a `torch_dist` directory.
+
+    Args:
+        directory: Of the checkpoint.
+        indent: Of the JSON text.
+
+    Returns:
+        The names of the files.
+    """
+    torch.save({}, directory / COMMON_FILE)
+    end = "" if indent is None else "\n"
+    text = json.dumps(BACKEND, indent=indent) + end
+    (directory / BACKEND_FILE).write_text(text, encoding="utf-8")
+    return COMMON_FILE, BACKEND_FILE
+
+
+def list_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors by name."""
     return {
         key: tuple(entry.size)
-        for key, entry in index.state_dict_metadata.items()
+        for key, entry in metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
 
 
-def read_tensors(directory: Path, index: Metadata, keys: Iterable[str]) -> dict[str, Tensor]:
+def read_tensors(directory: Path, metadata: Metadata, keys: Iterable[str]) -> dict[str, Tensor]:
     """Read tensors whole, in their stored dtype, whatever layout wrote them.
 
     Raises:
@@ -76,7 +119,7 @@ def read_tensors(directory: Path, index: Metadata, keys: Iterable[str]) -> dict[
     """
     tensors = {}
     for key in keys:
-        entry = index.state_dict_metadata.get(key)
+        entry = metadata.state_dict_metadata.get(key)
         if not isinstance(entry, TensorStorageMetadata):
             raise CheckpointError(
                 f"{directory}: has no tensor {key}; the configuration is of another model"
@@ -85,16 +128,8 @@ def read_tensors(directory: Path, index: Metadata, keys: Iterable[str]) -> dict[
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(tensors, storage_reader=_Reader(directory, index))
-    # torch wraps whatever goes wrong in a rank's part in a CheckpointException.
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        EOFError,
-        CheckpointException,
-    ) as error:
+            load(tensors, storage_reader=SafeReader(directory, metadata))
+    except READ_ERRORS as error:
         raise CheckpointError(
             f"{directory}: damaged, or written by a newer torch than {torch.__version__} "
             f"({type(error).__name__}: {error})"
@@ -107,5 +142,4 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         save(dict(tensors), storage_writer=FileSystemWriter(directory, sync_files=True))
-    torch.save({}, directory / "common.pt")
-    (directory / BACKEND_FILE).write_text(json.dumps(TORCH_DIST_BACKEND), encoding="utf-8")
+    write_backend(directory)

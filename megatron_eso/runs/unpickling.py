@@ -1,26 +1,28 @@
-"""Reading the index of a torch distributed checkpoint without executing what its pickle says.
+"""Reading of pickles without executing what they name: everything that this package unpickles.
 
-torch reads `.metadata` with plain pickle, which runs any code that its writer put there.
+A pickle names functions and classes and has them called. Two unpicklers know short lists of names.
+The one of a distributed checkpoint's `.metadata` refuses any other name. The one of torch files
+makes an inert `Placeholder` of it, which keeps what it was given and runs nothing; a checkpoint of
+another program holds objects that its tensors do not need. No module is imported because a pickle
+names it.
 """
 
 import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch import _utils as torch_utils
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_eso.errors import CheckpointError
 
-# What Megatron-Core 0.16.1 asks of `metadata.json`.
-TORCH_DIST_BACKEND = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
+METADATA_FILE = ".metadata"
 
-ALLOWED = {
+METADATA_NAMES = {
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),
     ("torch", "Size"),
@@ -38,12 +40,16 @@ ALLOWED = {
 }
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    """Builds what an index is made of, and nothing else."""
+class MetadataUnpickler(pickle.Unpickler):
+    """An unpickler that refuses every name that is not in `METADATA_NAMES`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return an allowed class, or refuse."""
-        if (module, name) not in ALLOWED:
+        """Look up a known name.
+
+        Raises:
+            UnpicklingError: The name is not known.
+        """
+        if (module, name) not in METADATA_NAMES:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
 
@@ -55,17 +61,17 @@ DAMAGE = (
 )
 
 
-def read_checkpoint_metadata(checkpoint: Path) -> Metadata:
-    """Read the index of a distributed checkpoint.
+def unpickle_metadata(checkpoint: Path) -> Metadata:
+    """Read the `.metadata` of a distributed checkpoint, torch's index of its tensors.
 
     Raises:
         CheckpointError: It is missing or damaged, holds more than an index, or names files that lie
             elsewhere.
     """
-    path = checkpoint / ".metadata"
+    path = checkpoint / METADATA_FILE
     try:
         with path.open("rb") as stream:
-            metadata = _IndexUnpickler(stream).load()
+            metadata = MetadataUnpickler(stream).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError("it is something else")
         for info in metadata.storage_data.values():
@@ -76,3 +82,135 @@ def read_checkpoint_metadata(checkpoint: Path) -> Metadata:
             f"{path}: not readable as a checkpoint's index ({error}); take another checkpoint"
         ) from error
     return metadata
+
+
+class Placeholder:
+    """Stands for an object of an unknown class: keeps what it is given, and runs nothing."""
+
+    qualified_name = "?"
+
+    args: tuple[Any, ...]
+    state: Any
+    items: list[Any]
+
+    def __new__(cls, *args: Any, **_: Any) -> Self:
+        """Keep the arguments; a pickle makes objects with `__init__` and without."""
+        self = super().__new__(cls)
+        self.args, self.state, self.items = args, None, []
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        """Keep the state."""
+        self.state = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Keep an item."""
+        self.items.append((key, value))
+
+    def append(self, value: Any) -> None:
+        """Keep an item."""
+        self.items.append(value)
+
+    def extend(self, values: Any) -> None:
+        """Keep items."""
+        self.items.extend(values)
+
+    def add(self, value: Any) -> None:
+        """Keep an item."""
+        self.items.append(value)
+
+
+def _default_dict(*_: Any) -> dict[Any, Any]:
+    """A plain dict in place of a defaultdict, whose factory would be called."""
+    return {}
+
+
+DTYPE_NAMES = (
+    *("float64", "float32", "float16", "bfloat16"),
+    *("int64", "int32", "int16", "int8", "uint8", "bool"),
+)
+
+TORCH_FILE_NAMES: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "defaultdict"): _default_dict,
+    **{
+        (module, kind.__name__): kind
+        for module in ("builtins", "__builtin__")
+        for kind in (dict, list, set, tuple)
+    },
+    ("torch._utils", "_rebuild_tensor_v2"): torch_utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch_utils._rebuild_parameter,
+    ("torch", "Size"): torch.Size,
+    **{("torch", name): getattr(torch, name) for name in DTYPE_NAMES},
+}
+"""All that a torch file may name; torch.load itself looks up the names of storages."""
+
+
+class TorchFileUnpickler(pickle.Unpickler):
+    """An unpickler that makes a placeholder of every name that is not in `TORCH_FILE_NAMES`."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Look up a name without importing anything."""
+        known = TORCH_FILE_NAMES.get((module, name))
+        if known is not None:
+            return known
+        return type("Placeholder", (Placeholder,), {"qualified_name": f"{module}.{name}"})
+
+
+class _TorchPickle:
+    """What `torch.load` uses in place of the module `pickle`."""
+
+    __name__ = "unpickling"
+    Unpickler = TorchFileUnpickler
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        """Read one pickle."""
+        return TorchFileUnpickler(file, **options).load()
+
+
+def load_torch_file(path: str | Path) -> Any:
+    """Read a zip-format torch file, its tensors mapped from the file, without executing anything.
+
+    Raises:
+        CheckpointError: missing, damaged, or in a format that cannot be read safely.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not found; give the path of a checkpoint file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        raise CheckpointError(
+            f"{path}: no zip-format torch file (damaged, or older than torch 1.6); save it again "
+            "with a newer torch"
+        ) from None
+    # torch.load would hand a TorchScript archive to its own loader.
+    if any(Path(name).name == "constants.pkl" for name in names):
+        raise CheckpointError(f"{path}: a TorchScript archive; give a Lightning checkpoint")
+    try:
+        return torch.load(
+            path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_TorchPickle()
+        )
+    # Whatever a damaged or hostile pickle breaks becomes one error.
+    except (
+        pickle.UnpicklingError,
+        *(EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError),
+    ) as error:
+        raise CheckpointError(
+            f"{path}: damaged ({type(error).__name__}: {error}); copy it again from its source"
+        ) from None
+
+
+def plain_value(value: Any) -> Any:
+    """Dicts, lists and scalars of an OmegaConf object read as placeholders; others stay."""
+    if isinstance(value, Placeholder) and isinstance(value.state, dict):
+        for key in ("_content", "_val"):
+            if key in value.state:
+                return plain_value(value.state[key])
+    if isinstance(value, Mapping):
+        return {plain_value(key): plain_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_value(item) for item in value]
+    return value

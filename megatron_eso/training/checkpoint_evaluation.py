@@ -11,13 +11,15 @@ from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import CheckpointError
 from megatron_eso.objectives.build import build_objective
 from megatron_eso.objectives.loss import to_perplexity
-from megatron_eso.training.batches import ValidationBatches
+from megatron_eso.runs.checkpoint import PREFIXES
+from megatron_eso.runs.checkpoint_state import read_checkpoint_state
 from megatron_eso.training.checkpointing.restore import refuse_damage
-from megatron_eso.training.checkpointing.state import PREFIXES, load_weights, read_state_json
-from megatron_eso.training.cpu_backend import install_cpu_backend
-from megatron_eso.training.evaluation import evaluate, evaluate_orders
-from megatron_eso.training.parallel import model_parallel_groups, process_group
-from megatron_eso.training.train_state import TrainState, build_train_state
+from megatron_eso.training.checkpointing.state import load_weights
+from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
+from megatron_eso.training.distributed.parallel import model_parallel_groups, process_group
+from megatron_eso.training.steps.batches import ValidationBatches
+from megatron_eso.training.steps.evaluation import evaluate, evaluate_orders
+from megatron_eso.training.steps.train_state import TrainState, build_train_state
 
 
 def evaluate_checkpoint(
@@ -44,10 +46,10 @@ def evaluate_checkpoint(
         DataError: The shards are of another tokenizer.
     """
     install_cpu_backend()
-    record = read_state_json(checkpoint)
-    if "data" in record:  # not in a conversion's
-        validation.check_tokenizer(record["data"]["tokenizer"])
-    has_ema = record.get("ema_updates") is not None
+    record = read_checkpoint_state(checkpoint)
+    if record.data is not None:  # a conversion's has none
+        validation.check_tokenizer(record.data["tokenizer"])
+    has_ema = record.ema_updates is not None
     weights = weights or ("ema" if has_ema else "raw")
     if weights == "ema" and not has_ema:
         raise CheckpointError(f"{checkpoint}: holds no EMA weights; use --weights raw")
@@ -58,7 +60,7 @@ def evaluate_checkpoint(
         state = load_state(checkpoint, config, weights, groups)
         estimate = evaluate(state, batches, groups, use_ema=False)
         answer = {
-            "step": record["step"],
+            "step": record.counters.step,
             "weights": weights,
             "num_samples": batches.num_samples,
             "nelbo": estimate.nelbo,

@@ -20,25 +20,26 @@ from megatron_eso.estimates.flops import training_flops_per_token
 from megatron_eso.objectives.build import build_objective
 from megatron_eso.ranks import is_first_rank
 from megatron_eso.runs.run_directory import RunDirectory
-from megatron_eso.training.batches import TrainingBatches, ValidationBatches
+from megatron_eso.runs.status import JobFacts, State
 from megatron_eso.training.checkpointing.checkpoints import Checkpoints
 from megatron_eso.training.checkpointing.restore import restore
 from megatron_eso.training.checkpointing.rollbacks import Rollbacks
 from megatron_eso.training.checkpointing.saves import Saves
-from megatron_eso.training.cpu_backend import install_cpu_backend
+from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
+from megatron_eso.training.distributed.parallel import model_parallel_groups, process_group
 from megatron_eso.training.guards.batch_check import check_data
 from megatron_eso.training.guards.dry_batch import try_largest_batch
 from megatron_eso.training.guards.stop import StopRequests
 from megatron_eso.training.guards.stragglers import WorkTimer
 from megatron_eso.training.guards.watchdog import Watchdog, build_watchdog
 from megatron_eso.training.loop import Trainer, Validations
-from megatron_eso.training.parallel import model_parallel_groups, process_group
-from megatron_eso.training.prefetch import StepPrefetcher
 from megatron_eso.training.records.log import log_to_file
 from megatron_eso.training.records.metrics import MetricsLog
 from megatron_eso.training.records.run_records import RunRecords
 from megatron_eso.training.records.wandb_log import WandbLog
-from megatron_eso.training.train_state import TrainState, build_train_state
+from megatron_eso.training.steps.batches import TrainingBatches, ValidationBatches
+from megatron_eso.training.steps.prefetch import StepPrefetcher
+from megatron_eso.training.steps.train_state import TrainState, build_train_state
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ def run_job(
                 prepare_weights(config.checkpoint.init_from, run)
             trainer = build_trainer(config, train_data, validation_data, run, stop, stack)
         except BaseException as error:
-            record_failure(run, run.read_status().get("step", 0), error)
+            before = run.read_status()
+            record_failure(run, 0 if before is None else before.step, error)
             raise
         train_to_the_end(trainer)
 
@@ -80,8 +82,9 @@ def run_job(
 def locate_run(config: Config) -> RunDirectory:
     """The run directory, with the facts of this job that every status holds."""
     run = RunDirectory(Path(config.run.directory))
-    restarts = run.read_status().get("restarts", -1) + 1
-    return RunDirectory(run.path, {"restarts": restarts, "num_steps": config.train.num_steps})
+    before = run.read_status()
+    restarts = 0 if before is None or before.restarts is None else before.restarts + 1
+    return RunDirectory(run.path, JobFacts(restarts=restarts, num_steps=config.train.num_steps))
 
 
 def build_trainer(
@@ -141,7 +144,7 @@ def join_world(
 
     Collective over the world.
     """
-    log = log_to_file(run.path / "logs")
+    log = log_to_file(run.logs)
     if config.watchdog.start_seconds > 0:
         # Ranks may wait for one that is gone; later the watchdog takes this timer over.
         faulthandler.dump_traceback_later(config.watchdog.start_seconds, exit=True)
@@ -175,7 +178,8 @@ def train_to_the_end(trainer: Trainer) -> None:
             trainer.saves.checkpoints.wait()
         raise
     if is_first_rank():
-        outcome, step = "interrupted" if stopped else "finished", state.counters.step
+        outcome: State = "interrupted" if stopped else "finished"
+        step = state.counters.step
         reason = stopped or "train.num_steps reached"
         logger.info("%s at step %d: %s", outcome, step, reason)
         run.write_status(outcome, step, reason=reason)
@@ -200,8 +204,8 @@ def open_records(
     stack: ExitStack,
 ) -> RunRecords:
     """The records of the run, continued from `state`; rank 0 writes the configuration as well."""
-    nodes = {"num_ranks": len(hosts), "hosts": sorted(set(hosts))}
-    run = dataclasses.replace(run, facts={**run.facts, **nodes})
+    facts = dataclasses.replace(run.facts, num_ranks=len(hosts), hosts=sorted(set(hosts)))
+    run = dataclasses.replace(run, facts=facts)
     metrics = None
     if is_first_rank():
         run.write_config(config, batches.data.tokenizer_directory)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eso.runs.file_index import INDEX_FILE
-from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.runs.file_index import FILE_INDEX
+from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.runs.steps import list_checkpoints
 from tests.parallel.test_checkpoints import restore_each
 from tests.support.training import DISTRIBUTED, Overrides, tiny_arguments, train_tiny
 from tests.support.world import World
@@ -21,7 +22,7 @@ NUM_RANKS = 2
 OLDER, NEWEST = "step_00000001", "step_00000002"
 FILES = (
     *("__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt", "metadata.json"),
-    *("config.json", "state.json", INDEX_FILE),
+    *("config.json", "state.json", FILE_INDEX),
 )
 LIMIT_SECONDS = 120.0
 
@@ -35,7 +36,7 @@ def flip_bit(path: Path) -> None:
     """Anywhere; in the index within its checksum, since not every byte of JSON means something."""
     content = bytearray(path.read_bytes())
     place = random.randrange(len(content))
-    if path.name == INDEX_FILE:
+    if path.name == FILE_INDEX:
         place = content.index(b'"checksum": "') + 13 + random.randrange(32)
     content[place] ^= 1 << random.randrange(8)
     print(f"{path.name}: bit flipped in byte {place}")
@@ -116,5 +117,5 @@ def test_a_run_goes_on_from_the_one_before(tiny_data: Path, tmp_path: Path) -> N
     assert "all checkpoints are damaged" in errors[0]
     assert "Traceback" not in third.stderr
     status = RunDirectory(tmp_path).read_status()
-    assert status["state"] == "failed"
-    assert "all checkpoints are damaged" in status["reason"]
+    assert status.state == "failed"
+    assert "all checkpoints are damaged" in status.reason

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_eso.runs.file_index import find_damage, read_index
-from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.runs.file_index import find_damage, read_file_index
+from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.runs.steps import list_checkpoints, step_number
 from tests.support.training import Overrides, tiny_arguments
 
 DISK_BYTES = 24 * 2**20
@@ -67,7 +68,7 @@ def logged_step(log: Path) -> int:
 
 
 def saved_steps(run: Path) -> list[int]:
-    return [int(path.name[5:]) for path in list_checkpoints(run / "checkpoints")]
+    return [step_number(path) for path in list_checkpoints(run / "checkpoints")]
 
 
 @pytest.mark.slow
@@ -85,7 +86,7 @@ def test_a_full_disk_loses_nothing(small_disk: Path, tiny_data: Path, tmp_path: 
         assert kept
         wait_for(lambda: logged_step(log) > full_at + 12, process, log)
         for checkpoint in list_checkpoints(run / "checkpoints"):
-            assert not list(find_damage(checkpoint, read_index(checkpoint)))
+            assert not list(find_damage(checkpoint, read_file_index(checkpoint)))
         filler.unlink()
         wait_for(lambda: max(saved_steps(run), default=0) > full_at, process, log)
         fill(small_disk, leave=STATUS_BYTES)
@@ -99,10 +100,10 @@ def test_a_full_disk_loses_nothing(small_disk: Path, tiny_data: Path, tmp_path: 
     assert "kept in memory until there is room" in text
     assert "Traceback" not in text.split("could not be saved")[-1]
     status = RunDirectory(run).read_status()
-    assert status["state"] == "failed"
-    assert "make room" in status["reason"]
+    assert status.state == "failed"
+    assert "make room" in status.reason
     (last,) = list_checkpoints(run / "checkpoints")
-    assert not list(find_damage(last, read_index(last)))
+    assert not list(find_damage(last, read_file_index(last)))
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", last.name]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "train/loss" in line]

@@ -20,7 +20,8 @@ import psutil
 import pytest
 import torch
 
-from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.runs.steps import list_checkpoints
 from tests.support.processes import kill_tree
 from tests.support.training import (
     OVERLAPPED,
@@ -187,7 +188,7 @@ def report_restarts(job: Job, num_kills: int) -> None:
 
 def compare_runs(found: Path, expected: Path, *, num_steps: int) -> None:
     """The same records and, bitwise, the same last checkpoint."""
-    assert RunDirectory(found).read_status()["state"] == "finished"
+    assert RunDirectory(found).read_status().state == "finished"
     assert read_metrics(found) == read_metrics(expected)
     name = f"step_{num_steps:08d}"
     tensors = read_checkpoint(found / "checkpoints" / name)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_eso.runs.run_directory import RunDirectory, list_checkpoints
+from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.runs.steps import list_checkpoints
 from megatron_eso.training.guards.stop import REASONS, SIGNALS, StopRequests
 from tests.support.torchrun import (
     JOB_SECONDS,
@@ -93,20 +94,20 @@ def test_a_stopped_run_goes_on_bitwise(straight: Path, tiny_data: Path, tmp_path
         stop(run, launcher)
         code = launcher.wait(JOB_SECONDS)
         status = RunDirectory(run).read_status()
-        assert status["state"] == "interrupted", read_log(run)[-3000:]
-        assert status["reason"] in reason.split(" or ")
+        assert status.state == "interrupted", read_log(run)[-3000:]
+        assert status.reason in reason.split(" or ")
         expected = LAUNCHER_CODE_AFTER_SIGTERM if stop is terminate_the_launcher else 0
         assert code == expected, read_log(run)[-3000:]
         assert not any(rank.is_running() for rank in ranks)
-        assert reached + 1 <= status["step"] < NUM_STEPS
-        reached = status["step"]
+        assert reached + 1 <= status.step < NUM_STEPS
+        reached = status.step
         newest = list_checkpoints(run / "checkpoints")[-1]
         assert newest.name == f"step_{reached:08d}"
         print(f"{reason}: stopped after step {reached}")
     assert "minutes are left until checkpoint.end_margin_minutes = 1 before" in read_log(run)
     assert launch(run, tiny_data, OVERRIDES).wait(JOB_SECONDS) == 0, read_log(run)[-3000:]
     status = RunDirectory(run).read_status()
-    assert (status["state"], status["restarts"]) == ("finished", len(WAYS))
+    assert (status.state, status.restarts) == ("finished", len(WAYS))
     assert not (run / "requeue").exists()
     assert read_records(run) == read_records(straight)
     name = f"step_{NUM_STEPS:08d}"

@@ -37,7 +37,7 @@ def test_a_frozen_rank_ends_the_job_with_its_name(tiny_data: Path, tmp_path: Pat
     # torchrun kills what does not listen after 30 s, which nobody can set: to save them here.
     frozen.kill()
     assert launcher.wait(JOB_SECONDS) == 1
-    assert RunDirectory(tmp_path).read_status()["state"] == "running"  # it had no time to say more
+    assert RunDirectory(tmp_path).read_status().state == "running"  # it had no time to say more
     host = re.escape(socket.gethostname())
     for report in (read_log(tmp_path), (tmp_path / "logs" / "rank_00000.log").read_text()):
         assert re.search(

@@ -86,7 +86,7 @@ def straight(
 
 def test_two_nodes_train(straight: Path) -> None:
     log = read_log(straight)
-    assert RunDirectory(straight).read_status()["state"] == "finished"
+    assert RunDirectory(straight).read_status().state == "finished"
     assert read_metrics(straight)[-1]["step"] == NUM_STEPS
     for line in ("[rank 0]: node n1: ", "[rank 0]: node n2: ", f"step {NUM_STEPS}/{NUM_STEPS} |"):
         assert line in log

@@ -13,15 +13,13 @@ from megatron_eso.config.loading import read_config
 from megatron_eso.config.sections import KEYS, Config
 from megatron_eso.data.tokenizers.fingerprint import TokenizerFingerprint
 from megatron_eso.errors import CheckpointError, ConfigError
-from megatron_eso.runs.run_directory import list_checkpoints
+from megatron_eso.runs.checkpoint_state import STATE_FILE, read_checkpoint_state
+from megatron_eso.runs.run_directory import CONFIG_FILE, RunDirectory
+from megatron_eso.runs.steps import newest
 from megatron_eso.training.checkpointing.checkpoints import Checkpoints
 from megatron_eso.training.checkpointing.files import find_damaged_files
-from megatron_eso.training.checkpointing.state import (
-    load_training_state,
-    load_weights,
-    read_state_json,
-)
-from megatron_eso.training.train_state import TrainState
+from megatron_eso.training.checkpointing.state import load_training_state, load_weights
+from megatron_eso.training.steps.train_state import TrainState
 
 MASK_TOKEN = "data.mask_token_id"
 
@@ -43,9 +41,9 @@ def restore(
         CheckpointError: The checkpoint is damaged or of another format.
         ConfigError: It is of another model, seed or data than the configuration.
     """
-    newest = checkpoints.find_valid()
-    if newest is not None:
-        resume(newest, state, config, checkpoints)
+    valid = checkpoints.find_valid()
+    if valid is not None:
+        resume(valid, state, config, checkpoints)
     elif config.checkpoint.init_from is not None:
         source = find_checkpoint(init_from or Path(config.checkpoint.init_from))
         start_from(source, state, config, checkpoints.batches.data.tokenizer)
@@ -55,8 +53,8 @@ def restore(
 
 def resume(checkpoint: Path, state: TrainState, config: Config, checkpoints: Checkpoints) -> None:
     """Continue a run; collective over the world, errors as for `restore`."""
-    record = read_state_json(checkpoint)
-    is_training = record["kind"] == "training"
+    record = read_checkpoint_state(checkpoint)
+    is_training = record.kind == "training"
     if is_training:
         remedy = "a resumed run keeps it; restore the value or choose another run.directory"
         check_same(checkpoint, config, "run", remedy)
@@ -65,7 +63,7 @@ def resume(checkpoint: Path, state: TrainState, config: Config, checkpoints: Che
         check_weights(checkpoint, config)
     load_training_state(checkpoint, state)
     state.scheduler.step(state.counters.step)
-    has_average = record.get("ema_updates") is not None
+    has_average = record.ema_updates is not None
     average = "moving average" if has_average else "a FRESH moving average, it has none"
     if state.ema is None:
         average = "its moving average LEFT OUT" if has_average else "no moving average"
@@ -89,13 +87,13 @@ def start_from(
     load_weights(source, state)
     if state.ema is not None:
         state.ema.restart()
-    record = read_state_json(source)
+    record = read_checkpoint_state(source)
     logger.info(
         "starting from %s: loaded are its weights of step %d%s; fresh are Adam's moments, %sthe "
         "learning-rate schedule, the counters and the order of the samples",
         source,
-        record["step"],
-        "" if record.get("ema_updates") is None else " (not their moving average)",
+        record.counters.step,
+        "" if record.ema_updates is None else " (not their moving average)",
         "" if state.ema is None else "the moving average (it starts at these weights), ",
     )
 
@@ -106,15 +104,15 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         ConfigError: There is none.
     """
-    if (path / "state.json").exists():
+    if (path / STATE_FILE).exists():
         return path
-    found = list_checkpoints(path / "checkpoints")
-    if not found:
+    found = newest(RunDirectory(path).checkpoints)
+    if found is None:
         raise ConfigError(
             f"checkpoint.init_from = {path}: holds no checkpoint; name a run directory, one of its "
             f"checkpoints/step_* folders, or a sampler directory"
         )
-    return found[-1]
+    return found
 
 
 def refuse_damage(checkpoint: Path) -> None:
@@ -140,7 +138,7 @@ def check_initial_weights(
     if config.checkpoint.init_other_tokenizer:
         check_weights(checkpoint, config, ignored=(MASK_TOKEN,))
         return
-    data = read_state_json(checkpoint).get("data")
+    data = read_checkpoint_state(checkpoint).data
     if data is not None and data["tokenizer"] != tokenizer.identity:
         raise ConfigError(
             f"checkpoint.init_from = {checkpoint}: these weights were trained with another "
@@ -188,7 +186,7 @@ def check_same(
     Raises:
         ConfigError: One line with key, both values and the remedy.
     """
-    old = read_config(checkpoint / "config.json")
+    old = read_config(checkpoint / CONFIG_FILE)
     for path in sorted(KEYS.keys() - set(ignored)):
         key, before, after = KEYS[path], _as_toml(old.get(path)), _as_toml(config.get(path))
         if before == after:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from megatron_eso.objectives.loss import NelboEstimate
 from megatron_eso.quantities import format_seconds
-from megatron_eso.training.counters import Counters
+from megatron_eso.runs.counters import Counters
 from megatron_eso.training.guards.stragglers import Straggler
 from megatron_eso.training.records.curve_values import StepTimes
-from megatron_eso.training.step import StepResult
+from megatron_eso.training.steps.step import StepResult
 
 MAX_NAMED_RANKS = 8
 

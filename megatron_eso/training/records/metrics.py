@@ -14,8 +14,8 @@ from typing import Any, Self
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_eso.files import write_text
+from megatron_eso.runs.counters import Counters
 from megatron_eso.runs.run_directory import RunDirectory
-from megatron_eso.training.counters import Counters
 from megatron_eso.training.records import tags
 from megatron_eso.training.records.wandb_log import WandbLog
 

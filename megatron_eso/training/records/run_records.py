@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from megatron_eso.config.sections import TrainConfig
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.objectives.loss import NelboEstimate
+from megatron_eso.runs.counters import Counters
 from megatron_eso.runs.run_directory import RunDirectory
-from megatron_eso.training.counters import Counters
 from megatron_eso.training.guards.stragglers import WorkTimer, find_straggler
 from megatron_eso.training.guards.watchdog import Watchdog
 from megatron_eso.training.records import tags
@@ -24,7 +24,7 @@ from megatron_eso.training.records.log_lines import (
     describe_validation,
 )
 from megatron_eso.training.records.metrics import MetricsLog
-from megatron_eso.training.step import StepResult
+from megatron_eso.training.steps.step import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class RunRecords:
         if self.metrics is None:
             return
         values = list_step_values(result, counters, times, straggler, self.flops_per_token)
-        values |= {tags.RESTARTS: self.run.facts["restarts"]} | self._list_shares(counters)
+        values |= {tags.RESTARTS: self.run.facts.restarts or 0} | self._list_shares(counters)
         self.metrics.log(counters, values)
         self.run.write_status(
             "running",

@@ -1,6 +1,5 @@
 """Sampler directories and run directories: round trips, choice of weights, atomicity, refusals."""
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -21,11 +20,12 @@ from transformers import AutoTokenizer
 from checkpoints_conversion import sampler_directory
 from checkpoints_conversion.__main__ import main
 from checkpoints_conversion.parameter_map import map_to_megatron
-from checkpoints_conversion.run_network import open_checkpoint, read_network, write_run_directory
+from checkpoints_conversion.run_network import write_run_directory
 from checkpoints_conversion.sampler_directory import write_sampler_directory
 from megatron_eso.errors import CheckpointError, ConfigError, DataError
-from megatron_eso.runs.file_index import INDEX_FILE
-from megatron_eso.runs.torch_dist import read_index, read_tensors, write_tensors
+from megatron_eso.runs.checkpoint import open_checkpoint
+from megatron_eso.runs.file_index import FILE_INDEX
+from megatron_eso.runs.torch_dist import read_metadata, read_tensors, write_tensors
 from megatron_eso.sampler import EsoLM
 from megatron_eso.sampler.directory import read_description, read_weights
 from megatron_eso.sampler.layers_eso_lm import NetworkConfig
@@ -50,7 +50,7 @@ def run_directory(tmp_path: Path, tiny_directory: Path) -> Path:
 
 
 def read_run(directory: Path) -> dict[str, Tensor]:
-    index = read_index(directory)
+    index = read_metadata(directory)
     return read_tensors(directory, index, index.state_dict_metadata)
 
 
@@ -105,7 +105,7 @@ def test_raw_weights_are_the_float32_main_parameters_where_there_are_any(
 def rewrite(directory: Path, tensors: dict[str, Tensor]) -> None:
     for name in (".metadata", "common.pt", "metadata.json", "__0_0.distcp"):
         (directory / name).unlink()
-    (directory / INDEX_FILE).unlink(missing_ok=True)
+    (directory / FILE_INDEX).unlink(missing_ok=True)
     write_tensors(directory, tensors)
 
 
@@ -132,16 +132,18 @@ def test_residual_gates_are_folded(tmp_path: Path, run_directory: Path) -> None:
     assert torch.equal(found["layers.1.mlp.down_proj.bias"], 2 * tensors[name])
 
 
-def test_latest_names_the_step_unless_told(tmp_path: Path, run_directory: Path) -> None:
+def test_the_newest_checkpoint_is_taken_unless_told(tmp_path: Path, run_directory: Path) -> None:
+    """Whatever `latest` names, which is written for people."""
     other = run_directory / "checkpoints/step_00000005"
     shutil.copytree(run_directory / STEP_0, other)
     state = json.loads((other / "state.json").read_text())
     (other / "state.json").write_text(json.dumps(state | {"step": 5}))
-    (other / INDEX_FILE).unlink()
-    convert(run_directory, tmp_path / "latest")
-    convert(run_directory, tmp_path / "told", "--step", "5")
-    assert read_description(tmp_path / "latest")["source"]["step"] == 0
-    assert read_description(tmp_path / "told")["source"]["step"] == 5
+    (other / FILE_INDEX).unlink()
+    assert (run_directory / "checkpoints/latest").read_text() == f"{STEP_0.name}\n"
+    convert(run_directory, tmp_path / "newest")
+    convert(run_directory, tmp_path / "told", "--step", "0")
+    assert read_description(tmp_path / "newest")["source"]["step"] == 5
+    assert read_description(tmp_path / "told")["source"]["step"] == 0
     with pytest.raises(CheckpointError, match="step_00000005"):
         convert(run_directory, tmp_path / "none", "--step", "6")
     with pytest.raises(ConfigError, match="--step -1"):
@@ -354,7 +356,7 @@ def test_a_damaged_checkpoint_is_refused(
     (run_directory / STEP_0 / name).write_text(content)
     with pytest.raises(CheckpointError, match=f"{name}: has {len(content)} bytes"):
         convert(run_directory, tmp_path / "out")
-    (run_directory / STEP_0 / INDEX_FILE).unlink()  # as other programs write them
+    (run_directory / STEP_0 / FILE_INDEX).unlink()  # as other programs write them
     with pytest.raises(CheckpointError, match=message):
         convert(run_directory, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -364,8 +366,8 @@ def test_an_unfinished_checkpoint_is_not_taken(tmp_path: Path, run_directory: Pa
     (run_directory / STEP_0 / ".metadata").unlink()
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         convert(run_directory, tmp_path / "out")
-    (run_directory / "checkpoints/latest").unlink()
-    with pytest.raises(CheckpointError, match="latest: not found"):
+    shutil.rmtree(run_directory / STEP_0)
+    with pytest.raises(CheckpointError, match="no complete checkpoint; there are none"):
         convert(run_directory, tmp_path / "out")
 
 
@@ -384,11 +386,15 @@ def test_a_configuration_of_another_model_is_refused(
 
 
 def test_a_run_of_another_objective_is_refused(tmp_path: Path, run_directory: Path) -> None:
-    checkpoint = open_checkpoint(run_directory)
-    objective = dataclasses.replace(checkpoint.config.objective, name="any_order_ar")
-    config = dataclasses.replace(checkpoint.config, objective=objective)
-    with pytest.raises(CheckpointError, match=r"objective\.name = any_order_ar: the sampler knows"):
-        read_network(dataclasses.replace(checkpoint, config=config), None)
+    step = run_directory / STEP_0
+    config = json.loads((step / "config.json").read_text())
+    config["objective"] = {"name": "any_order_ar"}
+    (step / "config.json").write_text(json.dumps(config))
+    (step / FILE_INDEX).unlink()
+    for arguments in (["to-sampler", str(run_directory)], ["verify", str(run_directory)]):
+        with pytest.raises(CheckpointError, match="name = any_order_ar: the sampler knows eso_lm"):
+            main([*arguments, str(tmp_path / "out" if "to" in arguments[0] else run_directory)])
+    assert not (tmp_path / "out").exists()
 
 
 def test_exit_codes_and_one_line_errors(tmp_path: Path) -> None:

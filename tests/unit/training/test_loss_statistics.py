@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from megatron_eso.training.counters import DECAY, WARMUP_STEPS, MovingStatistics
+from megatron_eso.runs.counters import DECAY, WARMUP_STEPS, MovingStatistics
 
 
 def test_the_weights_are_those_of_the_definition() -> None:

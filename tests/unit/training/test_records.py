@@ -11,8 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_eso.errors import ConfigError
+from megatron_eso.runs.counters import Counters
 from megatron_eso.runs.run_directory import RunDirectory
-from megatron_eso.training.counters import Counters
 from megatron_eso.training.records.metrics import MetricsLog
 
 HOLD = """

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eso.runs.counters import Counters
 from megatron_eso.runs.run_directory import RunDirectory
-from megatron_eso.training.counters import Counters
 from megatron_eso.training.records.metrics import MetricsLog
 from megatron_eso.training.records.wandb_log import WandbLog
 from tests.support.training import tiny_arguments

@@ -13,7 +13,9 @@ from megatron_eso.config.loading import config_to_dict, load_config
 from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
-from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.errors import CheckpointError, ConfigError, DataError
+from megatron_eso.runs.checkpoint_state import CheckpointState
+from megatron_eso.runs.counters import Counters
 
 RECORD_TOKENS = 3000
 LENGTH = 64
@@ -77,11 +79,12 @@ def write_checkpoint(directory: Path, layers: list[str], consumed_samples: int) 
     checkpoint = directory / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config_to_dict(config)))
-    state = {
-        "consumed_samples": consumed_samples,
-        "data": open_data(layers).state,
-    }
-    (checkpoint / "state.json").write_text(json.dumps(state))
+    state = CheckpointState(
+        kind="training",
+        counters=Counters(step=1, consumed_samples=consumed_samples),
+        data=open_data(layers).state,
+    )
+    (checkpoint / "state.json").write_text(json.dumps(state.to_json()))
     (directory / "checkpoints" / "latest").write_text("step_00000001\n")
 
 
@@ -211,7 +214,11 @@ def test_order_refuses_what_is_no_run(layers: list[str], run: Run, tmp_path: Pat
     write_checkpoint(tmp_path / "run", layers, consumed_samples=0)
     (state,) = (tmp_path / "run").glob("checkpoints/*/state.json")
     state.write_text("{}")
-    with pytest.raises(DataError, match="tells no order of samples"):
+    with pytest.raises(CheckpointError, match="not readable as a checkpoint's state"):
+        run("order", tmp_path / "run", "--sample", 0)
+    weights = CheckpointState(kind="weights", counters=Counters())
+    state.write_text(json.dumps(weights.to_json()))
+    with pytest.raises(DataError, match="states no order of samples"):
         run("order", tmp_path / "run", "--sample", 0)
     with pytest.raises(SystemExit):
         run("order", *layers, "--sample", -1)

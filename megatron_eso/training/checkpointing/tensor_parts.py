@@ -46,7 +46,7 @@ Place = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class TensorPart:
     """A rectangle of a global float32 tensor, and this rank's values of it."""
 
     key: str
@@ -57,16 +57,16 @@ class Piece:
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """Its place, as torch says it."""
+        """Its place, in torch's terms."""
         return ChunkStorageMetadata(torch.Size(self.offsets), self.values.shape)
 
 
-def pieces_to_write(
+def parts_to_write(
     parameters: list[MainParameter],
     values: list[Tensor | None],
     prefix: str,
     dp_group: dist.ProcessGroup,
-) -> Iterator[Piece]:
+) -> Iterator[TensorPart]:
     """This rank's share of one kind of state; over all ranks every element comes once.
 
     Where data-parallel ranks hold the same values, they take the parameters in turn. Of
@@ -84,10 +84,10 @@ def pieces_to_write(
             yield from _cut(parameter, value, prefix, only_first_replica=True)
 
 
-def pieces_to_read(
+def parts_to_read(
     parameters: list[MainParameter], values: list[Tensor | None], prefix: str
-) -> Iterator[Piece]:
-    """What this rank needs of one kind of state; arguments as for `pieces_to_write`."""
+) -> Iterator[TensorPart]:
+    """What this rank needs of one kind of state; arguments as for `parts_to_write`."""
     for parameter, value in zip(parameters, values, strict=True):
         if value is not None:
             yield from _cut(parameter, value, prefix, only_first_replica=False)
@@ -95,7 +95,7 @@ def pieces_to_read(
 
 def _cut(
     parameter: MainParameter, value: Tensor, prefix: str, *, only_first_replica: bool
-) -> Iterator[Piece]:
+) -> Iterator[TensorPart]:
     flat = value.view(-1)
     for block in _list_blocks(parameter):
         # The last number is that of the data-parallel rank, which is settled already.
@@ -107,7 +107,7 @@ def _cut(
         high = min(parameter.end, first + block.data.numel())
         for offsets, sizes, start in cut_range(block.data.shape, low - first, high - first):
             begin = first + start - parameter.start
-            yield Piece(
+            yield TensorPart(
                 prefix + block.key,
                 tuple(block.global_shape),
                 tuple(map(sum, zip(block.global_offset, offsets, strict=True))),
@@ -169,54 +169,54 @@ def _as_tuple(replica_id: Any) -> tuple[int, ...]:
     return replica_id if isinstance(replica_id, tuple) else (replica_id,)
 
 
-class PieceWriter(DefaultSavePlanner):
-    """Has torch's distributed checkpoint write the pieces of every rank."""
+class PartWriter(DefaultSavePlanner):
+    """Has torch's distributed checkpoint write the parts of every rank."""
 
-    def __init__(self, pieces: list[Piece]) -> None:
+    def __init__(self, parts: list[TensorPart]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._pieces = {(piece.key, piece.offsets): piece for piece in pieces}
+        self._parts = {(part.key, part.offsets): part for part in parts}
 
     def create_local_plan(self) -> SavePlan:
-        """List this rank's pieces."""
+        """List this rank's parts."""
         items = [
             WriteItem(
-                index=MetadataIndex(piece.key, torch.Size(piece.offsets)),
+                index=MetadataIndex(part.key, torch.Size(part.offsets)),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
-                    chunk=piece.chunk,
-                    properties=TensorProperties(dtype=piece.values.dtype),
-                    size=torch.Size(piece.global_shape),
+                    chunk=part.chunk,
+                    properties=TensorProperties(dtype=part.values.dtype),
+                    size=torch.Size(part.global_shape),
                 ),
             )
-            for piece in self._pieces.values()
+            for part in self._parts.values()
         ]
         self.plan = SavePlan(items)
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """The values of a listed piece."""
+        """The values of a listed part."""
         assert write_item.index.offset is not None
-        return self._pieces[write_item.index.fqn, tuple(write_item.index.offset)].values
+        return self._parts[write_item.index.fqn, tuple(write_item.index.offset)].values
 
 
-class PieceReader(DefaultLoadPlanner):
-    """Has torch's distributed checkpoint fill the pieces of every rank.
+class PartReader(DefaultLoadPlanner):
+    """Has torch's distributed checkpoint fill the parts of every rank.
 
     Raises:
         CheckpointError: From `create_local_plan`, a tensor is missing or of another shape.
     """
 
-    def __init__(self, pieces: list[Piece]) -> None:
+    def __init__(self, parts: list[TensorPart]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._pieces = {(piece.key, piece.offsets): piece for piece in pieces}
+        self._parts = {(part.key, part.offsets): part for part in parts}
 
     def create_local_plan(self) -> LoadPlan:
-        """List what of the checkpoint's chunks fills this rank's pieces."""
+        """List what of the checkpoint's chunks fills this rank's parts."""
         assert self.metadata is not None
         chunks: dict[str, list[ChunkStorageMetadata]] = {}
-        for piece in self._pieces.values():
-            chunks.setdefault(piece.key, []).append(piece.chunk)
-            _check_shape(self.metadata, piece)
+        for part in self._parts.values():
+            chunks.setdefault(part.key, []).append(part.chunk)
+            _check_shape(self.metadata, part)
         return LoadPlan(
             [
                 item
@@ -228,9 +228,9 @@ class PieceReader(DefaultLoadPlanner):
         )
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The part of a piece that an item fills."""
+        """The part of a part that an item fills."""
         assert read_item.dest_index.offset is not None
-        values = self._pieces[read_item.dest_index.fqn, tuple(read_item.dest_index.offset)].values
+        values = self._parts[read_item.dest_index.fqn, tuple(read_item.dest_index.offset)].values
         for dim, (start, length) in enumerate(
             zip(read_item.dest_offsets, read_item.lengths, strict=True)
         ):
@@ -238,7 +238,7 @@ class PieceReader(DefaultLoadPlanner):
         return values
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing: the tensor is a view of the piece."""
+        """Nothing: the tensor is a view of the part."""
 
 
 def _entry(metadata: Metadata, key: str) -> TensorStorageMetadata:
@@ -248,10 +248,10 @@ def _entry(metadata: Metadata, key: str) -> TensorStorageMetadata:
     return entry
 
 
-def _check_shape(metadata: Metadata, piece: Piece) -> None:
-    found = tuple(_entry(metadata, piece.key).size)
-    if found != piece.global_shape:
+def _check_shape(metadata: Metadata, part: TensorPart) -> None:
+    found = tuple(_entry(metadata, part.key).size)
+    if found != part.global_shape:
         raise CheckpointError(
-            f"the checkpoint's tensor {piece.key} has shape {found}, the model's "
-            f"{piece.global_shape}: it is of another model"
+            f"the checkpoint's tensor {part.key} has shape {found}, the model's "
+            f"{part.global_shape}: it is of another model"
         )

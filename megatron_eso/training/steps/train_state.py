@@ -24,7 +24,7 @@ from megatron_eso.config.sections import Config, ParallelConfig, TrainConfig, Vo
 from megatron_eso.model.eso_model import EsoModel
 from megatron_eso.model.initialization import initialize_parameters
 from megatron_eso.model.transformer_config import build_transformer_config
-from megatron_eso.training.counters import Counters, MovingStatistics
+from megatron_eso.runs.counters import Counters, MovingStatistics
 from megatron_eso.training.optimization.ema import ExponentialMovingAverage
 from megatron_eso.training.optimization.main_parameters import MainParameter, list_main_parameters
 from megatron_eso.training.optimization.optimizer import build_optimizer, build_scheduler

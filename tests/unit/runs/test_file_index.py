@@ -7,11 +7,11 @@ import pytest
 
 from megatron_eso.errors import CheckpointError
 from megatron_eso.runs.file_index import (
-    INDEX_FILE,
+    FILE_INDEX,
     describe_file,
     find_damage,
-    read_index,
-    write_index,
+    read_file_index,
+    write_file_index,
 )
 
 NAMES = ("a.bin", "b.bin", "empty")
@@ -21,12 +21,12 @@ NAMES = ("a.bin", "b.bin", "empty")
 def folder(tmp_path: Path) -> Path:
     for number, name in enumerate(NAMES):
         (tmp_path / name).write_bytes(bytes(range(256)) * (40 * (2 - number)))
-    write_index(tmp_path, {name: describe_file(tmp_path / name) for name in NAMES})
+    write_file_index(tmp_path, {name: describe_file(tmp_path / name) for name in NAMES})
     return tmp_path
 
 
 def problems(folder: Path) -> list[str]:
-    return list(find_damage(folder, read_index(folder)))
+    return list(find_damage(folder, read_file_index(folder)))
 
 
 def flip(path: Path, place: int) -> None:
@@ -52,15 +52,15 @@ def test_damage_is_told_with_the_file(folder: Path, name: str) -> None:
 
 
 def test_an_index_does_not_outlive_its_own_damage(folder: Path) -> None:
-    path = folder / INDEX_FILE
+    path = folder / FILE_INDEX
     whole = path.read_bytes()
     described = {name: describe_file(folder / name) for name in NAMES}
     for place in range(len(whole)):
         flip(path, place)
         with contextlib.suppress(CheckpointError):  # no error: white space that means nothing
-            assert dict(read_index(folder)) == described
+            assert dict(read_file_index(folder)) == described
         path.write_bytes(whole)
     for size in range(len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match="index"):
-            read_index(folder)
+            read_file_index(folder)

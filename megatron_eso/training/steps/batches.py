@@ -5,7 +5,7 @@ Here the texts of `data` and the noise of `objectives` meet.
 Shapes: N samples of a step, B samples of a micro-batch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -21,6 +21,7 @@ from megatron_eso.objectives.dealing import Dealing
 from megatron_eso.objectives.objective import Objective, Samples, Step
 from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.randomness.purposes import NOISE_VERSION
+from megatron_eso.runs.checkpoint_state import CheckpointState
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -74,26 +75,26 @@ class TrainingBatches:
         """What a checkpoint records of the samples and their noise; equal on all ranks."""
         return {"noise_version": NOISE_VERSION, "data": self.data.state}
 
-    def resume(self, record: Mapping[str, Any], source: str) -> None:
+    def resume(self, record: CheckpointState, source: str) -> None:
         """Continue from the record of a checkpoint; before the first step is planned.
 
         Args:
-            record: `state` and the counters of the run that wrote it.
+            record: With `state` and the counters of the run that wrote it.
             source: The checkpoint, for errors.
 
         Raises:
             ConfigError: Its samples or their noise are not those of this run.
         """
-        if record.get("noise_version") != NOISE_VERSION or "data" not in record:
+        if record.noise_version != NOISE_VERSION or record.data is None:
             raise ConfigError(
-                f"{source}/state.json: noise_version = {record.get('noise_version')}, but this "
+                f"{source}/state.json: noise_version = {record.noise_version}, but this "
                 f"version of megatron-eso draws {NOISE_VERSION}: a run keeps its noise; use the "
                 f"version that wrote it, or start another run.directory with "
                 f"checkpoint.init_from = {source}"
             )
         self.data.resume(
-            record["data"],
-            consumed_samples=record["consumed_samples"],
+            record.data,
+            consumed_samples=record.counters.consumed_samples,
             source=source,
         )
 

@@ -13,9 +13,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from checkpoints_conversion.__main__ import main
-from checkpoints_conversion.restricted_pickle import load_torch_file, plain_value
 from megatron_eso.errors import CheckpointError
-from megatron_eso.runs.torch_dist import read_index, read_tensors, write_tensors
+from megatron_eso.runs.torch_dist import read_metadata, read_tensors, write_tensors
+from megatron_eso.runs.unpickling import load_torch_file, plain_value
 
 TOKENIZER_MODULE = '''
 from pathlib import Path
@@ -38,7 +38,7 @@ class Tokenizer(dict):
 def save(source, target, wrap):
     import torch
 
-    from checkpoints_conversion.restricted_pickle import load_torch_file
+    from megatron_eso.runs.unpickling import load_torch_file
 
     checkpoint = load_torch_file(source)
     checkpoint["hyper_parameters"] = {{
@@ -162,7 +162,7 @@ def test_an_index_that_would_run_code_is_refused_and_byte_entries_are_not_loaded
     )
     for name in ("metadata.json", "common.pt"):
         (tmp_path / "objects" / name).write_bytes((tmp_path / "good" / name).read_bytes())
-    index = read_index(tmp_path / "objects")
+    index = read_metadata(tmp_path / "objects")
     assert torch.equal(read_tensors(tmp_path / "objects", index, ["a"])["a"], torch.arange(3.0))
     with pytest.raises(CheckpointError, match="no tensor object"):
         read_tensors(tmp_path / "objects", index, ["object"])
@@ -171,5 +171,5 @@ def test_an_index_that_would_run_code_is_refused_and_byte_entries_are_not_loaded
     hostile = pickle.dumps(Hostile(os.system, f"touch {marker}"))
     (tmp_path / "good" / ".metadata").write_bytes(hostile)
     with pytest.raises(CheckpointError, match="checkpoint's index"):
-        read_index(tmp_path / "good")
+        read_metadata(tmp_path / "good")
     assert not marker.exists()
