@@ -48,7 +48,7 @@ class TrainingData:
         row_tokens: S, tokens of text in a sample.
         tokenizer: the tokenizer of all corpora.
         vocabulary: the ids that may occur, and the mask token, which never does.
-        tokenizer_directory: where its files lie.
+        tokenizer_directory: the folder of the tokenizer's files.
     """
 
     def __init__(self, data: DataConfig, seed: int, datasets: tuple[TokenDataset, ...]) -> None:
