@@ -1,0 +1,1 @@
+"""Text to token shards: the commands of `python -m data_tools`."""

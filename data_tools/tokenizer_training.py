@@ -156,7 +156,7 @@ def _train_model(sample: Sequence[bytes], options: TokenizerOptions) -> bytes:
             byte_fallback=True,
             allow_whitespace_only_pieces=True,
             character_coverage=0.9995,
-            # Training is fed by lines and would never meet a newline.
+            # The trainer receives lines, which hold no newline.
             user_defined_symbols=["\n", "\t"],
             unk_id=0,
             bos_id=1,

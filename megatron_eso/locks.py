@@ -35,7 +35,7 @@ def hold_lock(
 
     Args:
         path: The lock file; it and its folder are made where they are missing. The file stays.
-        shared: Let in others that ask for a shared lock.
+        shared: Share the lock with others that take it shared.
         wait: Wait until the lock is free; an interrupt from the keyboard ends the wait.
         holder: A description of this process, which a refused process can read.
 
@@ -63,7 +63,7 @@ def try_lock(stream: IO[Any], *, shared: bool = False) -> bool:
 
     Args:
         stream: Open for reading and writing.
-        shared: Let in others that ask for a shared lock.
+        shared: Share the lock with others that take it shared.
 
     Returns:
         Whether the lock is held; False if another one has it.

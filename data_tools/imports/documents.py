@@ -78,7 +78,7 @@ class DocumentSplitter:
             self._split(first, source, ends - len(tokens))
 
     def _split(self, first: TokenSource, source: TokenSource, ends: npt.NDArray[np.int64]) -> None:
-        """Hand on the documents that have ended, at places counted from the end."""
+        """Write the documents that have ended, at places counted from the end, to their splits."""
         tokens = np.concatenate(self._open)
         stops = ends + len(tokens)
         starts = np.concatenate([[0], stops[:-1]])

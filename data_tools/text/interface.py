@@ -27,7 +27,7 @@ class TextOptions:
     """Text between the documents of a `.txt` file; None: each file is a document."""
     on_error: OnError = "stop"
     cuts_documents: bool = True
-    """Long documents of `.txt` files may be cut after newlines and handed out in parts."""
+    """Long documents of `.txt` files may be cut after newlines and encoded in parts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

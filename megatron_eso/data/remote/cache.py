@@ -26,7 +26,7 @@ from typing import BinaryIO
 
 from megatron_eso.data.shards.manifest import HashedFile
 from megatron_eso.errors import ConfigError, DataError
-from megatron_eso.files import new_path, rename
+from megatron_eso.files import new_folder, new_path
 from megatron_eso.locks import Lock, hold_lock
 from megatron_eso.quantities import GIB
 
@@ -154,14 +154,9 @@ class ShardCache:
         with self._explaining_errors(), self.lock(name):
             if not folder.is_dir():
                 self._remove_garbage_of(self.datasets, name)
-                temporary = Path(
-                    tempfile.mkdtemp(dir=self.datasets, prefix=f"{name}.", suffix=_TEMPORARY)
-                )
-                try:
-                    fill(temporary)
-                    rename(temporary, folder)
-                finally:
-                    shutil.rmtree(temporary, ignore_errors=True)
+                building = self.datasets / f"{name}.building{_TEMPORARY}"
+                with new_folder(folder, building=building) as unfinished:
+                    fill(unfinished)
         return folder
 
     def lock(self, name: str, *, wait: bool = True) -> AbstractContextManager[Lock]:

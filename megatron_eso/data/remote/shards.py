@@ -19,7 +19,6 @@ from megatron_eso.data.remote.folder import RemoteFolder
 from megatron_eso.data.shards.format import MANIFEST_FILE, TOKENIZER_FOLDER
 from megatron_eso.data.shards.manifest import Manifest, dataset_id
 from megatron_eso.errors import DataError
-from megatron_eso.files import sync_tree
 
 
 class RemoteShards:
@@ -73,7 +72,6 @@ class RemoteShards:
             for name, file in names:
                 with (directory / name).open("wb") as stream:
                     folder.download(name, file, stream)
-            sync_tree(directory)
 
         directory = cache.make_folder(dataset_id(encoded), fill)
         return cls(folder, cache, manifest, directory)

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingData:
-    """The corpora of a run in the order of its samples; a `SampleSource`.
+    """The corpora of a run in the order of its samples. Reading is safe from several threads.
 
     Attributes:
         datasets: the datasets of the present blend, by dataset id.
@@ -50,7 +50,7 @@ class TrainingData:
         sequence_length: T, tokens of a sample with its framing.
         tokenizer: the tokenizer of all corpora.
         vocabulary: the ids that may occur, and the mask token, which never does.
-        tokenizer_directory: where its files lie.
+        tokenizer_directory: the folder of the tokenizer's files.
     """
 
     def __init__(self, data: DataConfig, seed: int, datasets: tuple[TokenDataset, ...]) -> None:
@@ -124,11 +124,21 @@ class TrainingData:
         return dataclasses.replace(places, row_N=row_N)
 
     def samples(self, indices_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Read samples with their framing, without end; see `SampleSource.samples`."""
+        """Read samples, framed as `data.framing` says.
+
+        Args:
+            indices_B: sample numbers, int64 `[B]`, from 0 upwards without end.
+
+        Returns:
+            Token ids, int64 `[B, T]`, T = `data.sequence_length`.
+
+        Raises:
+            DataError: a shard is damaged; the message names shard, record, offset, row and sample.
+        """
         return self._framing.frame(self.rows(indices_B))
 
     def lengths(self, indices_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return the real tokens of samples; see `SampleSource.lengths`."""
+        """Return how many tokens of each sample are real, int64 `[B]`: T, or fewer where it is cut."""
         return draw_lengths(self._seed, indices_B, self._ssl_ratio, self.sequence_length)
 
     def rows(self, sample_indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

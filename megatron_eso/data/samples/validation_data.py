@@ -14,7 +14,7 @@ from megatron_eso.data.shards.sources import ShardSource
 
 
 class ValidationData:
-    """The rows of the dataset `data.validation`; a `SampleSource`.
+    """The rows of the dataset `data.validation`. Reading is safe from several threads.
 
     Attributes:
         dataset: The dataset.
@@ -60,11 +60,21 @@ class ValidationData:
         return [self.dataset.shards]
 
     def samples(self, indices_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Read samples with their framing; see `SampleSource.samples`."""
+        """Read samples, framed as `data.framing` says.
+
+        Args:
+            indices_B: Sample numbers, int64 `[B]`, from 0 to num_samples - 1.
+
+        Returns:
+            Token ids, int64 `[B, T]`, T = `data.sequence_length`.
+
+        Raises:
+            DataError: A shard is damaged; the message names shard, record, offset, and row.
+        """
         return self._framing.frame(self.dataset.rows(indices_B, self._row_tokens))
 
     def lengths(self, indices_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the real tokens of samples, which are never cut; see `SampleSource.lengths`."""
+        """Return how many tokens of each sample are real, int64 `[B]`: T, for none is cut."""
         return np.full(len(indices_B), self.sequence_length)
 
     def check_tokenizer(self, expected: Mapping[str, Any]) -> None:

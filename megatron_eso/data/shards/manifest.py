@@ -89,7 +89,7 @@ class Manifest:
 
     @property
     def layout(self) -> ShardLayout:
-        """Where the tokens lie."""
+        """The places of the tokens in the shards."""
         return ShardLayout(
             dtype=self.dtype,
             record_tokens=self.record_tokens,

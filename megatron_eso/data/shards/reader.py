@@ -120,7 +120,7 @@ class TokenDataset:
 
     @property
     def tokenizer_directory(self) -> Path:
-        """Where the tokenizer's files lie."""
+        """The folder of the tokenizer's files."""
         return self.directory / TOKENIZER_FOLDER
 
     def num_rows(self, sequence_length: int) -> int:

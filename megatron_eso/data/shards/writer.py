@@ -279,7 +279,7 @@ class DatasetWriter:
     def append(self, tokens: npt.NDArray[np.integer]) -> None:
         """Append tokens [N]: documents, or parts of one, each with its end-of-text token.
 
-        The ids must lie in the tokenizer's vocabulary; the caller sees to that.
+        The ids must be in the tokenizer's vocabulary; the caller has checked this.
         """
         self._num_tokens += len(tokens)
         while len(tokens):

@@ -254,7 +254,7 @@ def _rewrite_merges(model: dict[str, Any], aliases: Mapping[str, str]) -> list[t
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         if not right.startswith(prefix):
-            # The library would cut the prefix off unseen, perhaps inside of a character, and abort.
+            # The library would cut off the prefix unchecked, perhaps within a character, and abort.
             raise ValueError(
                 f"the merge of {left!r} and {right!r} is without the prefix {prefix!r}"
             )

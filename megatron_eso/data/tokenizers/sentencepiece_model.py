@@ -89,7 +89,7 @@ class SentencePieceModel:
         return digest.hexdigest()
 
     def files(self) -> dict[str, bytes]:
-        """The file, and what has transformers give it to SentencePiece too: equal ids."""
+        """The file, and a configuration by which transformers gives the same ids."""
         mask = self.num_pieces if self.special_tokens.mask is None else self.special_tokens.mask
         config = self.special_tokens.encode_config(
             "SentencePieceBackend", self.piece(mask), self.piece

@@ -21,7 +21,7 @@ class SpecialTokens:
     eos: int | None
     pad: int | None
     mask: int | None
-    """Nothing else at the same time: some losses skip the padding."""
+    """The mask token has no other role, since some losses skip the padding."""
 
     @property
     def marks(self) -> frozenset[int]:

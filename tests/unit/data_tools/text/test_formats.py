@@ -1,12 +1,26 @@
 """The table of text formats: which file is of which, and what every format must do."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_tools.build.dataset import BuildOptions, build_dataset
 from data_tools.text.formats import FORMATS, find_format, list_suffixes
-from data_tools.text.interface import InputFile, Slice, TextFormat, TextOptions
+from data_tools.text.interface import (
+    Document,
+    InputFile,
+    Slice,
+    TextFormat,
+    TextOptions,
+    Unit,
+    hash_document,
+)
+from data_tools.text.streams import read_stream
+from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from tests.support.input_files import to_jsonl, write_parquet
 
 TEXTS = ["first", "second, naïve", "third"]
@@ -61,3 +75,51 @@ def test_every_format_gives_the_documents_of_a_file(tmp_path: Path, form: TextFo
     assert [unit.source for unit in units[:-1]] == [None] * (len(units) - 1)
     documents = [document for unit in units for document in form.parse(unit, options)]
     assert [dataclasses.asdict(document)["text"].decode() for document in documents] == TEXTS
+
+
+def read_fasta(
+    file: InputFile, part: Slice, index: int, options: TextOptions, unit_bytes: int
+) -> Iterator[Unit]:
+    return read_stream(file, part, index, separator=b"\n", unit_bytes=unit_bytes)
+
+
+def parse_fasta(unit: Unit, options: TextOptions) -> Iterator[Document]:
+    for line in filter(None, unit.data.split(b"\n")):
+        if not line.startswith(b">"):
+            yield Document(text=line, hash=hash_document(line))
+
+
+FASTA = TextFormat(
+    name="fasta",
+    suffixes=(".fasta",),
+    is_compressible=True,
+    is_sliceable=True,
+    read=read_fasta,
+    parse=parse_fasta,
+)
+
+
+def test_a_new_format_is_one_entry(
+    tmp_path: Path, tokenizer_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A format of sequences, a line each after a line with a name, sliced and built."""
+    monkeypatch.setitem(FORMATS, FASTA.name, FASTA)
+    assert ".txt, .fasta (each also .gz, .zst) and .parquet" in list_suffixes()
+    sequences = [f"ACGT{number}" * 5 for number in range(40)]
+    text = "".join(f">{number}\n{line}\n" for number, line in enumerate(sequences))
+    (tmp_path / "a.fasta").write_text(text)
+    build_dataset(
+        BuildOptions(
+            inputs=[str(tmp_path)],
+            tokenizer=str(tokenizer_directory),
+            out=tmp_path / "out",
+            span_bytes=300,
+        )
+    )
+    dataset = TokenDataset.open(tmp_path / "out")
+    assert len(dataset.manifest.sources) > 3
+    tokens = dataset.rows(np.arange(dataset.num_rows(1)), 1)[:, 0]
+    tokenizer = Tokenizer.load(tokenizer_directory)
+    ends = np.flatnonzero(tokens == tokenizer.eos_token_id)
+    found = [tokenizer.decode(part.tolist()) for part in np.split(tokens, ends + 1)[:-1]]
+    assert found == sequences
