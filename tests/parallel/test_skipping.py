@@ -296,8 +296,8 @@ def test_a_run_that_cannot_go_on_stops_with_one_line(
     assert "went back from step 8 to step_00000004" in log
     assert "went back from step 7 to step_00000002" in log
     status = RunDirectory(tmp_path).read_status()
-    assert (status["state"], status["step"]) == ("failed", 5)
-    assert "train.max_rollbacks" in status["reason"]
+    assert (status.state, status.step) == ("failed", 5)
+    assert "train.max_rollbacks" in status.reason
     assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")][-1] == "step_00000004"
 
 
@@ -307,4 +307,4 @@ def test_without_a_checkpoint_there_is_no_way_back(
     bad = {BATCH * number: math.nan for number in range(100)}
     (ran, _) = world.run(run_loop, 2, tmp_path, tiny_data, ROLLBACK, spoil, bad)
     assert "there is no checkpoint to go back to" in ran.error
-    assert RunDirectory(tmp_path).read_status()["state"] == "failed"
+    assert RunDirectory(tmp_path).read_status().state == "failed"
