@@ -23,12 +23,12 @@ from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 
 def keep(value: Any) -> Any:
-    """The value as it is."""
+    """Return the value as it is."""
     return value
 
 
 def as_rotary_base(value: float) -> int:
-    """The base as the whole number that a run has.
+    """Return the base as the whole number that a run has.
 
     Raises:
         CheckpointError: It has one.
@@ -74,7 +74,7 @@ SHARED_FIELDS = (
 
 
 def describe_network(config: Config, source: object) -> NetworkConfig:
-    """The network that a run's configuration, read from `source`, describes.
+    """Return the network that a run's configuration, read from `source`, describes.
 
     Raises:
         CheckpointError: The configuration does not state the vocabulary.
@@ -92,7 +92,7 @@ def describe_network(config: Config, source: object) -> NetworkConfig:
 def build_run_config(
     network: NetworkConfig, description: Mapping[str, Any], directory: str
 ) -> Config:
-    """A configuration that describes the network; of training it says the least that is valid.
+    """Describe the network by a configuration; of training it says the least that is valid.
 
     Args:
         network: To be described.

@@ -13,7 +13,7 @@ from typing import Literal
 import sentencepiece
 import xxhash
 
-from data_tools.output import new_output
+from data_tools.build.output import new_output
 from data_tools.text.inputs import find_inputs
 from data_tools.text.interface import InputFile, TextOptions, Unit
 from data_tools.text.problems import Problem
@@ -24,12 +24,13 @@ from megatron_eso.data.tokenizers.special_tokens import MASK_NAME
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, split_segments
 from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.progress import Progress
+from megatron_eso.quantities import format_mb
 
 TRAINING_FILE = "tokenizer_training.json"
 
 _SAMPLE_BYTES = 256 * 2**20
 _NUM_ROUND_TRIPS = 1000
-# Their number decides how SentencePiece sums up scores, hence the pieces: the same on any machine.
+# Fixed, since the order in which SentencePiece sums scores depends on it, and so do the pieces.
 _NUM_THREADS = 8
 # Longer lines are cut: the trainer would leave them out.
 _LINE_CHARACTERS = 1000
@@ -37,7 +38,7 @@ _LINE_CHARACTERS = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerOptions:
-    """What to train."""
+    """Which tokenizer to train, and on what."""
 
     inputs: Sequence[str]
     """Files, folders, globs, or standard input."""
@@ -62,7 +63,7 @@ def train_tokenizer(options: TokenizerOptions) -> Tokenizer:
         sample = _sample_text(options)
         sys.stderr.write(
             f"train-tokenizer: {options.vocab_size} pieces from "
-            f"{sum(map(len, sample)) / 1e6:.1f} MB of text\n"
+            f"{format_mb(sum(map(len, sample)))} of text\n"
         )
         tokenizer = Tokenizer({MODEL_FILE: _train_model(sample, options)})
         tokenizer.save(building)
@@ -88,8 +89,8 @@ class _Sample:
         self._seen = 0
         # The smallest entry is the segment of the highest hash, of equal ones the last.
         self._heap: list[tuple[int, int, bytes]] = []
-        # Nothing comes back into the room that a large segment has left: what is kept depends on
-        # the segments alone, not on when room was made.
+        # A removed segment's hash bounds all later ones, so that what is kept depends on the
+        # segments alone and not on when room was made.
         self._bound = 2**64
 
     def add(self, segment: bytes) -> None:
@@ -106,7 +107,7 @@ class _Sample:
             self._room += len(segment)
 
     def segments(self) -> list[bytes]:
-        """In the order in which they were added."""
+        """The segments in the order in which they were added."""
         return [segment for _, _, segment in sorted(self._heap, key=lambda entry: -entry[1])]
 
 

@@ -1,6 +1,6 @@
 """`build`: text files to datasets of token shards, and `merge` for a build in parts.
 
-Two stages, each of which goes on where it was after any interruption:
+Two stages; each continues where it was after any interruption:
 
     encode   the input, span by span, to tokens in OUT.building/spans (encode_spans.py)
     merge    the spans to shards, which appear as OUT once they are complete (merge_spans.py)
@@ -27,6 +27,7 @@ from data_tools.build.merging import (
     publish_datasets,
     split_directories,
 )
+from data_tools.build.output import building_path, check_absent
 from data_tools.build.plan import (
     BuildPlan,
     StoredPlan,
@@ -37,7 +38,6 @@ from data_tools.build.plan import (
 )
 from data_tools.build.span_encoder import SpanEncoder, read_states
 from data_tools.build.unit_encoder import UnitEncoder
-from data_tools.output import building_path, check_absent
 from data_tools.text.inputs import find_inputs
 from data_tools.text.interface import InputFile, TextOptions
 from data_tools.text.spans import SPAN_BYTES, Span, plan_spans
@@ -65,7 +65,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
-    """What to build."""
+    """Which dataset to build, and how."""
 
     inputs: Sequence[str]
     """Files, folders of them, globs, `-` for standard input."""
@@ -104,11 +104,11 @@ def build_dataset(options: BuildOptions) -> dict[Split, str]:
     files = find_inputs(options.inputs)
     spans = plan_spans(files, options.span_bytes)
     tokenizer = Tokenizer.load(options.tokenizer)
-    asked = _make_plan(options, files, tokenizer)
+    wanted = _make_plan(options, files, tokenizer)
     is_part = options.part is not None
     with _hold_lock(building, shared=is_part), _explain_disk_errors(building):
         try:
-            stored = _take_up(building, asked, tokenizer, options)
+            stored = _resume(building, wanted, tokenizer, options)
             if (building / SPANS_FOLDER).exists():
                 _encode(building, files, spans, tokenizer, options)
             if is_part:
@@ -131,7 +131,7 @@ def merge_parts(out: Path, num_workers: int = 1) -> dict[Split, str]:
 
     Raises:
         ConfigError: there is nothing to merge.
-        DataError: parts are missing, or another process is at it.
+        DataError: parts are missing, or another process is writing.
     """
     building = building_path(out)
     if not is_published(building, out):
@@ -145,13 +145,13 @@ def merge_parts(out: Path, num_workers: int = 1) -> dict[Split, str]:
     return _report(out, stored.plan, report)
 
 
-def _take_up(
-    building: Path, asked: BuildPlan, tokenizer: Tokenizer, options: BuildOptions
+def _resume(
+    building: Path, wanted: BuildPlan, tokenizer: Tokenizer, options: BuildOptions
 ) -> StoredPlan:
-    """The plan of the directory; the one asked where there is none, or hardly any work done."""
+    """The plan of the directory; the wanted one if there is none, or hardly any work was done."""
     stored = read_plan(building)
     if options.part is None and (
-        stored is None or (stored.plan != asked and _is_little(building, options.commit_bytes))
+        stored is None or (stored.plan != wanted and _is_little(building, options.commit_bytes))
     ):
         empty_folder(building)
         stored = None
@@ -159,9 +159,9 @@ def _take_up(
         # There are spans until they are merged: the folder is older than the plan.
         (building / SPANS_FOLDER).mkdir(exist_ok=True)
         part = options.part or Part()
-        offered = StoredPlan(plan=asked, num_parts=part.count, tokenizer_files=tokenizer.files())
+        offered = StoredPlan(plan=wanted, num_parts=part.count, tokenizer_files=tokenizer.files())
         stored = store_plan(building, offered)
-    check_plan(building, stored.plan, asked)
+    check_plan(building, stored.plan, wanted)
     return stored
 
 
@@ -216,7 +216,7 @@ def _explain_disk_errors(building: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
             raise
         raise DataError(
-            f"cannot write {building}: {error.strerror}; mend that and run again, it goes on"
+            f"cannot write {building}: {error.strerror}; correct that and run again, it goes on"
         ) from error
 
 

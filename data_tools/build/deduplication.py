@@ -46,14 +46,14 @@ def mark_duplicates(
 
     Args:
         spans: all documents.
-        path: of the file to write; one that is there is left as it is.
+        path: the file to write; if it exists it stays as it is.
         num_workers: processes; each takes a bucket at a time.
         bucket_documents: documents of a bucket.
     """
     if path.exists():
         return
     num_documents = sum(span.num_documents for span in spans)
-    # A power of two, so that the lowest bits tell the bucket.
+    # A power of two, so that the lowest bits name the bucket.
     num_buckets = 1 << max(0, -(-num_documents // bucket_documents) - 1).bit_length()
     finder = _DuplicateFinder(spans=spans, num_buckets=num_buckets)
     workers = min(num_workers, num_buckets)

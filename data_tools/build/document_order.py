@@ -149,8 +149,8 @@ def shuffle(order: InputOrder, counts: SplitCounts, seed: int, places: Path) -> 
     """Put the documents of an order into a random one.
 
     Args:
-        order: of the input.
-        counts: of the split.
+        order: the documents of the split in the order of the input.
+        counts: what the split holds.
         seed: key of the random order, in [0, 2^64).
         places: file to write, 16 bytes a document.
     """
@@ -184,7 +184,7 @@ def _shuffle_keys(seed: int) -> npt.NDArray[np.uint64]:
 
 
 class _Counter:
-    """Sums up blocks."""
+    """Counts the documents, tokens and bytes of a split, block by block."""
 
     def __init__(self) -> None:
         self.blocks: list[tuple[int, int, int, int]] = []

@@ -1,4 +1,4 @@
-"""What building has encoded so far, on the disk: it goes on from there after any interruption.
+"""What a build has encoded so far, on the disk: it continues there after any interruption.
 
 Of each span of the input there are three files, to which one process appends:
 
@@ -7,9 +7,9 @@ Of each span of the input there are three files, to which one process appends:
     NNNNN.journal     JSON lines, each a commit: how much of the other two is valid, and for which
                       units of the span
 
-A line of the journal is written once what it tells of has reached the disk. Whoever goes on cuts
-the files back to the last whole line. The journal is locked while it is written, by the kernel, so
-that the lock of a dead process is free.
+A line of the journal is written once the tokens and documents that it counts are on the disk. A
+process that continues cuts the files back to the last whole line. The journal is locked while it is
+written; the kernel frees the lock of a process that ends.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from megatron_eso.errors import DataError
 from megatron_eso.locks import try_lock
 
 COMMIT_BYTES = 16 * 2**20
-"""Text between two commits, the most that an interruption costs."""
+"""Bytes of text between two commits: the most that an interruption costs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,17 +42,17 @@ class SpanFiles:
 
     @property
     def tokens(self) -> Path:
-        """Ids."""
+        """File of the token ids."""
         return self.directory / f"{self.number:05d}.tokens"
 
     @property
     def documents(self) -> Path:
-        """What is kept of each document."""
+        """File with what is kept of each document."""
         return self.directory / f"{self.number:05d}.documents"
 
     @property
     def journal(self) -> Path:
-        """Commits."""
+        """File of the commits."""
         return self.directory / f"{self.number:05d}.journal"
 
 
@@ -65,7 +65,7 @@ class SpanState:
     num_documents: int = 0
     num_text_bytes: int = 0
     open_tokens: int = 0
-    """Tokens behind the last document that has ended."""
+    """Tokens after the last document that has ended."""
     open_text_bytes: int = 0
     raw_bytes: int = 0
     """Bytes of the input that were read."""
@@ -87,7 +87,7 @@ _COUNTS = tuple(
 
 
 def read_state(files: SpanFiles) -> SpanState:
-    """What a span's journal tells; of a span that nobody has begun, that it is empty."""
+    """The state by a span's journal; an empty state if there is no journal."""
     return _replay(files.journal)[0]
 
 
@@ -114,7 +114,7 @@ class TokenReader:
 
     Args:
         spans: all of them, by number.
-        dtype: of the tokens.
+        dtype: type of the tokens.
     """
 
     _MAX_OPEN = 128
@@ -148,8 +148,8 @@ class SpanWriter:
 
     Args:
         files: names of the files.
-        dtype: of the tokens.
-        commit_bytes: of text between two commits.
+        dtype: type of the tokens.
+        commit_bytes: bytes of text between two commits.
 
     Raises:
         DataError: another process is writing the span.
@@ -217,7 +217,7 @@ class SpanWriter:
         self._commit()
 
     def close(self) -> None:
-        """Close the files; what is not committed is as if it had never been."""
+        """Close the files; what is not committed will be encoded again."""
         self._tokens.close()
         self._documents.close()
         self._journal.close()
@@ -276,7 +276,7 @@ def _read_commits(journal: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def _open_at(path: Path, num_bytes: int) -> BinaryIO:
-    """Open to append after `num_bytes`; what lies behind is dropped."""
+    """Open to append after `num_bytes`; the rest of the file is dropped."""
     file = path.open("ab")
     if file.tell() < num_bytes:
         file.close()

@@ -1,8 +1,8 @@
 """The second stage of `build`: encoded spans to datasets, published as one directory.
 
-Everything is written to `OUT.building/dataset`, which takes the name OUT at the end, when the spans
-are gone. Each step can be repeated: what a killed process has finished stays, the rest is written
-again. The spans count until all is written; then they are put aside by one rename.
+Everything is written to `OUT.building/dataset`, which takes the name OUT at the end. Each step can
+be repeated: what a killed process has finished stays, the rest is written again. The spans are used
+until all is written; then one rename marks them as finished.
 """
 
 import json
@@ -40,7 +40,7 @@ from megatron_eso.files import is_taken, rename, sync_path
 
 SPANS_FOLDER = "spans"
 SKIPPED_FILE = "skipped.jsonl"
-"""What was left out of the input since it is no text: a JSON object a line."""
+"""What was left out of the input since it is no text: a JSON object per line."""
 
 _DATASET_FOLDER = "dataset"
 _PACKING_FOLDER = "packing"
@@ -49,7 +49,7 @@ _FINISHED_FOLDER = "finished"
 
 @dataclass(kw_only=True, slots=True)
 class MergeReport:
-    """What merging has found worth telling."""
+    """What the user should know of a merge."""
 
     notes: EncodingNotes = field(default_factory=EncodingNotes)
     num_duplicates: int | None = None
@@ -58,10 +58,10 @@ class MergeReport:
 def merge_spans(
     building: Path, stored: StoredPlan, spans: Sequence[Span], num_workers: int
 ) -> MergeReport | None:
-    """Write the datasets to `building/dataset`, then put the spans aside.
+    """Write the datasets to `building/dataset`, then mark the spans as finished.
 
     Returns:
-        What was found; None where an earlier process had come to the end of this.
+        What was found; None where an earlier process has done all of it.
 
     Raises:
         DataError: spans are missing, or a split has no documents.
@@ -77,11 +77,11 @@ def merge_spans(
 
 
 def publish_datasets(building: Path, out: Path) -> None:
-    """Give the finished datasets their name; what is left of the building goes."""
+    """Give the finished datasets their name, and remove the rest of the build."""
     dataset = building / _DATASET_FOLDER
     if dataset.exists():
         rename(dataset, out)
-    # The plan goes last: it tells that the rest is to be removed.
+    # The plan is removed last: as long as it is there, the next start removes the rest.
     for folder in (_FINISHED_FOLDER, _PACKING_FOLDER):
         shutil.rmtree(building / folder, ignore_errors=True)
     shutil.rmtree(building)
@@ -94,7 +94,7 @@ def is_published(building: Path, out: Path) -> bool:
 
 
 def split_directories(directory: Path, validation_share: float) -> dict[Split, Path]:
-    """Where the datasets lie."""
+    """The folder of each dataset."""
     if validation_share:
         return {"train": directory / "train", "validation": directory / "validation"}
     return {"all": directory}

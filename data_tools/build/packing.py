@@ -1,7 +1,7 @@
 """Encoded spans to datasets: every shard is a function of the spans, so any process may write it.
 
-A shard that is finished has a note beside the spans with what the files beside the shards need to
-know of it; packing that was interrupted goes on with the shards that have none.
+For each finished shard a note holds what the dataset's index files need to know of it. After an
+interruption, packing continues with the shards that have no note.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -90,9 +90,9 @@ def pack_shards(
     """Write the shards that have no note yet.
 
     Args:
-        splits: to write.
+        splits: the datasets to write.
         spans: all of them, by number.
-        format: of the datasets.
+        format: record format of the datasets.
         num_workers: processes; each writes a shard at a time.
     """
     for packed in splits.values():
@@ -120,7 +120,7 @@ def pack_shards(
 def find_stretches(order: DocumentOrder, first: int, last: int) -> Iterator[tuple[int, int]]:
     """Yield where the tokens [first, last) of an order lie: places and numbers of tokens.
 
-    Documents that lie one behind the other come as one.
+    Adjacent documents come as one.
     """
     block = int(np.searchsorted(order.block_ends_B, first, side="right"))
     position = int(order.block_ends_B[block - 1]) if block else 0

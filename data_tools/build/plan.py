@@ -1,4 +1,4 @@
-"""What a build was begun with, on the disk: whoever goes on must mean the same."""
+"""What a build was begun with, on the disk: it can only be continued with the same."""
 
 import base64
 import dataclasses
@@ -17,7 +17,7 @@ from megatron_eso.files import write_once
 
 PLAN_FILE = "plan.json"
 FORMAT_VERSION = 1
-"""Of the plan and of all that lies beside it; what another version began is not gone on with."""
+"""Version of the plan and of all files of an unfinished build; another version is refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,11 +76,11 @@ class BuildPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredPlan:
-    """A plan, with what merging needs beside it."""
+    """A plan, with what else merging needs."""
 
     plan: BuildPlan
     num_parts: int
-    """Of the array that began; names the parts that are missing."""
+    """Number of parts of the build; it names the parts that are missing."""
     tokenizer_files: Mapping[str, bytes]
 
 
@@ -138,13 +138,13 @@ def read_plan(directory: Path) -> StoredPlan | None:
     )
 
 
-def check_plan(directory: Path, stored: BuildPlan, asked: BuildPlan) -> None:
-    """Refuse to go on with other options than the work was begun with.
+def check_plan(directory: Path, stored: BuildPlan, wanted: BuildPlan) -> None:
+    """Refuse to continue a build with other options than it was begun with.
 
     Raises:
         ConfigError: an option differs.
     """
-    difference = stored.find_difference(asked)
+    difference = stored.find_difference(wanted)
     if difference is not None:
         raise ConfigError(
             f"{directory} was begun with {difference}; give the options that it was begun with, "

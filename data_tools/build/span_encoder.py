@@ -25,12 +25,12 @@ class SpanEncoder:
     """Encodes spans one after the other, whichever are not complete.
 
     Args:
-        files: of the input.
-        spans: to encode, of those in `directory`.
+        files: all files of the input.
+        spans: the spans to encode.
         options: how text lies in the files.
-        directory: for the encoded spans.
-        dtype: of the tokens.
-        commit_bytes: of text between two commits.
+        directory: folder of the encoded spans.
+        dtype: type of the tokens.
+        commit_bytes: bytes of text between two commits.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SpanEncoder:
         """Encode what is missing.
 
         Raises:
-            DataError: the text is damaged, or another process is at one of the spans.
+            DataError: the text is damaged, or another process is writing one of the spans.
         """
         states = [read_state(self._files_of(span)) for span in self._spans]
         progress = Progress(
@@ -87,7 +87,7 @@ class SpanEncoder:
             self._writers[span.number] = writer
             state = writer.state
             if state.is_complete:
-                continue  # by another process, since this one has looked
+                continue  # another process has completed it meanwhile
             for unit in read_units(
                 self._files,
                 span,

@@ -22,14 +22,14 @@ _ROUND_TRIP_BYTES = 16 * 1024
 
 @dataclass(kw_only=True, slots=True)
 class EncodingNotes:
-    """What is worth telling about a unit, or about many together."""
+    """What the user should know about a unit, or about many together."""
 
     empty_documents: int = 0
     """Left out: they have no tokens."""
     word_boundary_characters: int = 0
     """U+2581 in the text, which SentencePiece gives back as a space."""
     round_trips: int = 0
-    """Documents that were encoded and decoded to see whether they come back."""
+    """Documents that were encoded and decoded again, as a check."""
     exact_round_trips: int = 0
     problems: int = 0
     """Lines, rows and files that were left out since they are no text."""
@@ -42,13 +42,13 @@ class EncodingNotes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedUnit:
-    """Result of a unit. Where its last document goes on in the next unit, that is left open."""
+    """Result of a unit. If its last document continues in the next unit, it is left open."""
 
     tokens: npt.NDArray[np.unsignedinteger]
     documents: npt.NDArray[np.void]
     """DOCUMENT_DTYPE, the documents that end in the unit, counted from the unit's start."""
     open_tokens: int
-    """Tokens behind the last document that ends."""
+    """Tokens after the last document that ends."""
     open_text_bytes: int
     notes: EncodingNotes
     problems: list[Problem] = field(default_factory=list)
@@ -58,7 +58,7 @@ class UnitEncoder:
     """Turns units into tokens.
 
     Args:
-        tokenizer: with an end-of-text token.
+        tokenizer: a tokenizer with an end-of-text token.
         options: how the documents lie in the units.
     """
 
@@ -78,7 +78,7 @@ class UnitEncoder:
         _, unit = task
         problems: list[Problem] = []
         parsed = list(parse_unit(unit, self._options, problems))
-        # What closes a document of earlier units may be empty itself.
+        # The last part of a document of earlier units may be empty.
         documents = [
             document
             for number, document in enumerate(parsed)
@@ -101,7 +101,7 @@ class UnitEncoder:
             parts.append(tokens)
             if document.ends:
                 parts.append(self._eos)
-            if not document.text.isascii():  # much faster to tell than to count
+            if not document.text.isascii():  # a much faster check than counting
                 notes.word_boundary_characters += document.text.count(_WORD_BOUNDARY_UTF8)
         joined = np.concatenate(parts, dtype=self._dtype, casting="unsafe")
         ended = [document for document in documents if document.ends]

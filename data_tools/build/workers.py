@@ -29,7 +29,7 @@ def map_in_order(
     Args:
         work: done on each task; it is sent to each worker once. What it raises is raised here when
             the task's turn comes.
-        tasks: are taken as the work goes on.
+        tasks: taken one by one as results are needed.
         num_workers: processes; 1 works in this one.
 
     Raises:
@@ -74,7 +74,7 @@ def _start_worker(work: Callable[[Any], Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for tasks for ever."""
+    """End this worker when its parent ends: if that was killed, no task would ever come."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -24,7 +24,7 @@ def open_files(option: str, inputs: list[str], tokenizer: Tokenizer) -> TokenFil
     Args:
         option: value of `--from`.
         inputs: values of `--input`.
-        tokenizer: with which the tokens were made.
+        tokenizer: the one with which the tokens were made.
 
     Raises:
         ConfigError: a file is missing, or the inputs are of several formats.

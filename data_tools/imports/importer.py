@@ -4,9 +4,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_tools.build.output import new_output
 from data_tools.imports.documents import DocumentCloser, DocumentSplitter
 from data_tools.imports.formats import open_files
-from data_tools.output import new_output
 from megatron_eso.data.shards.format import RECORD_TOKENS, SHARD_RECORDS
 from megatron_eso.data.shards.manifest import Split
 from megatron_eso.data.shards.writer import DatasetWriter
@@ -17,7 +17,7 @@ from megatron_eso.progress import Progress
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportOptions:
-    """What to import."""
+    """Which token files to import, and how."""
 
     kind: str
     """A value of `--from`."""
@@ -45,7 +45,7 @@ def import_tokens(options: ImportOptions) -> dict[Split, str]:
     if tokenizer.eos_token_id is None:
         raise DataError(
             f"tokenizer {options.tokenizer}: has no end-of-text token to separate documents; name "
-            "it in a tokenizer_config.json beside it (eos_token)"
+            "it in a tokenizer_config.json in its folder (eos_token)"
         )
     files = open_files(options.kind, options.inputs, tokenizer)
     with new_output(options.out) as building:

@@ -16,7 +16,7 @@ from megatron_eso.errors import ConfigError, DataError
 BLOCK_TOKENS = 2**20
 
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-"""By the code in Megatron's and TinyLlama's headers; 6 and 7 are floats."""
+"""Types by their codes in Megatron's and TinyLlama's headers; 6 and 7 are floats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,8 +72,8 @@ class TokenSource:
     """A file that is hashed as it is read from its start to its end.
 
     Args:
-        path: of the file.
-        name: for the manifest.
+        path: the file.
+        name: its name in the manifest.
 
     Raises:
         ConfigError: there is no such file.
@@ -94,7 +94,7 @@ class TokenSource:
 
     @property
     def sha256(self) -> str:
-        """Of what was read."""
+        """sha256 of what was read so far."""
         return self._sha256.hexdigest()
 
     @contextlib.contextmanager
@@ -102,7 +102,7 @@ class TokenSource:
         """Open the file for `read`.
 
         Raises:
-            DataError: it cannot be read, or goes on behind what was read.
+            DataError: it cannot be read, or is longer than what was read.
         """
         try:
             with self.path.open("rb") as self._file:
@@ -140,7 +140,7 @@ def read_blocks(
 
     Args:
         source: the file.
-        dtype: of the tokens.
+        dtype: type of the tokens.
         num_tokens: how many.
         ends: ascending places among them, from 1, before which a document ends.
     """

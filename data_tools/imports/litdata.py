@@ -46,7 +46,7 @@ class LitdataFiles:
         return [source for folder in self._folders for source in (folder.index, *folder.chunks)]
 
     def read_blocks(self) -> Iterator[TokenBlock]:
-        """Read all tokens."""
+        """Read all tokens; see `TokenFiles.read_blocks`."""
         for folder in self._folders:
             with folder.index.opened():
                 folder.index.read(folder.index.num_bytes)

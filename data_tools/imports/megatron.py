@@ -57,7 +57,7 @@ class MegatronFiles:
         return [source for index, data in self._pairs for source in (index.source, data)]
 
     def read_blocks(self) -> Iterator[TokenBlock]:
-        """Read all tokens."""
+        """Read all tokens; see `TokenFiles.read_blocks`."""
         for index, data in self._pairs:
             index.hash()
             with data.opened():
@@ -66,7 +66,7 @@ class MegatronFiles:
 
 
 class _Index:
-    """An `.idx` file; its arrays lie one behind the other and are read side by side, in parts."""
+    """An `.idx` file; its arrays follow one another and are read at the same time, in parts."""
 
     def __init__(self, source: TokenSource, data: TokenSource) -> None:
         self.source = source
@@ -100,7 +100,7 @@ class _Index:
         """Numbers of tokens that follow, and places among them before which a document ends.
 
         Raises:
-            DataError: sequences do not lie one behind the other, or bounds do not ascend.
+            DataError: a sequence does not follow the one before it, or bounds do not ascend.
         """
         place = 0
         bound = self._check_bounds()

@@ -2,7 +2,7 @@
 
 A file is a header (`LITPKDS`, version, code of the dtype, number of tokens) and that many tokens.
 The builder writes one stream of documents to `PREFIX_0000000000.bin`, `PREFIX_0000000001.bin` and
-so on. A token stands before each document (BOS, as for SlimPajama) or behind it, and fills up the
+so on. A token stands before each document (BOS, as for SlimPajama) or after it, and fills up the
 last file. Described by lit_gpt/packed_dataset.py and scripts/prepare_slimpajama.py.
 """
 
@@ -49,7 +49,7 @@ class PackedFiles:
 
     @property
     def sources(self) -> list[TokenSource]:
-        """The files."""
+        """The files, sorted by their paths."""
         return [file.source for file in self._files]
 
     def read_blocks(self) -> Iterator[TokenBlock]:
@@ -78,7 +78,7 @@ class PackedFiles:
                     pass
 
     def _find_ends(self, tokens: npt.NDArray[np.integer], last: int) -> npt.NDArray[np.int64]:
-        """Places behind an EOS, and before a BOS that does not stand behind an EOS."""
+        """Places after an EOS, and before a BOS that does not follow an EOS."""
         is_end = np.zeros(len(tokens) + 1, dtype=np.bool_)
         is_end[1:] = tokens == self._eos
         if self._bos != self._eos:
@@ -132,7 +132,7 @@ class _PackedFile:
             )
 
     def is_followed_by(self, other: "_PackedFile") -> bool:
-        """Whether the other file goes on where this one ends, by their names."""
+        """Whether the other file continues this one, by their names."""
         this = _NUMBERED.fullmatch(self.source.path.name)
         that = _NUMBERED.fullmatch(other.source.path.name)
         return (

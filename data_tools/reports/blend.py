@@ -13,11 +13,11 @@ from megatron_eso.data.samples.blend import BLOCK_SAMPLES, Blend
 from megatron_eso.data.samples.training_data import TrainingData
 
 MAX_EPOCHS = 4
-"""Repeating more often is worth less and less (Muennighoff et al. 2023, arXiv 2305.16264)."""
+"""More epochs give a warning: repeating pays less (Muennighoff et al., arXiv 2305.16264)."""
 MAX_ROUNDING = 0.01
-"""By which a resolved share may differ from the configured one, relative to it, unmentioned."""
+"""A share that rounding changes by more than this, relative to itself, gives a warning."""
 MAX_UNUSED = 0.01
-"""Share of a corpus that may lie in tails of records, where no row is cut, unmentioned."""
+"""A share of a corpus in tails of records, never read, above this gives a warning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,13 +31,13 @@ class CorpusPlan:
     num_rows: int
     """Rows of the run's length; an epoch is each of them once."""
     unused_tokens: int
-    """In tails of records shorter than a row, where no row is cut."""
+    """Tokens in tails of records that are shorter than a row and never read."""
     weight: float
     """Configured share; by the numbers of rows where none is configured."""
     quota: int
     """Samples in each block of BLOCK_SAMPLES: the exact share."""
     num_samples: int
-    """Of the budget, exactly."""
+    """Samples of the budget that come from the corpus, exactly."""
     sample_tokens: int
     """Text tokens of these samples."""
     epochs: float

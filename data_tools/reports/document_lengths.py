@@ -33,10 +33,10 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DocumentLengths:
-    """What was measured."""
+    """The lengths of a dataset's documents, or of a part of them."""
 
     lengths: Int64
-    """Of the documents that begin in the records that were read."""
+    """Lengths of the documents that begin in the records that were read."""
     num_records: int
     """Records that were read."""
 

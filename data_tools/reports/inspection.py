@@ -39,9 +39,9 @@ def inspect_datasets(
     Args:
         location: directory or URL of a dataset, or of a training and a validation split.
         row: number of the row to print, or None.
-        sequence_length: of rows.
+        sequence_length: tokens of a row.
         as_json: print one JSON object instead.
-        cache: for local copies of what has a URL; None: in TMPDIR.
+        cache: holds local copies of what has a URL; None: one in TMPDIR.
 
     Raises:
         ConfigError: there is no such row.
@@ -99,9 +99,9 @@ def _describe(dataset: TokenDataset, sequence_length: int) -> Iterator[str]:
         f"{tokenizer.pad_token_id}, model sha256 {tokenizer.model_sha256}"
     )
     for source in manifest.sources[:_MAX_SOURCES]:
-        piece = f" from {source.offset}" if source.offset else ""
+        part = f" from {source.offset}" if source.offset else ""
         yield (
-            f"source         {source.path}: {source.bytes} bytes{piece}, "
+            f"source         {source.path}: {source.bytes} bytes{part}, "
             f"{source.num_documents} documents here, sha256 {source.sha256}"
         )
     if len(manifest.sources) > _MAX_SOURCES:
@@ -126,7 +126,7 @@ def _measure(dataset: TokenDataset) -> DocumentLengths:
     layout = dataset.manifest.layout
     num_records = layout.num_records
     if isinstance(dataset.shards, RemoteShards):
-        # Reading a record copies its whole shard: the first one has to do.
+        # Reading a record copies its whole shard, so only the first one is read.
         num_records = max(1, layout.shard_num_records(0) - 1)
     return measure_lengths(dataset, choose_records(num_records))
 

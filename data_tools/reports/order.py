@@ -29,15 +29,15 @@ class SamplePlace:
     dataset_id: str
     location: str
     epoch: int
-    """Of the corpus, from 0."""
+    """Epoch of the corpus, from 0."""
     row: int
     num_rows: int
     place: RowPlace
     text: str
-    """Its beginning."""
+    """The beginning of the text."""
 
     def describe(self) -> Iterator[str]:
-        """Lines of text."""
+        """The sample as lines of text."""
         yield f"sample {self.sample}"
         yield f"  phase          {self.phase}"
         yield f"  corpus         {self.corpus}: {self.location}, dataset id {self.dataset_id}"

@@ -19,7 +19,7 @@ from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.shards.reader import TokenDataset
 
 SECONDS = 2.0
-"""Time that each way of reading is given."""
+"""Time for which each way of reading is measured."""
 BATCH_ROWS = 16
 BATCHES_AHEAD = 2
 
@@ -33,7 +33,7 @@ class ReadSpeed:
     way: str
     tokens_per_second: float
     megabytes_per_second: float
-    """Of these tokens as they are stored; what is read around them for hashes is not counted."""
+    """Bytes of these tokens as they are stored; bytes read for the hashes only are not counted."""
     median_milliseconds: float
     """Until a call had its rows."""
     p99_milliseconds: float
@@ -49,9 +49,9 @@ def bench_reader(
 
     Args:
         location: directory or URL of a dataset; of two splits, training is read.
-        sequence_length: of rows.
+        sequence_length: tokens of a row.
         as_json: print one JSON object instead.
-        cache: for local copies of what has a URL; None: in TMPDIR.
+        cache: holds local copies of what has a URL; None: one in TMPDIR.
 
     Raises:
         DataError: a shard is damaged, or has no such row.
@@ -106,7 +106,7 @@ def read_ahead(batches: Iterator[Int64]) -> Iterator[Int64]:
                 ready.put(batch)
                 if is_over.is_set():
                     return
-        except Exception as error:  # whoever takes the batches gets it
+        except Exception as error:  # raised where the batches are taken
             ready.put(error)
 
     threading.Thread(target=fill, daemon=True).start()

@@ -24,7 +24,7 @@ class DocumentPart:
     """First token within the row."""
     stop: int
     source: str | None
-    """File that the text came from, and which of its documents; None where nobody can tell."""
+    """File that the text came from, and which of its documents; None where it is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,14 +36,14 @@ class RowPlace:
     member: str
     """Name of the record in the shard's archive."""
     offset: int
-    """Of the first token's bytes in the shard's file."""
+    """Place of the first token's bytes in the shard's file."""
     first_token: int
-    """Within the record."""
+    """Number of the first token within the record."""
     num_tokens: int
     documents: tuple[DocumentPart, ...]
 
     def describe(self) -> Iterator[str]:
-        """Lines of text."""
+        """The place as lines of text."""
         last = self.first_token + self.num_tokens - 1
         yield f"shard          {self.shard}, offset {self.offset}"
         yield f"record         {self.record} ({self.member}), tokens {self.first_token} to {last}"
@@ -98,5 +98,5 @@ def _name_source(manifest: Manifest, document: int) -> str | None:
         return None
     source = manifest.sources[place]
     number = document - (stops[place] - source.num_documents)
-    piece = f", bytes from {source.offset}" if source.offset else ""
-    return f"document {number} of {source.num_documents} kept of {source.path}{piece}"
+    part = f", bytes from {source.offset}" if source.offset else ""
+    return f"document {number} of {source.num_documents} kept of {source.path}{part}"

@@ -46,7 +46,7 @@ from megatron_eso.progress import Progress
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """What became of a dataset's check."""
+    """Result of a dataset's check."""
 
     location: str
     manifest: Manifest | None
@@ -62,9 +62,9 @@ def verify_datasets(
     """Check every byte of the datasets at a directory or URL; print each problem, a line each.
 
     Args:
-        location: of a dataset, or of a training and a validation split.
+        location: directory or URL of a dataset, or of a training and a validation split.
         as_json: print one JSON object instead.
-        cache: for local copies of what has a URL; None: in TMPDIR.
+        cache: holds local copies of what has a URL; None: one in TMPDIR.
 
     Raises:
         DataError: something is wrong.
@@ -153,7 +153,7 @@ def _check_shards(directory: Path, manifest: Manifest, shards: ShardSource) -> I
     side_files = (manifest.blocks, manifest.documents)
     broken = [problem for file in side_files if (problem := _check_file(directory, file))]
     yield from broken
-    # Without sound side files the shards' own sha256 still tells which of them are whole.
+    # Without sound index files the shards' own sha256 still shows which of them are whole.
     verifier = _ShardVerifier(directory, manifest, shards, has_side_files=not broken)
     progress = Progress("verify", sum(shard.bytes for shard in manifest.shards))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -1,7 +1,7 @@
 """gzip and zstd streams to text, several members or frames one after the other.
 
-The libraries' own readers give a truncated zstd stream without a word; here the end is checked.
-A file cut exactly between two members is a whole file to anyone who looks.
+The libraries' own readers accept a truncated zstd stream without an error; here the end is checked.
+A file that was cut exactly between two members cannot be told from a whole one.
 """
 
 import zlib
@@ -18,7 +18,7 @@ SUFFIXES: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 # megabytes at most, even of text that repeats itself.
 _SLICE_BYTES: dict[Compression, int] = {"gzip": 2**16, "zstd": 2**10}
 _OUTPUT_BYTES = 2**20
-# `zstd --long=31`, in which large corpora are handed out.
+# `zstd --long=31`, in which large corpora are published.
 _MAX_WINDOW_BYTES = 2**31
 _MAGIC: dict[Compression, bytes] = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 

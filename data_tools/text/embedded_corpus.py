@@ -1,4 +1,4 @@
-"""`corpus`: English text that every CPython carries, for trying things out without a download.
+"""`corpus`: English text that every CPython carries, for first trials without a download.
 
 The documentation topics of `pydoc_data`, one document each, and the docstrings of the standard
 library, one document per module. Everything is read with `ast`, nothing is imported, so nothing
@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.files import new_file
 
-# Tests are no prose, and what is installed beside the library differs between machines.
+# Tests are no prose, and installed packages differ between machines.
 _EXCLUDED_FOLDERS = {
     "__pycache__",
     "dist-packages",

@@ -24,7 +24,7 @@ class TextOptions:
 
     text_key: str = "text"
     document_separator: str | None = None
-    """Between the documents of a `.txt` file; None: each file is a document."""
+    """Text between the documents of a `.txt` file; None: each file is a document."""
     on_error: OnError = "stop"
     cuts_documents: bool = True
     """Long documents of `.txt` files may be cut after newlines and handed out in parts."""
@@ -41,9 +41,9 @@ class InputFile:
     kind: str
     """Name of its format."""
     compression: Compression | None
-    """None for standard input, whose first bytes show it."""
+    """Compression of the file; None for standard input, whose first bytes show it."""
     num_bytes: int
-    """On the disk; 0 for standard input."""
+    """Size on the disk; 0 for standard input."""
 
     @property
     def label(self) -> str:
@@ -85,7 +85,7 @@ class SourceRead:
 
     num_bytes: int
     sha256: str
-    """Of the bytes of the slice, as they lie on the disk."""
+    """Hash of the bytes of the slice, as they lie on the disk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,12 +95,12 @@ class Unit:
     slice: int
     """Index of the slice in its span."""
     path: str
-    """For messages."""
+    """Name of the file in messages."""
     kind: str
     """Name of the format."""
     data: bytes
     number: int = 0
-    """Of the unit in the span."""
+    """Number of the unit in the span."""
     first_line: int = 1
     """Number of the first line of `data`, counted from 1 at the byte `start` of the file."""
     start: int = 0
@@ -109,17 +109,17 @@ class Unit:
     continues: bool = False
     """`data` begins inside a document of the unit before."""
     ends_document: bool = True
-    """False where the last document goes on in the next unit."""
+    """Whether the last document ends here; else it continues in the next unit."""
     document_hash: int = 0
-    """Of the whole of a document that began in an earlier unit and ends in this one."""
+    """Hash of the whole document that began in an earlier unit and ends in this one."""
     problems: tuple[Problem, ...] = ()
-    """Found on reading."""
+    """What is wrong with the part of the file, as reading showed."""
     raw_bytes: int = 0
     """Bytes of the input that were read for this unit."""
     digest: int = 0
-    """Of the data of the units of the span up to this one."""
+    """Hash of the data of the units of the span up to this one."""
     source: SourceRead | None = None
-    """In the last unit of a slice."""
+    """What the slice was made of; in its last unit only."""
 
     def name_problem(self, line: int, what: str) -> Problem:
         """What is wrong with a line of the unit."""
@@ -131,11 +131,11 @@ class Document:
     """A document, or a part of one that goes over several units."""
 
     text: bytes
-    """In UTF-8."""
+    """The text in UTF-8."""
     ends: bool = True
-    """False where it goes on in the next unit."""
+    """Whether the document ends here; else it continues in the next unit."""
     hash: int = 0
-    """Of the whole document, where it ends."""
+    """Hash of the whole document, where it ends."""
 
 
 def hash_document(text: bytes) -> int:

@@ -56,16 +56,16 @@ def _explain(line: str | None, text_key: str) -> str | None:
     try:
         record = _DECODER.decode(line)
     except json.JSONDecodeError as error:
-        return f"invalid JSON ({error.msg}, column {error.colno}); mend the line"
+        return f"invalid JSON ({error.msg}, column {error.colno}); correct the line"
     except (ValueError, RecursionError) as error:
-        return f"invalid JSON ({error}); mend the line"
+        return f"invalid JSON ({error}); correct the line"
     if not isinstance(record, dict):
         return "not a JSON object; each line must be one"
     if text_key not in record:
         return f"no key {text_key!r}; name the key of the text by --text-key"
     if not isinstance(record[text_key], str):
         return f"{text_key!r} is not a string; name the key of the text by --text-key"
-    return "the text holds half a surrogate pair; mend the line"
+    return "the text holds half a surrogate pair; correct the line"
 
 
 JSONL = TextFormat(

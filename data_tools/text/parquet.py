@@ -42,8 +42,8 @@ class ParquetRows:
     """Reads the column of texts of a Parquet file.
 
     Attributes:
-        sha256: of the file.
-        share_done: of the rows.
+        sha256: hash of the file.
+        share_done: share of the rows that have been read.
     """
 
     def __init__(self, file: InputFile, text_key: str) -> None:
@@ -124,7 +124,7 @@ class ParquetRows:
 
     def _take(self, texts: pa.Array, first_row: int) -> RowBatch:
         bad = {
-            int(index): f"{self._text_key!r} is null; mend the row"
+            int(index): f"{self._text_key!r} is null; correct the row"
             for index in np.flatnonzero(texts.is_null().to_numpy(zero_copy_only=False))
         }
         rows = texts.to_pylist()
@@ -187,7 +187,7 @@ def _cut(texts: pa.Array, batch_bytes: int) -> Iterator[pa.Array]:
 
 
 def _describe_damage(error: Exception) -> str:
-    """What to say of it; a failing disk is no damaged file and is raised again."""
+    """The error as text; that of a failing disk is raised again, since the file is not damaged."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
     return f"damaged Parquet ({error}); get the file again"

@@ -38,13 +38,13 @@ def _parse(unit: Unit, options: TextOptions) -> Iterator[Document | Problem]:
         continues = unit.continues and is_first
         ends = unit.ends_document or not is_last
         if is_last and not text and not continues:
-            break  # nothing behind the last separator
+            break  # there is no document after the last separator
         hashed = unit.document_hash if continues else hash_document(text)
         document = Document(text=text, ends=ends, hash=hashed if ends else 0)
         error = find_invalid_utf8(text)
         if error is not None:
             yield unit.name_problem(line + text.count(b"\n", 0, error), INVALID_UTF8)
-            if continues and ends:  # what was handed out of it has to end
+            if continues and ends:  # the parts of it that were yielded before need an end
                 yield replace(document, text=b"")
         else:
             yield document

@@ -19,7 +19,7 @@ class Problem:
     what: str
     """What is wrong and what to do about it."""
     start: int = 0
-    """The byte of the file from which lines are counted: a range of a large file has line 1 too."""
+    """The byte of the file from which lines are counted: each slice has a line 1."""
     is_row: bool = False
 
     def describe(self) -> str:

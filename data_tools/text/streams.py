@@ -51,7 +51,7 @@ class SliceText:
         """
         self._check_size()
         raw = self._read_raw()
-        # What is held back is never empty, so that the last block is known as such.
+        # Something is always held back, so that the last block is known as such.
         pending = bytearray()
         is_first = self._slice.start == 0
         try:
@@ -72,7 +72,7 @@ class SliceText:
         yield block, True
 
     def sha256(self) -> str:
-        """Of the raw bytes read so far."""
+        """sha256 of the raw bytes read so far."""
         return self._sha256.hexdigest()
 
     def _read_text(self, raw: Iterator[bytes]) -> Iterator[bytes]:
@@ -151,11 +151,11 @@ def read_stream(
     """Read a slice of a stream of documents as units.
 
     Args:
-        file: to read.
-        part: of the file.
-        index: of the slice in its span.
+        file: the file to read.
+        part: the slice of the file.
+        index: number of the slice in its span.
         separator: between documents; empty: there is one document.
-        cuts_documents: a document may be cut after a newline and go on in the next unit.
+        cuts_documents: whether a document may be cut after a newline and continue in the next unit.
         unit_bytes: size of a unit; it may be longer by a document that is not cut.
 
     Raises:
@@ -217,7 +217,7 @@ def _cut(
         if not is_last or text.damage is not None:
             stop = _find_last_end(pending, separator, searched)
             ends = is_last or stop > 0
-        # A line without end is not searched again and again.
+        # A very long line is searched once, not again for each block.
         if not ends and cuts_documents and b"\n" in block:
             stop = _find_segment_end(pending, separator)
         if stop or is_last:

@@ -1,7 +1,7 @@
 """Spans of the input cut into units of about 1 MiB of text, and units to documents.
 
-The cuts depend on the bytes of the files alone: not on who asks, how often, or how many processes
-work on the units. So a number of units says how far a span has come.
+The cuts depend on the bytes of the files alone: not on how often they are read, nor on how many
+processes work on the units. So a number of units says how much of a span has been read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,11 +30,11 @@ def read_units(
     """Read a span as units; every slice, even an empty one, ends with a unit that has its source.
 
     Args:
-        files: of the input.
-        span: to read.
+        files: all files of the input.
+        span: the span to read.
         options: how documents lie in the files.
-        skip_units: units to read over, which are not handed out.
-        skipped_digest: of the last unit that is skipped, to see that the input is still the same.
+        skip_units: how many units to read without yielding them.
+        skipped_digest: digest of the last skipped unit; shows that the input is still the same.
         unit_bytes: size of a unit; it may be longer by a line, or by a document that is not cut.
 
     Raises:
@@ -54,7 +54,7 @@ def read_units(
                     _check_skipped(file, digest.intdigest(), skipped_digest)
         except OSError as error:
             raise DataError(
-                f"cannot read {file.label}: {error.strerror or error}; mend or leave it out"
+                f"cannot read {file.label}: {error.strerror or error}; repair it or leave it out"
             ) from error
     if number < skip_units:
         _check_skipped(files[span.slices[-1].file], None, skipped_digest)
@@ -64,7 +64,7 @@ def parse_unit(unit: Unit, options: TextOptions, problems: list[Problem]) -> Ite
     """The documents of a unit, empty ones too.
 
     Args:
-        unit: to parse.
+        unit: the unit to parse.
         options: as the unit was read with.
         problems: receives what is left out, where `options.on_error` is "skip".
 

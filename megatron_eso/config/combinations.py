@@ -11,7 +11,7 @@ import re
 
 from megatron_eso.config.divisibility import check_dealing, even_layout, nearest_divisors, round_up
 from megatron_eso.config.keys import describe_interval, is_inside
-from megatron_eso.config.objective_rules import check_objective, list_objective_warnings
+from megatron_eso.config.objective_rules import check_objective_keys, list_objective_warnings
 from megatron_eso.config.origins import Origins, TracedConfig
 from megatron_eso.config.sections import KEYS, Config
 from megatron_eso.errors import ConfigError
@@ -34,7 +34,7 @@ def check_config(config: Config, origins: Origins | None = None) -> list[str]:
     """
     traced = TracedConfig(config=config, origins=origins or {})
     check_ranges(traced)
-    check_objective(traced)
+    check_objective_keys(traced)
     check_model(traced)
     check_corpora(traced)
     check_optimizer(traced)

@@ -11,12 +11,12 @@ NUM_SUGGESTIONS = 4
 
 
 def round_up(number: int, multiple: int) -> int:
-    """The smallest multiple of `multiple` that is no less than `number`."""
+    """Return the smallest multiple of `multiple` that is no less than `number`."""
     return -(-number // multiple) * multiple
 
 
 def nearest_divisors(number: int, wanted: int) -> str:
-    """The divisors of `number` on either side of `wanted`, in words."""
+    """Return the divisors of `number` on either side of `wanted`, in words."""
     limit = min(number, MAX_DIVISOR)
     divisors = [divisor for divisor in range(1, limit + 1) if number % divisor == 0]
     below = [divisor for divisor in divisors if divisor < wanted][-1:]
@@ -25,13 +25,13 @@ def nearest_divisors(number: int, wanted: int) -> str:
 
 
 def even_layout(num_layers: int, num_parts: int) -> str:
-    """A pipeline layout whose parts differ by one layer at most, the first ones larger."""
+    """Describe a pipeline whose parts differ by one layer at most, the first ones larger."""
     sizes = [num_layers // num_parts + (part < num_layers % num_parts) for part in range(num_parts)]
     return "E" + "|".join("t" * size for size in sizes) + "L"
 
 
 def as_share(batch_split: float) -> Fraction:
-    """The share that a decimal stands for: 0.3333333 is one third."""
+    """Return the share that a decimal stands for: 0.3333333 is one third."""
     return Fraction(batch_split).limit_denominator(MAX_DENOMINATOR)
 
 

@@ -115,18 +115,18 @@ class Key:
         return next((mark.objectives for mark in self.markers if isinstance(mark, Only)), ())
 
     def belongs_to(self, objective: str) -> bool:
-        """Whether an objective, by its name, has the key."""
+        """Return whether an objective, by its name, has the key."""
         return not self.objectives or objective in self.objectives
 
     def is_frozen(self, start: Start) -> bool:
-        """Whether the key keeps the value of the checkpoint that is read for `start`."""
+        """Return whether the key keeps the value of the checkpoint that is read for `start`."""
         return any(
             isinstance(mark, Frozen) and mark.start in (None, start) for mark in self.markers
         )
 
 
 def describe_keys(section: str, section_type: type) -> list[Key]:
-    """The keys of a section, in its order.
+    """Return the keys of a section, in its order.
 
     Args:
         section: Name of the section.
@@ -148,7 +148,7 @@ def _describe(path: str, hint: Any, default: Any) -> Key:
 
 
 def read_interval(markers: Iterable[Any]) -> Interval:
-    """The interval that the bounds among `markers` make; other markers are left out."""
+    """Return the interval that the bounds among `markers` make; other markers are left out."""
     bounds = {
         name: getattr(marker, name)
         for marker in markers
@@ -159,13 +159,13 @@ def read_interval(markers: Iterable[Any]) -> Interval:
 
 
 def is_inside(value: Any, interval: Interval) -> bool:
-    """Whether a number is in the interval."""
+    """Return whether a number is in the interval."""
     bounds = {name: getattr(interval, name) for name in BOUNDS}
     return all(bound is None or BOUNDS[name](value, bound) for name, bound in bounds.items())
 
 
 def describe_interval(interval: Interval) -> str:
-    """The interval in words, such as "at least 0 and below 1"; empty without bounds."""
+    """Put the interval in words, such as "at least 0 and below 1"; empty without bounds."""
     if interval.ge is not None and interval.le is not None:
         return f"between {interval.ge} and {interval.le}"
     words = []

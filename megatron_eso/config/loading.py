@@ -65,7 +65,7 @@ def load_config(arguments: Sequence[str], *, folder: Path | None = None) -> Load
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """The content of config.json: the sections, and `format_version`."""
+    """Return the content of config.json: the sections, and `format_version`."""
     return {"format_version": FORMAT_VERSION, **dataclasses.asdict(config)}
 
 
@@ -110,7 +110,7 @@ def read_config(path: Path) -> Config:
 
 
 def config_to_toml(config: Config) -> str:
-    """The resolved configuration as a TOML file that `load_config` reads back."""
+    """Write the resolved configuration as TOML that `load_config` reads back."""
     lines = []
     for name, section in dataclasses.asdict(config).items():
         lines.append(f"[{name}]")
@@ -124,7 +124,7 @@ def config_to_toml(config: Config) -> str:
 
 
 def find_file(name: str, folder: Path | None) -> Path:
-    """The file of this name here or in `folder`."""
+    """Find the file of this name here or in `folder`."""
     candidates = [Path(name)] + ([folder / name] if folder else [])
     for candidate in candidates:
         if candidate.is_file():
@@ -136,7 +136,7 @@ def find_file(name: str, folder: Path | None) -> Path:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Values by `section.name`."""
+    """Read the values of a file by `section.name`."""
     try:
         with path.open("rb") as file:
             return flatten(tomllib.load(file), str(path))
@@ -145,7 +145,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def flatten(sections: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Values by `section.name`."""
+    """Return the values by `section.name`."""
     flat = {}
     for name, section in sections.items():
         if not isinstance(section, Mapping):

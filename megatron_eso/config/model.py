@@ -71,5 +71,5 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads
 
     def pad_vocabulary(self, vocab_size: int) -> int:
-        """Rows of the embedding and of the head for a vocabulary of `vocab_size` tokens."""
+        """Return the rows of embedding and head for a vocabulary of `vocab_size` tokens."""
         return round_up(vocab_size, self.make_vocab_size_divisible_by)

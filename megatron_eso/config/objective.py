@@ -7,6 +7,9 @@ from annotated_types import Interval
 
 from megatron_eso.config.keys import DERIVED, Frozen, Logged, Only, describe_keys
 
+Order = Literal["uniform", "left_to_right"]
+"""Order of generation."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
@@ -24,9 +27,7 @@ class ObjectiveConfig:
     """Weight of a masked token in the diffusion phase: of the bound, or 1."""
     sampling_eps: Annotated[float, Interval(ge=0, lt=1), Logged(), Only("eso_lm")] = 1e-3
     """Diffusion times are drawn from [sampling_eps, 1]."""
-    order: Annotated[Literal["uniform", "left_to_right"], Logged(), Only("any_order_ar")] = (
-        "uniform"
-    )
+    order: Annotated[Order, Logged(), Only("any_order_ar")] = "uniform"
     """Order of generation: of each sample its own, uniformly random, or left to right."""
 
     def __post_init__(self) -> None:
@@ -38,6 +39,6 @@ class ObjectiveConfig:
             object.__setattr__(self, "batch_split", float(split))
 
     def has_key(self, name: str) -> bool:
-        """Whether the objective has this key; under another one it keeps its default."""
+        """Return whether the objective has this key; under another one it keeps its default."""
         (key,) = (key for key in describe_keys("objective", type(self)) if key.name == name)
         return key.belongs_to(self.name)

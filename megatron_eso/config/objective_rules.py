@@ -7,7 +7,7 @@ from megatron_eso.config.keys import describe_keys
 from megatron_eso.config.origins import TracedConfig
 
 
-def check_objective(traced: TracedConfig) -> None:
+def check_objective_keys(traced: TracedConfig) -> None:
     """Refuse keys of other objectives, then what the rules of this one refuse."""
     objective = traced.config.objective
     for name in find_foreign_keys(objective):
@@ -51,7 +51,7 @@ def check_split(traced: TracedConfig) -> None:
 
 
 def list_objective_warnings(traced: TracedConfig) -> list[str]:
-    """What is legal, and known to train badly; a line each."""
+    """List what is legal but known to train badly; a line each."""
     objective = traced.config.objective
     if not 0 < objective.batch_split < 0.5:
         return []

@@ -32,7 +32,7 @@ class TracedConfig:
     origins: Origins
 
     def find_origin(self, key: str) -> str:
-        """Where `section.name` was set."""
+        """Return where `section.name` was set."""
         return self.origins.get(key, DEFAULT_ORIGIN)
 
     def refuse(self, key: str, remedy: str) -> NoReturn:

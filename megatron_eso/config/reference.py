@@ -41,7 +41,7 @@ HEADER = """\
 
 
 def format_reference() -> str:
-    """The reference of all keys as Markdown, a table per section."""
+    """Return the reference of all keys as Markdown, a table per section."""
     parts = [INTRODUCTION]
     for name, section in SECTIONS.items():
         meanings = read_meanings(section)
@@ -51,7 +51,7 @@ def format_reference() -> str:
 
 
 def read_meanings(section: type) -> dict[str, str]:
-    """The docstring under each key of a section, by the key's name."""
+    """Return the docstring under each key of a section, by the key's name."""
     (definition,) = ast.parse(inspect.getsource(section)).body
     assert isinstance(definition, ast.ClassDef)
     found = {}
@@ -62,7 +62,7 @@ def read_meanings(section: type) -> dict[str, str]:
 
 
 def format_row(key: Key, meaning: str) -> str:
-    """The row of one key."""
+    """Return the table row of one key."""
     if key.objectives:
         names = ", ".join(f"`{name}`" for name in key.objectives)
         meaning = f"{meaning} Only for {names}."
@@ -79,7 +79,7 @@ def format_row(key: Key, meaning: str) -> str:
 
 
 def format_type(key: Key) -> str:
-    """The legal types, or the legal values where they are listed."""
+    """Name the legal types, or the legal values where they are listed."""
     if key.choices:
         return ", ".join(f"`{choice}`" for choice in key.choices)
     return " or ".join(map(_format_type, key.accepted_types))
@@ -91,7 +91,7 @@ def _format_type(kind: Any) -> str:
 
 
 def format_default(key: Key) -> str:
-    """The default as TOML, or why there is none."""
+    """Return the default as TOML, or why there is none."""
     if key.is_required:
         return "required"
     if key.default is None:
@@ -100,14 +100,14 @@ def format_default(key: Key) -> str:
 
 
 def format_interval(interval: Interval) -> str:
-    """The bounds as inequalities; empty without bounds."""
+    """Return the bounds as inequalities; empty without bounds."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     bounds = {sign: getattr(interval, name) for name, sign in signs.items()}
     return ", ".join(f"{sign} {bound}" for sign, bound in bounds.items() if bound is not None)
 
 
 def format_weights_policy(key: Key) -> str:
-    """What a change means where the weights of another run are taken."""
+    """Say what a change means where the weights of another run are taken."""
     start: Start = "weights"
     if key.is_frozen(start):
         return "fixed"

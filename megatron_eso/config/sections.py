@@ -198,7 +198,7 @@ class ParallelConfig:
         return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
 
     def count_stage_layers(self, num_layers: int, stage: int) -> int:
-        """Layers on the ranks of a pipeline stage, all chunks together."""
+        """Count the layers on the ranks of a pipeline stage, all chunks together."""
         if self.pipeline_model_parallel_layout is None:
             return num_layers // self.pipeline_model_parallel_size
         parts = self.pipeline_model_parallel_layout.split("|")
@@ -266,7 +266,7 @@ class Config:
             object.__setattr__(self, "validation", validation)
 
     def get(self, key: str) -> Any:
-        """The value of `section.name`."""
+        """Return the value of `section.name`."""
         section, _, name = key.partition(".")
         return getattr(getattr(self, section), name)
 

@@ -27,7 +27,7 @@ TYPE_NAMES: dict[Any, str] = {
 
 
 def parse_override(key: str, text: str) -> Any:
-    """The value of `key=text`: TOML, or the text itself if that is no TOML or a string is due."""
+    """Parse the text of `key=text` as TOML; keep the text if it is no TOML or a string is due."""
     try:
         document = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -40,7 +40,7 @@ def parse_override(key: str, text: str) -> Any:
 
 
 def check_value(path: str, value: Any, origin: str) -> Any:
-    """The value as its key's type; lists become tuples.
+    """Return the value as its key's type; lists become tuples.
 
     Raises:
         ConfigError: There is no such key, or the value is of another type.
@@ -57,7 +57,7 @@ def check_value(path: str, value: Any, origin: str) -> Any:
 
 
 def check_scalar(path: str, value: Any, origin: str, accepted: tuple[Any, ...]) -> Any:
-    """The value of a key, or of an item of its list, as an accepted type."""
+    """Return the value of a key, or of an item of its list, as an accepted type."""
     if type(value) is int and not -MAX_INTEGER <= value <= MAX_INTEGER:
         refuse_value(origin, path, value, "does not fit into 64 bits")
     if float in accepted and type(value) is int:
@@ -72,13 +72,13 @@ def check_scalar(path: str, value: Any, origin: str, accepted: tuple[Any, ...]) 
 
 
 def find_item_type(accepted: tuple[Any, ...]) -> type | None:
-    """The type of the items where a list is accepted."""
+    """Find the type of the items where a list is accepted."""
     items = [typing.get_args(member)[0] for member in accepted if typing.get_origin(member)]
     return items[0] if items else None
 
 
 def suggest_value(value: Any, accepted: tuple[Any, ...]) -> str:
-    """What to write instead, where it can be derived from the value."""
+    """Say what to write instead, where it can be derived from the value."""
     if accepted == (str,):
         return f"; write {json.dumps(str(value))}"
     if accepted == (int,) and type(value) is float and value.is_integer():
@@ -94,7 +94,7 @@ def suggest_value(value: Any, accepted: tuple[Any, ...]) -> str:
 
 
 def find_key(path: str, origin: str) -> Key:
-    """The key `section.name`.
+    """Find the key `section.name`.
 
     Raises:
         ConfigError: There is no such section or key.

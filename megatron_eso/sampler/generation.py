@@ -4,7 +4,7 @@ Source: arXiv 2506.01928 section on sampling; `dit.py` (`forward_sample`) and `a
     repository.
 
 Shape suffixes: N samples, T slots, R rows of a step (contiguous slots of each sample), E masks to
-reveal in a step, K keys, G key/value groups, D head dimension, V vocabulary.
+reveal in a step, K keys, G key/value groups, D head dimension, C width of the model, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class SlotCache:
     def __init__(
         self, config: NetworkConfig, num_samples: int, num_slots: int, like: Tensor
     ) -> None:
-        """Allocate `num_slots` and one more, where padding rows are thrown away."""
+        """Allocate `num_slots` and one more, which padding rows write to."""
         shape = (
             config.num_hidden_layers,
             num_samples,
@@ -94,38 +94,31 @@ def reveal_tokens(
         choice: how tokens are chosen.
     """
     num_samples, num_slots = tokens_NT.shape
+    mask_token_id = network.network_config.mask_token_id
     cache = SlotCache(network.network_config, num_samples, num_slots, network.embed_tokens.weight)
     device = tokens_NT.device
+    # The cache holds the slots before `start`; the tokens before `clean` are known.
     start_N = np.zeros(num_samples, dtype=np.int64)
     clean_N = np.array([num_slots - sum(schedule) for schedule in schedules], dtype=np.int64)
     num_steps = max((len(schedule) for schedule in schedules), default=0)
     for step in range(num_steps):
+        # The rows of the step: known tokens that are not in the cache, then the masks to reveal. A
+        # sample without a step left has no rows, and is padded.
         reveal_N = np.array([s[step] if step < len(s) else 0 for s in schedules], dtype=np.int64)
-        # A row without a step left is padded away; its clean tokens are not needed any more.
         end_N = np.where(reveal_N > 0, clean_N + reveal_N, start_N)
-        offsets_R = np.arange((end_N - start_N).max())
-        slots_NR = start_N[:, None] + offsets_R
+        slots_NR = start_N[:, None] + np.arange((end_N - start_N).max())
         is_real_NR = slots_NR < end_N[:, None]
         is_mask_NR = is_real_NR & (slots_NR >= clean_N[:, None])
-        logits_EV = _forward_rows(
-            network,
-            cache,
-            tokens_NT,
-            permutation_NT,
-            _placed(slots_NR, is_real_NR, num_slots, device),
-        )[torch.from_numpy(is_mask_NR).to(device)]
+        # One forward pass, and a token for each mask.
+        placed_NR = _placed(slots_NR, is_real_NR, num_slots, device)
+        hidden_NRC = _forward_rows(network, cache, tokens_NT, permutation_NT, placed_NR)
+        hidden_EC = hidden_NRC[torch.from_numpy(is_mask_NR).to(device)]
         sample_E, row_E = np.nonzero(is_mask_NR)
         slot_E = slots_NR[sample_E, row_E]
-        chosen_E = choose_tokens(
-            network.logits(logits_EV),
-            network.network_config.mask_token_id,
-            sample_E,
-            slot_E,
-            choice,
-        )
-        tokens_NT[torch.from_numpy(sample_E).to(device), torch.from_numpy(slot_E).to(device)] = (
-            chosen_E
-        )
+        chosen_E = choose_tokens(network.logits(hidden_EC), mask_token_id, sample_E, slot_E, choice)
+        # The tokens take their slots. The next step reads them, since the cache has their masks.
+        where = torch.from_numpy(sample_E).to(device), torch.from_numpy(slot_E).to(device)
+        tokens_NT[where] = chosen_E
         start_N = np.where(reveal_N > 0, clean_N, start_N)
         clean_N = clean_N + reveal_N
     return num_steps

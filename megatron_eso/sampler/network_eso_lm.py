@@ -1,7 +1,7 @@
 """The Eso-LM network of variant B in plain torch: a pre-LN causal transformer over slots.
 
 This file and `layers_eso_lm.py` are the one source of the network. The package imports them, and a
-sampler directory carries a copy of both beside `modeling_eso_lm.py`, so they import torch and each
+sampler directory carries a copy of both, with `modeling_eso_lm.py`, so they import torch and each
 other only. Paper: arXiv 2506.01928.
 
 Shape suffixes: B samples, T slots, M mask queries, R rows of a forward pass, K keys, V vocabulary,
@@ -90,9 +90,9 @@ class EsoNetworkMixin:
     def sequential_logits(self, z_0: Tensor, x_0: Tensor, permutation: Tensor) -> Tensor:
         """Logits of the sequential phase: each masked slot reads the clean slots before it.
 
-        Equal to the paper's `2T x 2T` mask on `z_0` and `x_0` with the rows left out that nobody
-        reads: a causal stream of the clean text, and one mask query per masked slot which sees the
-        stream strictly before its slot, and itself.
+        Equal to the paper's `2T x 2T` mask on `z_0` and `x_0` without the rows that no other
+        row reads: a causal stream of the clean text, and one mask query per masked slot which sees
+        the stream strictly before its slot, and itself.
 
         Args:
             z_0: int64 `[B, T]` natural order, the mask token at the slots to predict.

@@ -13,13 +13,13 @@ from megatron_eso.objectives.build import build_objective
 from megatron_eso.objectives.loss import to_perplexity
 from megatron_eso.runs.checkpoint import PREFIXES
 from megatron_eso.runs.checkpoint_state import read_checkpoint_state
-from megatron_eso.training.batches import ValidationBatches
 from megatron_eso.training.checkpointing.restore import refuse_damage
 from megatron_eso.training.checkpointing.state import load_weights
-from megatron_eso.training.cpu_backend import install_cpu_backend
-from megatron_eso.training.evaluation import evaluate, evaluate_orders
-from megatron_eso.training.parallel import model_parallel_groups, process_group
-from megatron_eso.training.train_state import TrainState, build_train_state
+from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
+from megatron_eso.training.distributed.parallel import model_parallel_groups, process_group
+from megatron_eso.training.steps.batches import ValidationBatches
+from megatron_eso.training.steps.evaluation import evaluate, evaluate_orders
+from megatron_eso.training.steps.train_state import TrainState, build_train_state
 
 
 def evaluate_checkpoint(

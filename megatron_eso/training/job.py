@@ -21,25 +21,25 @@ from megatron_eso.objectives.build import build_objective
 from megatron_eso.ranks import is_first_rank
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.status import JobFacts, State
-from megatron_eso.training.batches import TrainingBatches, ValidationBatches
 from megatron_eso.training.checkpointing.checkpoints import Checkpoints
 from megatron_eso.training.checkpointing.restore import restore
 from megatron_eso.training.checkpointing.rollbacks import Rollbacks
 from megatron_eso.training.checkpointing.saves import Saves
-from megatron_eso.training.cpu_backend import install_cpu_backend
+from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
+from megatron_eso.training.distributed.parallel import model_parallel_groups, process_group
 from megatron_eso.training.guards.batch_check import check_data
 from megatron_eso.training.guards.dry_batch import try_largest_batch
 from megatron_eso.training.guards.stop import StopRequests
 from megatron_eso.training.guards.stragglers import WorkTimer
 from megatron_eso.training.guards.watchdog import Watchdog, build_watchdog
 from megatron_eso.training.loop import Trainer, Validations
-from megatron_eso.training.parallel import model_parallel_groups, process_group
-from megatron_eso.training.prefetch import StepPrefetcher
 from megatron_eso.training.records.log import log_to_file
 from megatron_eso.training.records.metrics import MetricsLog
 from megatron_eso.training.records.run_records import RunRecords
 from megatron_eso.training.records.wandb_log import WandbLog
-from megatron_eso.training.train_state import TrainState, build_train_state
+from megatron_eso.training.steps.batches import TrainingBatches, ValidationBatches
+from megatron_eso.training.steps.prefetch import StepPrefetcher
+from megatron_eso.training.steps.train_state import TrainState, build_train_state
 
 logger = logging.getLogger(__name__)
 

@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_eso.config.sections import TrainConfig, ValidationConfig
-from megatron_eso.training.batches import StepPlan, TrainingBatches, ValidationBatches
 from megatron_eso.training.checkpointing.rollbacks import Rollbacks
 from megatron_eso.training.checkpointing.saves import Saves
-from megatron_eso.training.evaluation import evaluate
+from megatron_eso.training.distributed.parallel import max_over_world
 from megatron_eso.training.guards.batch_check import check_batches
 from megatron_eso.training.guards.stop import REASONS, StopRequests
 from megatron_eso.training.guards.watchdog import Watchdog
-from megatron_eso.training.parallel import max_over_world
-from megatron_eso.training.prefetch import StepPrefetcher
 from megatron_eso.training.records.curve_values import StepTimes
 from megatron_eso.training.records.run_records import RunRecords
-from megatron_eso.training.step import train_step
-from megatron_eso.training.train_state import TrainState
+from megatron_eso.training.steps.batches import StepPlan, TrainingBatches, ValidationBatches
+from megatron_eso.training.steps.evaluation import evaluate
+from megatron_eso.training.steps.prefetch import StepPrefetcher
+from megatron_eso.training.steps.step import train_step
+from megatron_eso.training.steps.train_state import TrainState
 
 
 @dataclass(slots=True)

@@ -32,14 +32,14 @@ LARGE: Overrides = {
 
 def measure(run: Path, data: Path, overrides: Overrides) -> dict[str, float]:
     """Medians over several saves of each kind, in seconds, and the size of a checkpoint."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
     import torch.distributed as dist
 
     from megatron_eso.training.checkpointing.staleness import refuse_stale, take_sample
     from megatron_eso.training.checkpointing.state import list_parts
-    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
     from tests.support.training import tiny_config
 
     with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
@@ -77,13 +77,13 @@ def measure(run: Path, data: Path, overrides: Overrides) -> dict[str, float]:
 
 def resume(run: Path, data: Path, overrides: Overrides) -> float:
     """Seconds to check and load the newest checkpoint, none of it in the page cache."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
     import torch.distributed as dist
 
     from megatron_eso.training.checkpointing.restore import restore
-    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
     from tests.support.training import tiny_config
 
     with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:

@@ -22,7 +22,7 @@ from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.data.shards.writer import DatasetWriter
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.objectives.objective import Step
-from megatron_eso.training.prefetch import StepPrefetcher
+from megatron_eso.training.steps.prefetch import StepPrefetcher
 
 NUM_TOKENS = 32 * 2**20
 LENGTH, SHORT_LENGTH = 2048, 1024

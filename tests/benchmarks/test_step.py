@@ -24,11 +24,11 @@ MODEL: Overrides = {
 
 def time_steps(run: Path, data: Path, overrides: Overrides) -> float:
     """Median seconds of a step on one rank, after a first one."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.train_state import build_train_state
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
+    from megatron_eso.training.steps.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
     seconds = []

@@ -89,14 +89,14 @@ def data_by_rank(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def compare_steps(run: Path, data_by_rank: Path, overrides: Overrides) -> list[str]:
     """What each of the first steps' checks says on this rank."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
     import torch.distributed as dist
 
     from megatron_eso.errors import DataError
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
     from megatron_eso.training.guards.batch_check import check_batches
-    from megatron_eso.training.parallel import model_parallel_groups
 
     config = tiny_config(run, data_by_rank / str(dist.get_rank()), overrides)
     messages = []

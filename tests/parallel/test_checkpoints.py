@@ -63,7 +63,7 @@ class Saved:
 def build(run: Path, data: Path, overrides: Overrides, groups):  # type: ignore[no-untyped-def]
     """The parts that a training command builds: configuration, batches, state, checkpoints."""
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
-    from megatron_eso.training.train_state import build_train_state
+    from megatron_eso.training.steps.train_state import build_train_state
     from tests.support.training import tiny_config
 
     config = tiny_config(run, data, overrides)
@@ -74,10 +74,10 @@ def build(run: Path, data: Path, overrides: Overrides, groups):  # type: ignore[
 
 def write_and_tell(run: Path, data: Path, overrides: Overrides) -> Saved:
     """Take two steps on one rank, save, and return the state as it lies in the optimizer."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
     from tests.support.training import tiny_config
 
     with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
@@ -121,11 +121,11 @@ def test_every_layout_writes_the_same_whole_state(
 
 def save_beside_a_step(run: Path, data: Path, overrides: Overrides) -> None:
     """Save at once and beside the next step, twice: the second time into memory that is in use."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
-    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
     from tests.support.training import tiny_config
 
     with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
@@ -157,10 +157,10 @@ def test_a_save_beside_the_steps_is_the_state_of_its_step(
 
 def save_many(run: Path, data: Path, overrides: Overrides, what: list[tuple[float, int]]) -> None:
     """Save steps 1, 2, ... with the validation and the updates left out in a row of each."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
     from tests.support.training import tiny_config
 
     with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
@@ -201,10 +201,10 @@ def test_retention(
 
 def save_in_trouble(run: Path, data: Path, overrides: Overrides, rank: int, how: str) -> Saved:
     """Save where the file system refuses one rank, in the background and not; then where not."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
     from tests.support.training import tiny_config
 
     messages: list[str | None] = []
@@ -283,11 +283,11 @@ class Lines(logging.Handler):
 
 def restore_each(runs: list[Path], data: Path, overrides: Overrides) -> list[Restored]:
     """Restore one run after the other, in one process group."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
     from megatron_eso.training.checkpointing.restore import restore
-    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
     from tests.support.training import tiny_config
 
     answers = []

@@ -62,7 +62,7 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
     """
     from contextlib import nullcontext
 
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
     from megatron.core.utils import unwrap_model
@@ -70,13 +70,13 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
     from megatron_eso.data.shards.reader import TokenDataset
     from megatron_eso.objectives.noise import draw_noise
     from megatron_eso.objectives.schedule import LogLinearSchedule
-    from megatron_eso.training.batches import row_multiple
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.checkpointing.restore import restore
-    from megatron_eso.training.evaluation import for_evaluation
-    from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import run_schedule
-    from megatron_eso.training.train_state import build_train_state
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
+    from megatron_eso.training.steps.batches import row_multiple
+    from megatron_eso.training.steps.evaluation import for_evaluation
+    from megatron_eso.training.steps.step import run_schedule
+    from megatron_eso.training.steps.train_state import build_train_state
     from tests.support.planning import eso_lm, plan_noise
     from tests.support.training import tiny_config
 

@@ -50,7 +50,7 @@ PLANS: dict[str, Overrides] = {
 
 @pytest.mark.parametrize("case", PLANS)
 def test_no_micro_batch_is_larger(case: str, tiny_data: Path, tmp_path: Path) -> None:
-    from megatron_eso.training.batches import TrainingBatches
+    from megatron_eso.training.steps.batches import TrainingBatches
 
     config = tiny_config(tmp_path, tiny_data, PLANS[case])
     batches = TrainingBatches(
@@ -74,12 +74,12 @@ def test_no_micro_batch_is_larger(case: str, tiny_data: Path, tmp_path: Path) ->
 
 def run_dry(run: Path, data: Path, overrides: Overrides, tries: bool) -> tuple[Any, ...]:
     """The state before and after a dry batch, and after two steps more."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
     from megatron_eso.training.guards.dry_batch import run_largest_batch
-    from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.train_state import build_train_state
+    from megatron_eso.training.steps.train_state import build_train_state
 
     def copy(state: Any) -> list[torch.Tensor]:
         tensors = [parameter.model for parameter in state.parameters]
@@ -128,11 +128,11 @@ def test_it_leaves_no_trace(layout: str, world: World, tiny_data: Path, tmp_path
 
 def raise_shortage(run: Path, data: Path, overrides: Overrides) -> str:
     """What a rank says whose memory does not suffice."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
     from megatron_eso.training.guards.dry_batch import explain_shortage
-    from megatron_eso.training.parallel import model_parallel_groups
 
     config = tiny_config(run, data, overrides)
     with model_parallel_groups(config.parallel) as groups:

@@ -38,15 +38,15 @@ FEW: Overrides = {"validation.num_samples": 1}
 
 def evaluate_tiny(run: Path, data: Path, overrides: Overrides) -> tuple[Any, Any, Path]:
     """Evaluate average and weights of the newest checkpoint, save the state again elsewhere."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.batches import ValidationBatches
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.checkpointing.restore import restore
-    from megatron_eso.training.evaluation import evaluate
-    from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.train_state import build_train_state
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
+    from megatron_eso.training.steps.batches import ValidationBatches
+    from megatron_eso.training.steps.evaluation import evaluate
+    from megatron_eso.training.steps.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
     validation = ValidationData.open(config.data)

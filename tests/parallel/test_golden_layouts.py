@@ -22,18 +22,18 @@ ALPHA_0 = 0.25
 
 def compute_losses(run: Path, overrides: Overrides, golden: dict[str, Tensor]) -> list[Tensor]:
     """Per-token losses of both phases as the Megatron model gives them, without weights."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
     from megatron_eso.config.loading import read_config
     from megatron_eso.config.sections import ParallelConfig
     from megatron_eso.objectives.noise import Noise
-    from megatron_eso.training.batches import row_multiple
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.checkpointing.restore import restore
-    from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import run_schedule
-    from megatron_eso.training.train_state import build_train_state
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
+    from megatron_eso.training.steps.batches import row_multiple
+    from megatron_eso.training.steps.step import run_schedule
+    from megatron_eso.training.steps.train_state import build_train_state
     from tests.support.planning import eso_lm, plan_noise
 
     config = read_config(run / "config.json")

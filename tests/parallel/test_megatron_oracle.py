@@ -47,7 +47,7 @@ def compute_gradients(
     run: Path, data: Path, overrides: Overrides, megatron_tensors: dict[str, Tensor]
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss of the first step and the gradients of this rank's shards, by global name and offset."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
     from functools import partial
@@ -55,13 +55,13 @@ def compute_gradients(
     from megatron.core.utils import unwrap_model
 
     from megatron_eso.model.sharding import shard_parameters
-    from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import (
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
+    from megatron_eso.training.steps.step import (
         forward_step,
         reduce_over_world,
         run_schedule,
     )
-    from megatron_eso.training.train_state import build_train_state
+    from megatron_eso.training.steps.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
     gradients = {}

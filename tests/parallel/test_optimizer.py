@@ -44,12 +44,12 @@ def warm_stable_decay(step: int) -> float:
 
 def list_learning_rates(run: Path, data: Path, overrides: Overrides) -> Any:
     """The rate of every step of a run, and of a run that resumes at the middle."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
     from megatron_eso.training.optimization.optimizer import build_scheduler
-    from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.train_state import build_train_state
+    from megatron_eso.training.steps.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
     with model_parallel_groups(config.parallel) as groups:

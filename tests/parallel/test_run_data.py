@@ -81,6 +81,16 @@ def test_another_dataset_framing_or_tokenizer_is_refused_on_resume(
     assert "checkpoint.init_other_tokenizer = true" in line
 
 
+def test_another_objective_is_refused_on_resume(
+    world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    world.run(train_tiny, 1, tmp_path, tiny_data, {}, NUM_STEPS)
+    other: Overrides = {"objective.name": "any_order_ar", "objective.alpha_0": 0.125}
+    line = refuse(world, tmp_path, tiny_data, other)
+    assert line.startswith("objective.name = 'any_order_ar', but ")
+    assert line.endswith("restore the value or choose another run.directory")
+
+
 def test_weights_of_another_tokenizer_are_taken_deliberately(
     world: World, tiny_data: Path, other_tokenizer: Path, tmp_path: Path
 ) -> None:

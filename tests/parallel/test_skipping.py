@@ -229,13 +229,13 @@ ROLLBACK: Overrides = {
 
 def go_on_elsewhere(run: Path, data: Path, overrides: Overrides, consumed: int) -> list[float]:
     """The oracle: steps from a checkpoint on, with the samples after `consumed`."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.checkpointing.restore import restore
-    from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.train_state import build_train_state
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
+    from megatron_eso.training.steps.train_state import build_train_state
     from tests.support.training import tiny_config
 
     config = tiny_config(run, data, overrides)

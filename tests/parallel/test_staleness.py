@@ -44,10 +44,10 @@ def save_each_step(
     run: Path, data: Path, overrides: Overrides, num_steps: int, in_background: bool
 ) -> list[str]:
     """Save after each step; the errors of this rank, logged or of a save that failed."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
     from tests.support.training import tiny_config
 
     errors = watch_errors()
@@ -104,11 +104,11 @@ def test_what_stands_still_honestly_is_not_suspected(
 
 def save_without_updates(run: Path, data: Path, overrides: Overrides) -> list[str]:
     """Save twice at one step, after an update that was left out, and after going back."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
     from megatron_eso.training.checkpointing.state import load_training_state
-    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
     from tests.support.training import tiny_config
 
     errors = watch_errors()
@@ -141,10 +141,10 @@ def test_without_an_update_nothing_is_expected(
 
 def save_stale_copies(run: Path, data: Path, overrides: Overrides, how: str) -> list[str | None]:
     """Save in the background with copies that are not the state, then with sound ones."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
     from tests.support.training import tiny_config
 
     failures = []
@@ -197,10 +197,10 @@ def test_copies_that_are_not_the_state_fail_the_save(
 
 def save_cut_off(run: Path, data: Path, overrides: Overrides, what: str) -> list[str]:
     """Save twice, with a part of the state that no update reaches any more."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.parallel import model_parallel_groups
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
     from tests.support.training import tiny_config
 
     errors = watch_errors()

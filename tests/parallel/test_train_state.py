@@ -47,12 +47,12 @@ def test_every_layout_starts_from_the_same_values(
 
 def train_through_damage(run: Path, data: Path, overrides: Overrides, rank: int) -> Any:
     """Two good steps with one in between whose gradient is damaged on one rank."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
-    from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.step import StepResult
-    from megatron_eso.training.train_state import build_train_state
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
+    from megatron_eso.training.steps.step import StepResult
+    from megatron_eso.training.steps.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
     damage = torch.distributed.get_rank() == rank

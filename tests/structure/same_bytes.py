@@ -64,7 +64,20 @@ def compare(old: Path, new: Path) -> Comparison:
             result.differences.append(f"{folder}: {difference}")
         else:
             result.notes.append(f"{folder}: equal tensors in other bytes")
+    result.notes += list_other_code(old, new)
     return result
+
+
+def list_other_code(old: Path, new: Path) -> list[str]:
+    """The code files of two folders that differ, which is allowed."""
+    names = {path.name for folder in (old, new) for path in folder.glob("*.py")}
+    different = [
+        name
+        for name in sorted(names)
+        if not ((old / name).is_file() and (new / name).is_file())
+        or (old / name).read_bytes() != (new / name).read_bytes()
+    ]
+    return [f"other code in {', '.join(different)}"] if different else []
 
 
 def read_bytes(path: Path) -> bytes:

@@ -39,7 +39,7 @@ def run_loop(
     """
     import torch.distributed as dist
 
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
     from megatron_eso.config.loading import load_config

@@ -93,14 +93,14 @@ def tiny_config(run: Path, data: Path, overrides: Overrides) -> Config:
 
 def train_tiny(run: Path, data: Path, overrides: Overrides, num_steps: int) -> Trained:
     """Train until `num_steps` steps are taken, from the newest checkpoint if there is one; save."""
-    from megatron_eso.training.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
     from megatron_eso.training.checkpointing.checkpoints import Checkpoints
     from megatron_eso.training.checkpointing.restore import restore
-    from megatron_eso.training.parallel import model_parallel_groups
-    from megatron_eso.training.prefetch import StepPrefetcher
-    from megatron_eso.training.train_state import build_train_state
+    from megatron_eso.training.distributed.parallel import model_parallel_groups
+    from megatron_eso.training.steps.prefetch import StepPrefetcher
+    from megatron_eso.training.steps.train_state import build_train_state
 
     config = tiny_config(run, data, overrides)
     losses, grad_norms = [], []
@@ -121,7 +121,7 @@ def train_tiny(run: Path, data: Path, overrides: Overrides, num_steps: int) -> T
 
 def open_batches(config: Config, groups: Any) -> Any:
     """The batches of a small run, with its objective."""
-    from megatron_eso.training.batches import TrainingBatches
+    from megatron_eso.training.steps.batches import TrainingBatches
 
     data = TrainingData.open(config.data, config.run.seed)
     return TrainingBatches(config, objective_of(config), data, groups.dp.size())
@@ -129,7 +129,7 @@ def open_batches(config: Config, groups: Any) -> Any:
 
 def take_step(config: Config, state: Any, batches: Any, groups: Any, prefetcher: Any = None) -> Any:
     """One training step from where the state stands; its batch is planned now, or taken."""
-    from megatron_eso.training.step import train_step
+    from megatron_eso.training.steps.step import train_step
 
     step = batches.step(state.counters.step, state.counters.consumed_samples)
     return train_step(

@@ -25,7 +25,8 @@ BASE = (
     "megatron_eso.retries",
 )
 CONFIG = ("megatron_eso.config",)
-SECTIONS = ("megatron_eso.config.sections",)
+SECTIONS = tuple(f"megatron_eso.config.{name}" for name in ("sections", "model", "objective"))
+RANKS = ("megatron_eso.ranks",)
 RANDOMNESS = ("megatron_eso.randomness",)
 OBJECTIVES = ("megatron_eso.objectives",)
 RUNS = ("megatron_eso.runs",)
@@ -36,24 +37,15 @@ SHARDS = ("megatron_eso.data.shards", *FINGERPRINT)
 REMOTE = ("megatron_eso.data.remote", *SHARDS)
 SAMPLES = ("megatron_eso.data.samples",)
 MODEL = ("megatron_eso.model",)
-# The floors of training, from below: what a step is made of, what watches it, records, saves.
-STEP = tuple(
-    f"megatron_eso.training.{name}"
-    for name in (
-        *("parallel", "cpu_backend", "optimization", "counters", "train_state"),
-        *("batches", "prefetch", "step", "evaluation"),
-    )
-)
+# The floors of training, from below.
+DISTRIBUTED = ("megatron_eso.training.distributed",)
+OPTIMIZATION = ("megatron_eso.training.optimization", *DISTRIBUTED)
+STEPS = ("megatron_eso.training.steps", *OPTIMIZATION)
 GUARDS = ("megatron_eso.training.guards",)
 RECORDS = ("megatron_eso.training.records",)
-BELOW_TRAINING = (
-    BASE
-    + ("megatron_eso.ranks",)
-    + (CONFIG + RANDOMNESS + OBJECTIVES + RUNS + ESTIMATES + SAMPLES + FINGERPRINT + MODEL)
-)
 SAMPLER = ("megatron_eso.sampler",)
 
-# Room -> what of ours it may import beside itself; the longest name that fits a module counts.
+# Room -> what of ours it may import apart from itself; the longest name that fits a module counts.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.errors": (),
     "megatron_eso.quantities": (),
@@ -75,29 +67,30 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.data.remote": BASE + SHARDS,
     "megatron_eso.data.samples": ERRORS + SECTIONS + RANDOMNESS + REMOTE,
     "megatron_eso.model": ERRORS + CONFIG + OBJECTIVES,
-    **dict.fromkeys(STEP, BELOW_TRAINING + STEP),
-    "megatron_eso.training.guards": BELOW_TRAINING + STEP,
-    "megatron_eso.training.records": BELOW_TRAINING + STEP + GUARDS,
+    "megatron_eso.training.distributed": ERRORS + RANKS + SECTIONS,
+    "megatron_eso.training.optimization": SECTIONS + MODEL + DISTRIBUTED,
+    "megatron_eso.training.steps": ERRORS
+    + (SECTIONS + RANDOMNESS + OBJECTIVES + RUNS + SAMPLES + MODEL + OPTIMIZATION),
+    "megatron_eso.training.guards": ERRORS + RANKS + SECTIONS + OBJECTIVES + RUNS + STEPS,
+    "megatron_eso.training.records": BASE
+    + (RANKS + SECTIONS + OBJECTIVES + RUNS + SAMPLES + STEPS + GUARDS),
     "megatron_eso.training.records.tags": (),
-    "megatron_eso.training.checkpointing": BELOW_TRAINING + STEP + GUARDS + RECORDS,
-    "megatron_eso.training": BELOW_TRAINING,
+    "megatron_eso.training.checkpointing": BASE
+    + (CONFIG + RUNS + FINGERPRINT + MODEL + STEPS + GUARDS + RECORDS),
+    "megatron_eso.training": BASE + (RANKS + CONFIG + OBJECTIVES + RUNS + ESTIMATES + SAMPLES),
     "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.schedule",),
     "megatron_eso.sampler.texts": ERRORS + SAMPLER + TOKENIZERS,
     "data_tools": BASE + REMOTE + TOKENIZERS,
     "data_tools.text": BASE + TOKENIZERS,
-    "data_tools.output": BASE,
+    "data_tools.build.output": BASE,
     "data_tools.build": BASE
-    + (SHARDS + TOKENIZERS + RANDOMNESS + ("data_tools.text", "data_tools.output")),
-    "data_tools.imports": BASE + SHARDS + TOKENIZERS + ("data_tools.output",),
+    + (SHARDS + TOKENIZERS + RANDOMNESS + ("data_tools.text", "data_tools.build.output")),
+    "data_tools.imports": BASE + SHARDS + TOKENIZERS + ("data_tools.build.output",),
     "data_tools.reports": BASE
-    + (CONFIG + RUNS + REMOTE + TOKENIZERS + SAMPLES + ("data_tools.build",)),
+    + (CONFIG + RUNS + REMOTE + TOKENIZERS + SAMPLES + ("data_tools.build.document_order",)),
     "checkpoints_conversion": ERRORS
     + ("megatron_eso.files",)
-    + CONFIG
-    + RANDOMNESS
-    + RUNS
-    + TOKENIZERS
-    + SAMPLER,
+    + (CONFIG + RANDOMNESS + RUNS + TOKENIZERS + SAMPLER),
     "checkpoints_conversion.parameter_map": ERRORS + SAMPLER,
     "checkpoints_conversion.network_fields": ERRORS
     + CONFIG
@@ -105,7 +98,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "pretrain": ("megatron_eso", "data_tools", "checkpoints_conversion"),
 }
 USES_MEGATRON = ("megatron_eso.model", "megatron_eso.training", "pretrain")
-HOLDS_PARALLEL_STATE = "megatron_eso.training.parallel"
+HOLDS_PARALLEL_STATE = "megatron_eso.training.distributed.parallel"
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc"}
 
 
@@ -148,7 +141,7 @@ def test_imports_point_one_way() -> None:
         ("megatron_eso/model/block.py", "from megatron.core import parallel_state", "parallel_st"),
         ("megatron_eso/training/loop.py", "import megatron.training.x", "megatron.training"),
         ("megatron_eso/training/loop.py", "import pretrain.train", "imports pretrain.train"),
-        ("megatron_eso/training/step.py", "import megatron_eso.training.loop", "imports"),
+        ("megatron_eso/training/steps/step.py", "import megatron_eso.training.loop", "imports"),
         ("megatron_eso/training/guards/x.py", "import megatron_eso.training.records", "imports"),
         ("megatron_eso/training/records/x.py", "import megatron_eso.training.job", "imports"),
         ("pretrain/train.py", "from tests.support import world", "imports tests.support"),

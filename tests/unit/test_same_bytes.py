@@ -60,6 +60,16 @@ def test_the_clock_passes_and_a_loss_does_not(tmp_path: Path) -> None:
     assert compare_texts(tmp_path / "d", "status.json", status, status.replace("fin", "unfin"))
 
 
+def test_code_files_are_listed_and_pass(tmp_path: Path) -> None:
+    for side, text in {"old": "x = 1", "new": "x = 2"}.items():
+        write(tmp_path / side, "config.json", "{}")
+        write(tmp_path / side, "modeling_eso_lm.py", text)
+    write(tmp_path / "new", "layers_eso_lm.py", "")
+    found = compare(tmp_path / "old", tmp_path / "new")
+    assert found.differences == []
+    assert found.notes == ["other code in layers_eso_lm.py, modeling_eso_lm.py"]
+
+
 def test_a_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
     moved = TENSORS["a.weight"].nextafter(torch.tensor(9.0))
     changed = {**TENSORS, "a.weight": moved}

@@ -1,10 +1,14 @@
 """The tree stays a house: narrow folders, short files and functions, imports without a circle."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.structure.import_map import ROOT, Structure, find_floors, read_structure
+
+# What a sampler directory holds, and a name that no file may have.
+FILES_OF_OTHERS = {"modeling_eso_lm.py", "configuration_eso_lm.py", "utils.py"}
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,17 @@ def test_files_are_short(structure: Structure) -> None:
 
 def test_functions_are_short(structure: Structure) -> None:
     assert structure.long_functions == {}
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "checkpoints_conversion/README.md"]
+)
+def test_documents_name_files_that_exist(document: str) -> None:
+    folders = (ROOT, ROOT / "megatron_eso", (ROOT / document).parent)
+    text = (ROOT / document).read_text(encoding="utf-8")
+    names = {name for name in re.findall(r"`([\w/]+\.py)`", text) if "NAME" not in name}
+    missing = [name for name in names if not any((f / name).is_file() for f in folders)]
+    assert [name for name in missing if name not in FILES_OF_OTHERS] == []
 
 
 def write(root: Path, files: dict[str, str]) -> None:

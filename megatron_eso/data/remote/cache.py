@@ -7,8 +7,8 @@
 
 Names are hashes of the content, so that corpora with equally named shards cannot mix, and what two
 of them share is kept once. A file takes its name when it is complete and on disk. The kernel frees
-the locks of a killed process: nobody waits for the dead, and a temporary file whose lock can be had
-is garbage. A removed shard stays readable for those who have it open.
+the locks of a killed process, so that no other one waits for it, and a temporary file is garbage if
+its lock is free. A removed shard stays readable for the processes that have it open.
 
 The index files (0.013 % of a corpus) do not count towards the bound and are kept.
 """
@@ -39,13 +39,13 @@ class ShardCache:
     """The cache at a folder. Every method may be called from several threads and processes."""
 
     directory: Path
-    """On a disk of this node that supports flock."""
+    """Folder of the cache, on a disk of this node that supports flock."""
     max_bytes: int
     """Largest size of the shards together, those being written among them."""
 
     @classmethod
     def at(cls, directory: str | None = None, gib: float = 100.0) -> "ShardCache":
-        """The cache that the configuration or a command line asks for.
+        """The cache that the configuration or a command line names.
 
         Args:
             directory: None: `megatron-eso-cache-UID` in TMPDIR, which clusters point to a disk of
@@ -72,7 +72,7 @@ class ShardCache:
         return self.directory / "datasets"
 
     def prepare(self) -> None:
-        """Make the folders, and remove what killed processes have left.
+        """Make the folders, and remove what killed processes left.
 
         Raises:
             DataError: the folder cannot be written.
@@ -99,18 +99,18 @@ class ShardCache:
         return None
 
     def remove(self, file: HashedFile) -> None:
-        """Forget the copy of a shard that was found damaged."""
+        """Remove the copy of a shard that was found damaged."""
         self._path(file).unlink(missing_ok=True)
 
     def stage(
         self, file: HashedFile, download: Callable[[BinaryIO], None], *, wait: bool = True
     ) -> int | None:
-        """Have a copy of a shard, by whichever process comes first, and open it.
+        """Open the copy of a shard; if there is none, one of several processes makes it.
 
         Args:
             file: the shard.
             download: writes exactly its content; it stops by an exception otherwise.
-            wait: for another process that is downloading it.
+            wait: whether to wait for another process that is downloading it.
 
         Returns:
             A descriptor, which the caller closes: valid even if the copy is removed at once to make
@@ -138,7 +138,7 @@ class ShardCache:
             return handle
 
     def make_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
-        """Have a dataset's folder, by whichever process comes first.
+        """The folder of a dataset; if there is none, one of several processes makes it.
 
         Args:
             name: dataset id.
@@ -169,7 +169,7 @@ class ShardCache:
         return hold_lock(self._locks / name, wait=wait)
 
     def allocated_bytes(self) -> int:
-        """What the shards take of the disk now."""
+        """Bytes of the disk that the shards take now."""
         return sum(status.st_blocks * 512 for _, status in self._list_shards())
 
     @property
@@ -200,7 +200,7 @@ class ShardCache:
                     os.truncate(descriptor, file.bytes)
                     os.close(descriptor)
                     return Path(temporary)
-            # All the room is taken by shards that others are downloading.
+            # Shards that other processes are downloading take all the room.
             time.sleep(_POLL_SECONDS)
 
     def _list_shards(self) -> list[tuple[Path, os.stat_result]]:

@@ -24,7 +24,7 @@ def open_dataset(
         location: directory of the dataset, or its URL.
         quarantine: records whose rows are replaced by others.
         retry_seconds: pauses before further readings of what fails; empty: it fails at once.
-        cache: for local copies of what has a URL; None: in TMPDIR.
+        cache: holds local copies of what has a URL; None: one in TMPDIR.
 
     Raises:
         ConfigError: a URL that cannot be read with what is installed.

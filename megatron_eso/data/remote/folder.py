@@ -19,7 +19,7 @@ NETWORK_ATTEMPTS = 7
 HASH_ATTEMPTS = 3
 
 _BACKENDS = {"s3": "s3fs", "gs": "gcsfs", "https": "aiohttp", "http": "aiohttp"}
-_PIECE_BYTES = 8 * 2**20
+_CHUNK_BYTES = 8 * 2**20
 _STALL_SECONDS = 60
 _PASSING_STATUSES = (408, 425, 429)
 
@@ -75,7 +75,7 @@ class RemoteFolder:
         return self._retrying(name, lambda: bool(self._files.exists(self._path(name))))
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, as far as the server tells."""
+        """Bytes of a file; None if the server does not say."""
         size: int | None = self._retrying(name, lambda: self._files.info(self._path(name)))["size"]
         return size
 
@@ -103,10 +103,11 @@ class RemoteFolder:
         """Write a file's content, checked by size and sha256, from the stream's start.
 
         Args:
-            name: of the file in this folder.
-            file: what the manifest says of it.
+            name: name of the file in this folder.
+            file: size and hash by the manifest.
             stream: a local file, seekable.
-            advance: told the bytes as they come, negative ones where an attempt is void.
+            advance: called with the bytes as they arrive, with a negative number where they have to
+                be downloaded again.
 
         Raises:
             DataError: it cannot be read, or another content comes, each time.
@@ -116,13 +117,13 @@ class RemoteFolder:
             stream.seek(0)
             sha256, size = hashlib.sha256(), 0
             try:
-                for piece in self._read_pieces(name, file):
-                    size += len(piece)
+                for chunk in self._read_chunks(name, file):
+                    size += len(chunk)
                     if size > file.bytes:
                         raise _DamagedError(f"it has more than the manifest's {file.bytes} bytes")
-                    sha256.update(piece)
-                    _write_locally(stream, piece)
-                    advance(len(piece))
+                    sha256.update(chunk)
+                    _write_locally(stream, chunk)
+                    advance(len(chunk))
                 if size != file.bytes:
                     raise _DamagedError(f"it has {size} bytes, not the manifest's {file.bytes}")
                 if sha256.hexdigest() != file.sha256:
@@ -135,7 +136,7 @@ class RemoteFolder:
 
         self._retrying(name, attempt)
 
-    def _read_pieces(self, name: str, file: HashedFile) -> Iterator[bytes]:
+    def _read_chunks(self, name: str, file: HashedFile) -> Iterator[bytes]:
         if self._scheme in ("http", "https"):
             import aiohttp
 
@@ -150,8 +151,8 @@ class RemoteFolder:
         else:
             options = {"cache_type": "none"}
         with self._files.open(self._path(name), "rb", **options) as remote:
-            while piece := remote.read(_PIECE_BYTES):
-                yield piece
+            while chunk := remote.read(_CHUNK_BYTES):
+                yield chunk
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -204,9 +205,9 @@ class _LocalError(Exception):
         self.error = error
 
 
-def _write_locally(stream: BinaryIO, piece: bytes) -> None:
+def _write_locally(stream: BinaryIO, chunk: bytes) -> None:
     try:
-        stream.write(piece)
+        stream.write(chunk)
     except OSError as error:
         raise _LocalError(error) from error
 

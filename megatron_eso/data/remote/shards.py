@@ -4,9 +4,9 @@ Copying whole shards makes reading as fast and as checked as from a local disk: 
 copy is compared with the manifest's while it is downloaded, and the hash of every block whenever it
 is read. Samples are drawn from the whole corpus, so a run needs all shards soon: `stage_shards`
 fetches them before the first step, each once per node. Where they do not fit into the cache they
-are fetched as rows ask for them.
+are fetched when their rows are read.
 
-Credentials, endpoints and proxies are fsspec's business (AWS_PROFILE, AWS_ENDPOINT_URL,
+fsspec reads credentials, endpoints and proxies from the environment (AWS_PROFILE, AWS_ENDPOINT_URL,
 GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_S3_ENDPOINT_URL, ...); a URL must not hold any.
 """
 
@@ -26,7 +26,7 @@ class RemoteShards:
     """The shards of a dataset behind a URL, read from copies in a local cache.
 
     Attributes:
-        url: of the dataset.
+        url: URL of the dataset.
         cache: where the copies are.
         manifest: as the server has it now.
         directory: local folder of the index files: the dataset without its shards.
@@ -44,7 +44,7 @@ class RemoteShards:
 
     @classmethod
     def connect(cls, url: str, cache: ShardCache) -> "RemoteShards":
-        """Read the manifest and have the index files in the cache; shards come when asked for.
+        """Read the manifest and copy the index files to the cache; shards are copied when needed.
 
         Raises:
             ConfigError: the library for such URLs is not installed.
@@ -85,7 +85,7 @@ class RemoteShards:
             A descriptor, which the caller closes.
 
         Raises:
-            DataError: the shard cannot be had.
+            DataError: the shard cannot be copied.
         """
         handle = self.cache.open(self.manifest.shards[shard])
         if handle is None:
@@ -98,7 +98,7 @@ class RemoteShards:
         return self._folder.name(self.manifest.shards[shard].name)
 
     def discard(self, shard: int) -> None:
-        """Remove the local copy of a shard, which does not read well; `open` makes another."""
+        """Remove the local copy of a shard, since reading it fails; `open` makes another."""
         self.cache.remove(self.manifest.shards[shard])
 
     def stage(
@@ -108,7 +108,7 @@ class RemoteShards:
         wait: bool = True,
         advance: Callable[[int], None] = lambda num_bytes: None,
     ) -> int | None:
-        """Have a copy of a shard in the cache and open it; see `ShardCache.stage`."""
+        """Make a copy of a shard in the cache and open it; see `ShardCache.stage`."""
         file = self.manifest.shards[shard]
 
         def download(stream: BinaryIO) -> None:

@@ -31,7 +31,7 @@ class _Job:
 
 
 def stage_shards(sources: Iterable[ShardSource]) -> None:
-    """Have every remote shard of a run in its cache, or say once that they do not fit.
+    """Copy every remote shard of a run to its cache, or warn once that they do not fit.
 
     To be called once with all datasets of the run, by every process: those of a node share the
     work. Local shards need nothing.
@@ -78,7 +78,7 @@ def _check_disk(cache: ShardCache, total: int) -> None:
 
 
 def _stage_all(jobs: list[_Job]) -> None:
-    # What is there first counts as used, so that making room for the rest takes others' shards.
+    # Opening marks the copies that exist as used, so that others are removed to make room.
     missing = [job for job in jobs if not _close(job.shards.cache.open(job.file))]
     if not missing:
         return
@@ -88,7 +88,7 @@ def _stage_all(jobs: list[_Job]) -> None:
         report=lambda line: logger.info("%s", line),
     )
     with ThreadPoolExecutor(_THREADS) as pool:
-        # First what nobody is at, then what other processes were at.
+        # First the shards that no other process is downloading, then the others.
         for wait in (False, True):
             done = pool.map(partial(_stage_job, progress=progress, wait=wait), missing)
             missing = [job for job, is_done in zip(missing, done, strict=True) if not is_done]

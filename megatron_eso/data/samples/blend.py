@@ -1,15 +1,15 @@
 """Which row of which corpus is sample n of a run: exact quotas in blocks, as a pure function.
 
 Every block of 4096 consecutive sample numbers holds a fixed number of samples of each corpus, its
-quota; a keyed permutation deals the places of a block to the corpora. Counting quotas tells how
-often a corpus was drawn before, and draw k of corpus c is `SampleOrder(seed, rows_c, c).rows(k)` of
+quota; a keyed permutation deals the places of a block to the corpora. The quotas before it say how
+often a corpus was drawn, and draw k of corpus c is `SampleOrder(seed, rows_c, c).rows(k)` of
 `order.py`: an epoch of a corpus holds each of its rows once, whatever the other corpora do.
 
 The corpora of a run are numbered by their first appearance in it. A change of the blend is a new
 phase: it begins with a block, continues the draws of every corpus, and leaves the past as it was.
 A run of one corpus is that corpus's `SampleOrder`.
 
-Shapes: N samples asked for, C corpora of the run.
+Shapes: N samples, C corpora of the run.
 """
 
 from collections.abc import Sequence
@@ -93,10 +93,10 @@ class Blend:
         """The same order up to the next block boundary, and this blend from there on.
 
         Args:
-            corpora: of the new blend, in any order; new ones are numbered after those of the run.
-            quotas: of these corpora.
-            number: of the new phase.
-            consumed_samples: by the run so far.
+            corpora: those of the new blend, in any order; new ones get the next numbers of the run.
+            quotas: their quotas.
+            number: number of the new phase.
+            consumed_samples: samples that the run has consumed so far.
         """
         wanted = {corpus.dataset_id: quota for corpus, quota in zip(corpora, quotas, strict=True)}
         known = {corpus.dataset_id for corpus in self.corpora}

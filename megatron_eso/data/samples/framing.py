@@ -1,4 +1,4 @@
-"""What stands around the text of a sample: nothing, or BOS and EOS.
+"""The tokens around the text of a sample: none, or BOS and EOS.
 
 With `data.framing = "bos_eos"` a sample of T tokens is BOS, T - 2 tokens of running text and EOS,
 as in the reference (Eso-LMs' dataloader.py, `_group_texts`). There both are ordinary tokens of x_0:
@@ -27,7 +27,7 @@ class Framing:
 
     @classmethod
     def resolve(cls, data: DataConfig, tokenizer: TokenizerFingerprint) -> "Framing":
-        """The framing that the configuration asks for, in the ids of a tokenizer.
+        """The framing of the configuration, in the ids of a tokenizer.
 
         Raises:
             ConfigError: The tokenizer has no BOS or no EOS token.

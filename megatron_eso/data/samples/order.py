@@ -10,7 +10,7 @@ blend of one corpus is this order.
 
 The permutation is that of `randomness/permutation.py`. Another order needs another version.
 
-Shapes: N samples asked for.
+Shapes: N samples.
 """
 
 import numpy as np
@@ -26,8 +26,8 @@ class SampleOrder:
     """The order of one corpus.
 
     Args:
-        seed: of the run, in [0, 2^64).
-        num_rows: of the corpus at the run's sequence length, in [1, 2^62).
+        seed: seed of the run, in [0, 2^64).
+        num_rows: rows of the corpus at the run's sequence length, in [1, 2^62).
         corpus: number of the corpus in a blend.
     """
 

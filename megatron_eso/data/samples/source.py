@@ -11,7 +11,7 @@ from megatron_eso.config.sections import Vocabulary
 class SampleSource(Protocol):
     """Samples by number. Reading is safe from several threads.
 
-    Shapes: B samples asked for, T tokens of a sample.
+    Shapes: B samples, T tokens of a sample.
     """
 
     @property

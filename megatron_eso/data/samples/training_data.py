@@ -43,10 +43,10 @@ class TrainingData:
     """The corpora of a run in the order of its samples; a `SampleSource`.
 
     Attributes:
-        datasets: by dataset id, those of the present blend.
+        datasets: the datasets of the present blend, by dataset id.
         blend: the order of the run.
-        row_tokens: S.
-        tokenizer: of all corpora.
+        row_tokens: S, tokens of text in a sample.
+        tokenizer: the tokenizer of all corpora.
         vocabulary: the ids that may occur, and the mask token, which never does.
         tokenizer_directory: where its files lie.
     """
@@ -57,7 +57,7 @@ class TrainingData:
         Args:
             data: the section of the configuration.
             seed: `run.seed`.
-            datasets: of `data.train`, in its order.
+            datasets: the datasets of `data.train`, in its order.
 
         Raises:
             ConfigError: they do not go together, or lack the tokens of the framing.
@@ -189,11 +189,11 @@ class TrainingData:
 
         Args:
             state: `state` of the run that wrote the checkpoint.
-            consumed_samples: of that run.
+            consumed_samples: samples that that run has consumed.
             source: the checkpoint, for errors.
 
         Raises:
-            ConfigError: the data are not those of the checkpoint and no new phase was asked for.
+            ConfigError: the data are not those of the checkpoint, and `data.phase` is not new.
         """
         elsewhere = f"another run.directory with checkpoint.init_from = {source}"
         if state["tokenizer"] != self.tokenizer.identity:
@@ -243,7 +243,7 @@ class TrainingData:
         return changed
 
     def _check_open(self, consumed_samples: int) -> None:
-        """Refuse to go on without a corpus that an earlier phase draws up to its last block."""
+        """Refuse to continue without a corpus that an earlier phase draws up to its last block."""
         stops = [phase.start for phase in self.blend.phases[1:]]
         for phase, stop in zip(self.blend.phases, stops, strict=False):
             for corpus, quota in zip(self.blend.corpora, phase.quotas, strict=False):

@@ -1,8 +1,8 @@
-"""Blocks of shards, each compared with its hash; what fails for a moment is read again.
+"""Blocks of shards, each compared with its hash; what fails is read again a few times.
 
 A read takes whole 32 KiB blocks with `pread` and compares their xxh3_64, every time: a block costs
 some 3 us in the page cache, of which the hash is a tenth, so remembering which blocks were once
-right would gain little and would let through what the disk returns after the page was dropped.
+right would gain little and would miss damage that appears after the page was dropped.
 `pread` rather than a memory map: a file that shrinks underneath is then an error with a name
 instead of SIGBUS, and reading releases the interpreter lock.
 """
@@ -21,7 +21,7 @@ from megatron_eso.retries import retry
 
 RETRY_SECONDS = (0.0, 0.5, 2.0, 8.0)
 """Pauses before further readings of what could not be read or did not match its hash."""
-# What passes by itself: a disk or network error, a server that came back, a time-out.
+# Errors that may pass: of a disk or network, of a server that was restarted, a time-out.
 _TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class BlockError(Exception):
     """A block that could not be read, or is not the dataset's."""
 
     def __init__(self, offset: int, problem: str, *, is_transient: bool = True) -> None:
-        """`offset` in the shard's file; `is_transient`: another reading may do better."""
+        """`offset` in the shard's file; `is_transient`: another reading may succeed."""
         super().__init__(problem)
         self.offset = offset
         self.is_transient = is_transient
@@ -57,9 +57,9 @@ class CheckedBlocks:
         """Fill `view` with blocks that lie one after the other, several times if need be.
 
         Args:
-            view: for whole blocks, but for the last one of a record.
+            view: receives whole blocks; only the last one of a record may be shorter.
             shard: number of the shard.
-            offset: of the first block in the shard's file.
+            offset: place of the first block in the shard's file.
             first_block: its number among the blocks of all records.
 
         Raises:

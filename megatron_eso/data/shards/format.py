@@ -29,9 +29,9 @@ FORMAT = "megatron_eso.tokens"
 FORMAT_VERSION = 1
 
 RECORD_TOKENS = 2**20
-"""Tokens of a record, unless told otherwise."""
+"""Tokens of a record by default."""
 SHARD_RECORDS = 256
-"""Records of a shard, unless told otherwise: 512 MiB of 16-bit tokens."""
+"""Records of a shard by default: 512 MiB of 16-bit tokens."""
 BLOCK_BYTES = 32 * 1024
 """Bytes that share one hash: the unit in which a read is checked."""
 
@@ -182,11 +182,11 @@ class BlockSpans:
 
     shard: npt.NDArray[np.int64]
     offset: npt.NDArray[np.int64]
-    """Of the first block in its shard's file."""
+    """Place of the first block in its shard's file."""
     first_block: npt.NDArray[np.int64]
     """Number of the first block among the blocks of all records."""
     num_bytes: npt.NDArray[np.int64]
-    """Of the whole blocks; a record's last block may be shorter than the others."""
+    """Size of the whole blocks; a record's last block may be shorter than the others."""
     place: npt.NDArray[np.int64]
     """Where the wanted bytes begin in the first block."""
 

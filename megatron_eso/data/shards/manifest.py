@@ -34,16 +34,16 @@ Split = Literal["all", "train", "validation"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """A file that the text came from, or a piece of one."""
+    """A file that the text came from, or a slice of one."""
 
     path: str
     """Relative to the input that named it, so that no machine's folders get into the dataset id."""
     offset: int = 0
-    """Where the piece of the file begins; above 0 for the later pieces of a large file."""
+    """Where the slice of the file begins; above 0 for the later slices of a large file."""
     bytes: int
-    """Of the file, or of the piece."""
+    """Size of the file, or of the slice."""
     sha256: str
-    """Of these bytes."""
+    """Hash of these bytes."""
     num_documents: int
     """Documents that begin in these bytes and are in this dataset."""
 
@@ -74,7 +74,7 @@ class Manifest:
     num_text_bytes: int
     """UTF-8 bytes of the documents, for bits per byte."""
     num_duplicates: int | None
-    """Documents left out since an earlier one has the same text; None: nobody looked for them."""
+    """Documents left out since an earlier one has the same text; None: they were not sought."""
     split: Split
     validation_share: float
     """Share of the documents that went to the validation split, by the hash of their text."""

@@ -1,4 +1,4 @@
-"""Damaged records that a run goes on without, because a person has listed them.
+"""Damaged records that a run leaves out, because a person has listed them.
 
 The list is a JSON file: `{"format_version": 1, "records": {"<dataset id>": [record, ...]}}`. A row
 of a listed record is replaced by a row of another one, chosen by a hash of the row's number alone:
@@ -94,8 +94,8 @@ class Quarantine:
         """Rows to read in place of rows; those of records that are not listed stay.
 
         Args:
-            dataset_id: of the dataset; `check` has passed for it.
-            layout: of the dataset.
+            dataset_id: id of the dataset; `check` has passed for it.
+            layout: layout of the dataset.
             index_R: row numbers, int64 [R].
             sequence_length: tokens of a row.
         """

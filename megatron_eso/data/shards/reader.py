@@ -1,11 +1,11 @@
-"""Random access to the rows of a dataset; every byte handed out has been checked by its hash.
+"""Random access to the rows of a dataset; every byte is checked by its hash before it is used.
 
 Row i of length T is tokens [i * T, i * T + T) of the records laid end to end, cut so that no row
 crosses a record: a record's tail shorter than T is not used. One dataset serves every T.
 
 What cannot be read or does not match its hash is read again a few times (`checked_blocks.py`),
-since network file systems fail for a moment; then the reader stops and says where. Nothing is
-skipped but what a person has listed (`quarantine.py`).
+since network file systems have short failures; then the reader stops with an error that names the
+place. Only what a person has listed is skipped (`quarantine.py`).
 
 Shapes: R rows, T tokens of a row.
 """
@@ -36,7 +36,7 @@ class TokenDataset:
     """A dataset opened for reading. Its methods may be called from several threads.
 
     Attributes:
-        directory: of the dataset.
+        directory: the directory of the dataset.
         manifest: its checked manifest.
         dataset_id: sha256 of the manifest's file.
         shards: where the shards' bytes come from.
@@ -74,7 +74,7 @@ class TokenDataset:
         """Open a dataset; check manifest, hashes of the index files and the size of every shard.
 
         Args:
-            directory: of the dataset, or of its index files alone.
+            directory: the directory of the dataset, or of its index files alone.
             quarantine: records whose rows are replaced by others.
             retry_seconds: pauses before further readings of what fails; empty: it fails at once.
             shards: where the shards come from, which checks them; None: they are in `directory`.
@@ -147,7 +147,7 @@ class TokenDataset:
         *,
         sample_indices: npt.NDArray[np.int64] | None = None,
     ) -> npt.NDArray[np.int64]:
-        """Read rows, in the order asked for.
+        """Read rows, in the given order.
 
         Args:
             indices: row numbers, int64 [R], each in [0, num_rows(sequence_length)).
@@ -202,7 +202,7 @@ class TokenDataset:
     def substitute(
         self, indices: npt.NDArray[np.int64], sequence_length: int
     ) -> npt.NDArray[np.int64]:
-        """The rows that `rows` reads: those asked for, but for those of quarantined records.
+        """The rows that `rows` reads: the given ones, but others for those of quarantined records.
 
         Raises:
             IndexError: a row number out of range.
@@ -225,11 +225,11 @@ class TokenDataset:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
+    """sha256 of a file, read in parts."""
     sha256 = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        while piece := file.read(2**20):
-            sha256.update(piece)
+        while data := file.read(2**20):
+            sha256.update(data)
     return sha256.hexdigest()
 
 

@@ -29,7 +29,7 @@ class ShardSource(Protocol):
         """Path or URL of a shard, for messages."""
 
     def discard(self, shard: int) -> None:
-        """Called when a shard does not read well twice: a copy of it is to be made anew."""
+        """Remove the copy of a shard that failed twice, so that `open` makes another."""
 
 
 class LocalShards:
@@ -49,11 +49,11 @@ class LocalShards:
         return str(self._directory / self._manifest.shards[shard].name)
 
     def discard(self, shard: int) -> None:
-        """Nothing: there is no other copy."""
+        """Do nothing: there is no other copy."""
 
 
 class OpenFile:
-    """A file descriptor that closes when nobody holds it any more."""
+    """A file descriptor that is closed when the last reference to it is gone."""
 
     def __init__(self, handle: int) -> None:
         """Take over `handle`."""
@@ -94,7 +94,7 @@ class OpenShards:
             return self._files.setdefault(shard, file)
 
     def _drop_removed(self) -> None:
-        """Let go of files that were removed to make room: they take it as long as they are open."""
+        """Close files that were removed to make room: they take it as long as they are open."""
         now = time.monotonic()
         if now - self._last_drop > _DROP_SECONDS:
             self._last_drop = now

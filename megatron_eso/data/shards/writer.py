@@ -1,7 +1,7 @@
 """Writes a dataset: tokens in; shards, hashes and manifest out; in memory that does not grow.
 
-`ShardWriter` writes one shard, `DatasetPublisher` the files beside the shards, `DatasetWriter` both
-for tokens that come in a stream. Every file takes its name once its content has reached the disk,
+`ShardWriter` writes one shard, `DatasetPublisher` the index files, `DatasetWriter` both for tokens
+that come in a stream. Every file takes its name once its content has reached the disk,
 and the manifest comes last: a directory without one is not a dataset, so that an interrupted writer
 leaves nothing that looks complete.
 """
@@ -47,7 +47,7 @@ class RecordFormat:
     record_tokens: int
     shard_records: int
     eos_token_id: int
-    """Ends every document."""
+    """The token that ends every document."""
 
     @property
     def shard_tokens(self) -> int:
@@ -78,7 +78,7 @@ def choose_format(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WrittenShard:
-    """A shard on the disk, and what the files beside the shards tell of it."""
+    """A shard on the disk, and what the index files hold of it."""
 
     file: HashedFile
     num_tokens: int
@@ -92,8 +92,8 @@ class ShardWriter:
     """Writes one shard.
 
     Args:
-        directory: of the dataset.
-        format: of the dataset.
+        directory: the directory of the dataset.
+        format: record format of the dataset.
         shard: its number.
     """
 
@@ -112,7 +112,7 @@ class ShardWriter:
 
     @property
     def room(self) -> int:
-        """Tokens that still go into the shard."""
+        """Number of tokens for which the shard still has room."""
         return self._format.shard_tokens - self._num_tokens
 
     def append(self, tokens: npt.NDArray[np.integer]) -> None:
@@ -153,11 +153,11 @@ class ShardWriter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetOrigin:
-    """Where a dataset's tokens come from: what its manifest says beside what the shards show."""
+    """Where a dataset's tokens come from: what its manifest holds that the shards do not show."""
 
     tokenizer: TokenizerFingerprint
     tokenizer_files: Mapping[str, bytes]
-    """Content of the tokenizer's files by name, kept beside the shards."""
+    """Content of the tokenizer's files by name, kept with the shards."""
     sources: Sequence[Source]
     num_text_bytes: int
     split: Split = "all"
@@ -167,11 +167,11 @@ class DatasetOrigin:
 
 
 class DatasetPublisher:
-    """Writes the files beside the shards.
+    """Writes the index files: block hashes, documents, tokenizer, manifest.
 
     Args:
-        directory: of the dataset.
-        format: of the dataset.
+        directory: the directory of the dataset.
+        format: record format of the dataset.
     """
 
     def __init__(self, directory: Path, format: RecordFormat) -> None:
@@ -244,8 +244,8 @@ class DatasetWriter:
 
     Args:
         directory: an empty directory.
-        tokenizer: of the tokens; it must have an end-of-text token.
-        tokenizer_files: content of the tokenizer's files by name, kept beside the shards.
+        tokenizer: the tokens' tokenizer; it must have an end-of-text token.
+        tokenizer_files: content of the tokenizer's files by name, kept with the shards.
         record_tokens: tokens of a record.
         shard_records: records of a shard.
 
@@ -337,7 +337,7 @@ class HashingFile:
         self._bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append bytes."""
+        """Append bytes to the file."""
         self._file.write(data)
         self._sha256.update(data)
         self._bytes += len(data)

@@ -32,6 +32,6 @@ class TokenizerFingerprint:
 
 
 def name_differences(old: Mapping[str, object], new: Mapping[str, object]) -> str:
-    """In which fields two identities differ, as `FIELD new, not old`; empty if in none."""
+    """The fields in which two identities differ, as `FIELD new, not old`; empty if they agree."""
     names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     return ", ".join(f"{name} {new.get(name)}, not {old.get(name)}" for name in names)

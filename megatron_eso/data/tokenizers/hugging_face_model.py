@@ -2,7 +2,7 @@
 
 The library is handed a copy of the file from which everything is taken that would make ids depend
 on more than the text: post-processor, padding, truncation, dropout. In that copy special tokens
-bear names that occur in no text, so that `</s>` in a text is four characters like any others,
+have names that occur in no text, so that `</s>` in a text is four characters like any others,
 whether the library finds special tokens itself or its model would (Unigram, WordLevel).
 """
 
@@ -209,7 +209,7 @@ def _list_pieces(fields: dict[str, Any]) -> dict[int, str]:
 
 
 def _find_name(keys: Sequence[str], names: Sequence[dict[str, Any]]) -> str | None:
-    """The name of a special token in the files beside `tokenizer.json`."""
+    """The name of a special token in the files of `NAME_FILES`."""
     for key in keys:
         for fields in names:
             value = fields.get(key)

@@ -72,7 +72,7 @@ class SentencePieceModel:
     def hash_pieces(self) -> str:
         """sha256 of pieces, scores and types in id order, and of the settings that decide on ids.
 
-        Two trainings on the same text may differ in what else the file tells of the training.
+        Two trainings on the same text may differ in other fields of the file.
         """
         digest = hashlib.sha256()
         for token in range(self.num_pieces):
@@ -138,7 +138,7 @@ _MODEL_TYPE, _WHITESPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 24, 35
 
 
 def _list_settings(model: bytes) -> list[tuple[str, bytes]]:
-    """The fields beside the pieces that decide on ids, by their numbers in the file."""
+    """The fields other than the pieces that decide on ids, by their numbers in the file."""
     found = []
     for field, value in _iterate_fields(model):
         if field in (_NORMALIZER, _DENORMALIZER):

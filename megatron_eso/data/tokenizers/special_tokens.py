@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 CONFIG_FILE = "tokenizer_config.json"
-"""Names the special tokens, for us beside a `tokenizer.json`, for transformers always."""
+"""Names the special tokens: here those of a `tokenizer.json`, in transformers those of all."""
 
 MASK_NAME = "<mask>"
 """Given to a mask token that is added, where the name is free."""

@@ -29,8 +29,8 @@ class Tokenizer:
     """A loaded tokenizer; it crosses to another process as its files.
 
     Args:
-        files: content by name: `tokenizer.model`, or `tokenizer.json` and the files beside it that
-            name its special tokens.
+        files: content by name: `tokenizer.model`, or `tokenizer.json` and the files of its folder
+            that name its special tokens.
 
     Attributes:
         vocab_size: ids, the mask token among them.
@@ -60,8 +60,8 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Load a directory that holds a tokenizer, or a SentencePiece model or `tokenizer.json`.
 
-        Beside a `tokenizer.json`, also where its file is named, `tokenizer_config.json` and
-        `special_tokens_map.json` say which special token is which.
+        In the folder of a `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`
+        say which special token is which.
 
         Raises:
             DataError: there is none, or it is damaged.
@@ -71,8 +71,8 @@ class Tokenizer:
             content = file.read_bytes()
             files = {MODEL_FILE: content}
             if content.lstrip()[:1] == b"{":
-                beside = [file.with_name(name) for name in NAME_FILES]
-                files = {extra.name: extra.read_bytes() for extra in beside if extra.is_file()}
+                others = [file.with_name(name) for name in NAME_FILES]
+                files = {extra.name: extra.read_bytes() for extra in others if extra.is_file()}
                 files[JSON_FILE] = content
         except OSError as error:
             raise DataError(

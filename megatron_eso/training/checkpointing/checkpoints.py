@@ -26,7 +26,6 @@ from megatron_eso.runs.checkpoint_folder import begin, make_newest, publish
 from megatron_eso.runs.checkpoint_state import STATE_FILE
 from megatron_eso.runs.run_directory import CONFIG_FILE
 from megatron_eso.runs.steps import list_checkpoints, step_name, step_number
-from megatron_eso.training.batches import TrainingBatches
 from megatron_eso.training.checkpointing.files import find_damaged_files, run_on_first, write_files
 from megatron_eso.training.checkpointing.staleness import (
     Parts,
@@ -38,7 +37,8 @@ from megatron_eso.training.checkpointing.staleness import (
 )
 from megatron_eso.training.checkpointing.state import describe_state, list_parts
 from megatron_eso.training.checkpointing.tensor_parts import TensorPart
-from megatron_eso.training.train_state import TrainState
+from megatron_eso.training.steps.batches import TrainingBatches
+from megatron_eso.training.steps.train_state import TrainState
 
 LONG_WAIT_SECONDS = 1.0
 """A longer wait for the save before is logged."""

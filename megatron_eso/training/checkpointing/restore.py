@@ -19,7 +19,7 @@ from megatron_eso.runs.steps import newest
 from megatron_eso.training.checkpointing.checkpoints import Checkpoints
 from megatron_eso.training.checkpointing.files import find_damaged_files
 from megatron_eso.training.checkpointing.state import load_training_state, load_weights
-from megatron_eso.training.train_state import TrainState
+from megatron_eso.training.steps.train_state import TrainState
 
 MASK_TOKEN = "data.mask_token_id"
 

@@ -13,7 +13,7 @@ from megatron_eso.training.checkpointing.state import load_training_state
 from megatron_eso.training.guards.watchdog import Watchdog
 from megatron_eso.training.optimization.optimizer import build_scheduler
 from megatron_eso.training.records.log import log_once
-from megatron_eso.training.train_state import TrainState
+from megatron_eso.training.steps.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 

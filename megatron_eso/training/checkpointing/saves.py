@@ -15,7 +15,7 @@ from megatron_eso.training.checkpointing.checkpoints import Checkpoints
 from megatron_eso.training.guards.watchdog import Watchdog
 from megatron_eso.training.records.log import log_once
 from megatron_eso.training.records.run_records import RunRecords
-from megatron_eso.training.train_state import TrainState
+from megatron_eso.training.steps.train_state import TrainState
 
 RETRY_SECONDS = 60.0
 """Between a failed save that training does not wait for and the next one."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from megatron_eso.errors import CheckpointError
 from megatron_eso.training.checkpointing.tensor_parts import TensorPart, parts_to_write
 from megatron_eso.training.optimization.optimizer import MOMENTS
-from megatron_eso.training.train_state import TrainState
+from megatron_eso.training.steps.train_state import TrainState
 
 SAMPLE_SIZE = 64
 MAX_NAMED = 5

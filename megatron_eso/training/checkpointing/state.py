@@ -25,7 +25,7 @@ from megatron_eso.training.checkpointing.tensor_parts import (
 )
 from megatron_eso.training.optimization.main_parameters import publish_main_parameters
 from megatron_eso.training.optimization.optimizer import MOMENTS
-from megatron_eso.training.train_state import TrainState
+from megatron_eso.training.steps.train_state import TrainState
 
 
 def describe_state(

@@ -12,10 +12,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_eso.config.sections import Config
 from megatron_eso.errors import ConfigError
 from megatron_eso.ranks import is_first_rank, own_rank
-from megatron_eso.training.batches import TrainingBatches
 from megatron_eso.training.optimization.optimizer import MOMENTS
-from megatron_eso.training.step import clear_gradients, forward_step, run_schedule
-from megatron_eso.training.train_state import TrainState
+from megatron_eso.training.steps.batches import TrainingBatches
+from megatron_eso.training.steps.step import clear_gradients, forward_step, run_schedule
+from megatron_eso.training.steps.train_state import TrainState
 
 GIBI = 2**30
 

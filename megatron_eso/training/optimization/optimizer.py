@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_eso.config.sections import OptimizerConfig, ParallelConfig
 from megatron_eso.model.transformer_config import PARAMS_DTYPE
-from megatron_eso.training.parallel import max_over_world
+from megatron_eso.training.distributed.parallel import max_over_world
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What Adam keeps of each parameter."""

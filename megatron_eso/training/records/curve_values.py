@@ -9,7 +9,7 @@ from megatron_eso.runs.counters import Counters
 from megatron_eso.training.guards.stragglers import Straggler
 from megatron_eso.training.records import tags
 from megatron_eso.training.records.device import published_peak, used_memory_gib
-from megatron_eso.training.step import StepResult
+from megatron_eso.training.steps.step import StepResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from megatron_eso.quantities import format_seconds
 from megatron_eso.runs.counters import Counters
 from megatron_eso.training.guards.stragglers import Straggler
 from megatron_eso.training.records.curve_values import StepTimes
-from megatron_eso.training.step import StepResult
+from megatron_eso.training.steps.step import StepResult
 
 MAX_NAMED_RANKS = 8
 

@@ -24,7 +24,7 @@ from megatron_eso.training.records.log_lines import (
     describe_validation,
 )
 from megatron_eso.training.records.metrics import MetricsLog
-from megatron_eso.training.step import StepResult
+from megatron_eso.training.steps.step import StepResult
 
 logger = logging.getLogger(__name__)
 

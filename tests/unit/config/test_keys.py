@@ -19,7 +19,7 @@ from megatron_eso.config.keys import (
     read_interval,
 )
 from megatron_eso.config.objective import ObjectiveConfig
-from megatron_eso.config.objective_rules import check_objective, find_foreign_keys
+from megatron_eso.config.objective_rules import check_objective_keys, find_foreign_keys
 from megatron_eso.config.origins import TracedConfig
 from megatron_eso.config.sections import KEYS, Config
 from megatron_eso.errors import ConfigError
@@ -229,7 +229,7 @@ def test_a_key_of_another_objective_is_refused_in_one_line() -> None:
     config = dataclasses.replace(make_config(), objective=section)
     traced = TracedConfig(config=config, origins={"objective.alpha_0": "command line"})
     with pytest.raises(ConfigError) as raised:
-        check_objective(traced)
+        check_objective_keys(traced)
     assert str(raised.value) == (
         'command line: objective.alpha_0 = 0.5: objective.name = "second" has no such key; '
         "leave it out, or set its default"

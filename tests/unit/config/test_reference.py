@@ -1,10 +1,15 @@
 """The references of the configuration, docs/configuration.md and the README, follow the code."""
 
+import ast
+import inspect
+import itertools
 import re
 import subprocess
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
+
+import pytest
 
 from megatron_eso.config.keys import describe_keys
 from megatron_eso.config.reference import format_reference, read_meanings
@@ -19,6 +24,19 @@ def test_every_key_has_a_line_of_its_own() -> None:
         meanings = read_meanings(section)
         assert set(meanings) == {key.name for key in describe_keys(name, section)}
         assert all(text.endswith(".") and "|" not in text for text in meanings.values())
+
+
+@pytest.mark.parametrize("section", SECTIONS.values())
+def test_a_key_is_one_line_and_its_docstring_another(section: type) -> None:
+    (definition,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(definition, ast.ClassDef)
+    lines = [
+        (node.lineno, node.end_lineno, following.lineno, following.end_lineno)
+        for node, following in itertools.pairwise(definition.body)
+        if isinstance(node, ast.AnnAssign)
+    ]
+    assert len(lines) == len(describe_keys("", section))
+    assert all((end, start, last) == (line, line + 1, line + 1) for line, end, start, last in lines)
 
 
 def test_the_reference_is_the_output_of_the_code() -> None:

@@ -16,8 +16,8 @@ from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import DataError
 from megatron_eso.objectives.objective import Step
-from megatron_eso.training.batches import StepPlan, TrainingBatches
-from megatron_eso.training.prefetch import StepPrefetcher
+from megatron_eso.training.steps.batches import StepPlan, TrainingBatches
+from megatron_eso.training.steps.prefetch import StepPrefetcher
 from tests.support.planning import objective_of
 from tests.support.training import tiny_config
 

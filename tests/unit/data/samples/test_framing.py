@@ -15,7 +15,7 @@ from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError
 from megatron_eso.objectives.rows import MicroBatch
-from megatron_eso.training.batches import TrainingBatches, ValidationBatches
+from megatron_eso.training.steps.batches import TrainingBatches, ValidationBatches
 from tests.support.planning import objective_of
 from tests.support.training import Overrides, tiny_config
 

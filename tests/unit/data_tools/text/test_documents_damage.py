@@ -17,8 +17,8 @@ TEXTS = [f"document {number} " + "é" * (number % 40) for number in range(100)]
 SKIP = TextOptions(on_error="skip")
 
 BAD_LINES = [
-    (b'{"text": "b"', "invalid JSON (Expecting ',' delimiter, column 13); mend the line"),
-    (b'{"text": "a"} {"text": "b"}', "invalid JSON (Extra data, column 15); mend the line"),
+    (b'{"text": "b"', "invalid JSON (Expecting ',' delimiter, column 13); correct the line"),
+    (b'{"text": "a"} {"text": "b"}', "invalid JSON (Extra data, column 15); correct the line"),
     (b"[" * 10**6, "invalid JSON (maximum recursion depth"),
     (b'{"text": ' + b"1" * 5000 + b"}", "invalid JSON (Exceeds the limit"),
     (b'{"body": "b"}', "no key 'text'; name the key of the text by --text-key"),
@@ -28,7 +28,7 @@ BAD_LINES = [
     (b'"text"', "not a JSON object"),
     (b'{"text": "\xff"}', "invalid UTF-8; convert the file"),
     (b'{"text": "a", "other": "\xed\xa0\x80"}', "invalid UTF-8"),
-    (b'{"text": "\\ud800"}', "the text holds half a surrogate pair; mend the line"),
+    (b'{"text": "\\ud800"}', "the text holds half a surrogate pair; correct the line"),
     (b"\xef\xbb\xbf{}", "invalid JSON"),
 ]
 
@@ -171,7 +171,7 @@ def test_other_content_than_the_suffix_says_is_named(tmp_path: Path) -> None:
 def test_parquet_rows_and_columns_are_named(tmp_path: Path) -> None:
     texts = ["a", None, "b", "c", None]
     path = write_parquet(tmp_path / "null.parquet", texts, row_group_size=2)
-    null = ": row {}: 'text' is null; mend the row"
+    null = ": row {}: 'text' is null; correct the row"
     expect(path, ["a", "b", "c"], [null.format(2), null.format(5)])
     rows = pa.array([b"good", b"\xff", b"half \xc3", b"\xa9", b""])
     text = pa.Array.from_buffers(pa.string(), len(rows), rows.buffers())

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 
 from megatron_eso.objectives.objective import Step
-from megatron_eso.training.batches import StepPlan, TrainingBatches
+from megatron_eso.training.steps.batches import StepPlan, TrainingBatches
 
 # A read that hangs must not hold up the end of the process as well.
 _CLOSE_SECONDS = 5.0

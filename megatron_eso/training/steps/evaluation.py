@@ -12,10 +12,10 @@ from torch import Tensor
 
 from megatron_eso.objectives.loss import NelboEstimate, estimate_nelbo, mean_by_time, sum_samples
 from megatron_eso.objectives.rows import MicroBatch
-from megatron_eso.training.batches import ValidationBatches
 from megatron_eso.training.optimization.main_parameters import synchronize_parameters
-from megatron_eso.training.step import reduce_over_world, run_schedule
-from megatron_eso.training.train_state import TrainState
+from megatron_eso.training.steps.batches import ValidationBatches
+from megatron_eso.training.steps.step import reduce_over_world, run_schedule
+from megatron_eso.training.steps.train_state import TrainState
 
 
 def evaluate(

@@ -23,10 +23,10 @@ from megatron_eso.objectives.objective import Objective
 from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.randomness.bits import random_bits
 from megatron_eso.randomness.purposes import Purpose
-from megatron_eso.training.batches import StepPlan
+from megatron_eso.training.distributed.parallel import seed_dropout
 from megatron_eso.training.optimization.optimizer import update_parameters
-from megatron_eso.training.parallel import seed_dropout
-from megatron_eso.training.train_state import TrainState
+from megatron_eso.training.steps.batches import StepPlan
+from megatron_eso.training.steps.train_state import TrainState
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
 

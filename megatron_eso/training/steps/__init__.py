@@ -1,0 +1,1 @@
+"""A step, and all that it takes and changes: batches, state, update, counters, evaluation."""
