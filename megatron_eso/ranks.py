@@ -5,13 +5,16 @@ command.
 """
 
 import os
-
-import torch.distributed as dist
+import sys
 
 
 def own_rank() -> int:
     """This process's rank in the world; before a process group exists, the launcher's number."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    # Commands that report a wrong configuration do not wait for torch to be imported.
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        return int(distributed.get_rank())
+    return int(os.environ.get("RANK", "0"))
 
 
 def is_first_rank() -> bool:

@@ -19,11 +19,9 @@ from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.samples.training_data import TrainingData, open_run_data
 from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import ConfigError, UserError, run_command
-from megatron_eso.estimates.dry_run import format_dry_run
 from megatron_eso.ranks import is_first_rank, launched_world_size
 from megatron_eso.training.records.log import start_logging
 from megatron_eso.training.records.wandb_log import check_wandb
-from pretrain.initial_weights import convert_initial_weights
 
 logger = logging.getLogger("pretrain")
 
@@ -45,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         stage_shards(train_data.sources + (validation_data.sources if validation_data else []))
         # Imported once the configuration is known to be sound: importing takes seconds.
         from megatron_eso.training.job import run_job
+        from pretrain.initial_weights import convert_initial_weights
 
         run_job(config, train_data, validation_data, convert_initial_weights)
     except UserError as error:
@@ -74,6 +73,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def print_plan(loaded: LoadedConfig, world_size: int | None) -> None:
     """Print what would be trained, and of which shares, where the shards are on this machine."""
+    # Imported once the configuration is known to be sound: the objective's rows import torch.
+    from megatron_eso.estimates.dry_run import format_dry_run
+
     samples = ""
     if all(Path(corpus).is_dir() for corpus in loaded.config.data.train_corpora):
         train_data, _, config = open_data(loaded)

@@ -116,9 +116,10 @@ class MicroBatch:
     def pad(self, row_multiple: int, mask_token_id: int) -> Self:
         """Return the micro-batch with rows and loss rows padded to a multiple, one at least."""
         rows, loss = self.rows, self.loss
-        missing_R = -len(rows.tokens_R) % row_multiple or row_multiple * (not len(rows.tokens_R))
-        missing_E = -len(rows.loss_rows_E) % row_multiple
-        missing_E = missing_E or row_multiple * (not len(rows.loss_rows_E))
+        missing_R = _count_missing(len(rows.tokens_R), row_multiple)
+        missing_E = _count_missing(len(rows.loss_rows_E), row_multiple)
+        if missing_R == missing_E == 0:
+            return self
         padded = replace(
             rows,
             tokens_R=functional.pad(rows.tokens_R, (0, missing_R), value=mask_token_id),
@@ -270,6 +271,11 @@ def _pack(slots: _Slots, mask_token_id: int) -> Rows:
 
 def _join(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(dtype, copy=False))
+
+
+def _count_missing(size: int, multiple: int) -> int:
+    """Return how much a size lacks to a multiple, at least one multiple."""
+    return -size % multiple if size else multiple
 
 
 def _map_tensors(value: Kind, change: Callable[[Tensor], Tensor]) -> Kind:

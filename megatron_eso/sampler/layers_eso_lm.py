@@ -88,8 +88,8 @@ def residual_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer norm of the residual stream; the result has the weights' dtype."""
+class WideLayerNorm(nn.LayerNorm):
+    """Layer norm in at least float32; the result has the weights' dtype."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """Normalise the last dimension."""
@@ -104,8 +104,8 @@ class LayerNorm(nn.LayerNorm):
         return normed.to(self.weight.dtype)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm of the residual stream; the result has the weight's dtype."""
+class WideRMSNorm(nn.Module):
+    """Root-mean-square norm in at least float32; the result has the weight's dtype."""
 
     def __init__(self, size: int, eps: float) -> None:
         """Start with a weight of ones."""
@@ -121,10 +121,10 @@ class RMSNorm(nn.Module):
 
 
 def build_norm(config: NetworkConfig, size: int) -> nn.Module:
-    """The norm that the configuration asks for, over the last dimension of this size."""
+    """The norm that the configuration names, over the last dimension of this size."""
     if config.normalization == "LayerNorm":
-        return LayerNorm(size, eps=config.norm_epsilon)
-    return RMSNorm(size, eps=config.norm_epsilon)
+        return WideLayerNorm(size, eps=config.norm_epsilon)
+    return WideRMSNorm(size, eps=config.norm_epsilon)
 
 
 def rotary_tables(config: NetworkConfig, positions_BR: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +240,7 @@ class Head(nn.Module):
     """Logits of the vocabulary; a tied head has no weight of its own."""
 
     def __init__(self, config: NetworkConfig) -> None:
-        """Build the parameters that the configuration asks for."""
+        """Build the parameters that the configuration has."""
         super().__init__()
         shape = (config.vocab_size, config.hidden_size)
         self.weight = None if config.tie_word_embeddings else nn.Parameter(torch.zeros(shape))

@@ -37,12 +37,15 @@ def measure(run: Path, data: Path, overrides: Overrides) -> dict[str, float]:
     install_cpu_backend()
     import torch.distributed as dist
 
+    from megatron_eso.training.checkpointing.staleness import refuse_stale, take_sample
+    from megatron_eso.training.checkpointing.state import list_parts
     from megatron_eso.training.distributed.parallel import model_parallel_groups
     from tests.support.training import tiny_config
 
     with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
         config, batches, state, checkpoints = build(run, data, overrides, groups)
-        seconds: dict[str, list[float]] = {"step": [], "at once": [], "held": [], "step beside": []}
+        names = ("step", "at once", "held", "step beside", "check")
+        seconds: dict[str, list[float]] = {name: [] for name in names}
 
         def timed(what, action) -> None:  # type: ignore[no-untyped-def]
             dist.barrier()
@@ -64,6 +67,9 @@ def measure(run: Path, data: Path, overrides: Overrides) -> dict[str, float]:
             timed("step beside", step)
             checkpoints.wait()
             assert checkpoints.take_failure() is None
+        parts = list_parts(state, groups)
+        for _ in range(NUM_REPEATS):
+            timed("check", lambda: refuse_stale(take_sample(state, parts, groups), parts))
         found = {what: statistics.median(times) for what, times in seconds.items()}
         (last,) = (run / "checkpoints").glob("step_*")
         return found | {"bytes": float(sum(file.stat().st_size for file in last.iterdir()))}
@@ -115,5 +121,6 @@ def test_save_and_resume(
         f"\n{name}, {found['bytes'] / 1e9:.2f} GB: a save beside the training holds it "
         f"{found['held']:.3f} s, one at once {found['at once']:.2f} s: "
         f"{100 * found['held'] / found['at once']:.1f} %; a step takes {found['step']:.2f} s, "
-        f"{found['step beside']:.2f} s beside a save; resumed in {resumed:.1f} s"
+        f"{found['step beside']:.2f} s beside a save; resumed in {resumed:.1f} s; the check for "
+        f"stale tensors takes {1000 * found['check']:.1f} ms"
     )

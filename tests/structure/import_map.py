@@ -150,8 +150,8 @@ def find_circles(graph: Graph) -> list[list[str]]:
 def find_level_circles(file_graph: Graph) -> list[list[str]]:
     """Circles between the files and folders that lie in one folder, for every folder.
 
-    This is what a folder's own files may not do that import its subfolders and are imported by
-    them in turn: only the same files count, not the folder as a whole.
+    A folder stands for all that lies in it: `data` and `training` make a circle where any file of
+    one imports one of the other, and the other way round.
     """
     folders = {parent for file in file_graph for parent in Path(file).parents}
     circles = []

@@ -138,7 +138,7 @@ class TrainingData:
         return self._framing.frame(self.rows(indices_B))
 
     def lengths(self, indices_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Return how many tokens of each sample are real, int64 `[B]`: T, or fewer where it is cut."""
+        """Return how many tokens of each sample are real, int64 `[B]`: T, or fewer if it is cut."""
         return draw_lengths(self._seed, indices_B, self._ssl_ratio, self.sequence_length)
 
     def rows(self, sample_indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
