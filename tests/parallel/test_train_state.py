@@ -16,6 +16,7 @@ from tests.support.training import (
     Overrides,
     open_batches,
     read_checkpoint,
+    take_step,
     tiny_config,
     train_tiny,
 )
@@ -65,20 +66,20 @@ def train_through_damage(run: Path, data: Path, overrides: Overrides, rank: int)
         state = build_train_state(config, groups)
         weight = next(p for p in state.parameters if "linear_fc2.weight" in p.sharded.key).model
 
-        def take_step() -> StepResult:
+        def take_next_step() -> StepResult:
             return take_step(config, state, batches, groups)
 
-        results = [take_step()]
+        results = [take_next_step()]
         before = [p.main.detach().clone() for p in state.parameters if p.main is not None]
         hook = weight.register_hook(spoil) if damage else None
-        results.append(take_step())
+        results.append(take_next_step())
         if hook is not None:
             hook.remove()
         mains = [p.main for p in state.parameters if p.main is not None]
         unchanged = all(torch.equal(a, b) for a, b in zip(before, mains, strict=True))
         assert state.ema is not None
         updates_while_damaged = state.ema.num_updates
-        results.append(take_step())
+        results.append(take_next_step())
         changed = any(not torch.equal(a, b) for a, b in zip(before, mains, strict=True))
     skipped = [result.skipped for result in results]
     return skipped, unchanged, changed, updates_while_damaged, state.counters, results[2].loss
