@@ -13,7 +13,7 @@ from typing import Literal
 import sentencepiece
 import xxhash
 
-from data_tools.build.output import new_output
+from data_tools.builds.output import new_output
 from data_tools.text.inputs import find_inputs
 from data_tools.text.interface import InputFile, TextOptions, Unit
 from data_tools.text.problems import Problem

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_tools.build.dataset import BuildOptions, Part, build_dataset, merge_parts
+from data_tools.builds.dataset import BuildOptions, Part, build_dataset, merge_parts
 from data_tools.imports.formats import OPTIONS, describe_formats
 from data_tools.imports.importer import ImportOptions, import_tokens
 from data_tools.text.embedded_corpus import write_corpus

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_tools.build.output import new_output
+from data_tools.builds.output import new_output
 from data_tools.imports.documents import DocumentCloser, DocumentSplitter
 from data_tools.imports.formats import open_files
 from megatron_eso.data.shards.format import RECORD_TOKENS, SHARD_RECORDS

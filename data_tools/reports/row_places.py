@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_tools.build.document_order import find_in_input
+from data_tools.builds.document_order import find_in_input
 from data_tools.reports.document_lengths import read_record
 from megatron_eso.data.shards.format import record_name
 from megatron_eso.data.shards.manifest import Manifest

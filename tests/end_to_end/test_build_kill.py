@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from data_tools.build.dataset import merge_parts
-from data_tools.build.journal import SpanFiles, read_state
+from data_tools.builds.dataset import merge_parts
+from data_tools.builds.journal import SpanFiles, read_state
 from data_tools.text.embedded_corpus import write_corpus
 from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
 from tests.support.processes import kill_tree
@@ -35,7 +35,7 @@ SETTINGS = {
 PROGRAM = """
 import json, sys
 from pathlib import Path
-from data_tools.build.dataset import BuildOptions, Part, build_dataset
+from data_tools.builds.dataset import BuildOptions, Part, build_dataset
 settings = json.loads(sys.argv[1])
 settings["out"] = Path(settings["out"])
 if "part" in settings:

@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from data_tools.build.dataset import BuildOptions, build_dataset
+from data_tools.builds.dataset import BuildOptions, build_dataset
 from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
 
 NUM_WORDS = 200

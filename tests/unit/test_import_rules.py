@@ -83,12 +83,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.sampler.texts": ERRORS + SAMPLER + TOKENIZERS,
     "data_tools": BASE + REMOTE + TOKENIZERS,
     "data_tools.text": BASE + TOKENIZERS,
-    "data_tools.build.output": BASE,
-    "data_tools.build": BASE
-    + (SHARDS + TOKENIZERS + RANDOMNESS + ("data_tools.text", "data_tools.build.output")),
-    "data_tools.imports": BASE + SHARDS + TOKENIZERS + ("data_tools.build.output",),
+    "data_tools.builds.output": BASE,
+    "data_tools.builds": BASE
+    + (SHARDS + TOKENIZERS + RANDOMNESS + ("data_tools.text", "data_tools.builds.output")),
+    "data_tools.imports": BASE + SHARDS + TOKENIZERS + ("data_tools.builds.output",),
     "data_tools.reports": BASE
-    + (CONFIG + RUNS + REMOTE + TOKENIZERS + SAMPLES + ("data_tools.build.document_order",)),
+    + (CONFIG + RUNS + REMOTE + TOKENIZERS + SAMPLES + ("data_tools.builds.document_order",)),
     "checkpoints_conversion": ERRORS
     + ("megatron_eso.files",)
     + (CONFIG + RANDOMNESS + RUNS + TOKENIZERS + SAMPLER),

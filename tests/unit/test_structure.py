@@ -109,9 +109,9 @@ def test_what_is_counted(tmp_path: Path) -> None:
     write(
         tmp_path,
         {
-            "data_tools/build/a.py": "def run():\n    pass\n\n\ndef main():\n    pass\n",
-            "data_tools/build/b.py": "class run:\n    pass\n\n\ndef main():\n    pass\n",
-            "data_tools/build/c.py": long_function + "Y = 1\n" * 400,
+            "data_tools/builds/a.py": "def run():\n    pass\n\n\ndef main():\n    pass\n",
+            "data_tools/builds/b.py": "class run:\n    pass\n\n\ndef main():\n    pass\n",
+            "data_tools/builds/c.py": long_function + "Y = 1\n" * 400,
             "megatron_eso/objectives/eso_lm.py": "name = 'diffusion'\n",
             "megatron_eso/training/step.py": '"""diffusion"""\nloss = f"loss_{x}_sequential"\n',
             "megatron_eso/runs/paths.py": (
@@ -129,9 +129,9 @@ def test_what_is_counted(tmp_path: Path) -> None:
     )
     found = read_structure(tmp_path)
     assert found.wide_folders == {"pretrain": 13}
-    assert found.long_files == {"data_tools/build/c.py": 461}
-    assert found.long_functions == {"data_tools/build/c.py:long": 61}
-    assert found.shared_names == {"run": ["data_tools/build/a.py", "data_tools/build/b.py"]}
+    assert found.long_files == {"data_tools/builds/c.py": 461}
+    assert found.long_functions == {"data_tools/builds/c.py:long": 61}
+    assert found.shared_names == {"run": ["data_tools/builds/a.py", "data_tools/builds/b.py"]}
     assert found.phase_names == {"megatron_eso/training/step.py": 1}
     paths = "megatron_eso/runs/paths.py"
     assert found.checkpoint_names == {paths: 3}

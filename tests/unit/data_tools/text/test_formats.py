@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.build.dataset import BuildOptions, build_dataset
+from data_tools.builds.dataset import BuildOptions, build_dataset
 from data_tools.text.formats import FORMATS, find_format, list_suffixes
 from data_tools.text.interface import (
     Document,

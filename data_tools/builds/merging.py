@@ -13,19 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.build.deduplication import CountedSpan, mark_duplicates
-from data_tools.build.document_order import (
+from data_tools.builds.deduplication import CountedSpan, mark_duplicates
+from data_tools.builds.document_order import (
     DocumentOrder,
     Selection,
     SplitCounts,
     shuffle,
     survey,
 )
-from data_tools.build.journal import SpanFiles, SpanState, read_problems
-from data_tools.build.packing import PackedSplit, pack_shards
-from data_tools.build.plan import PLAN_FILE, BuildPlan, StoredPlan
-from data_tools.build.span_encoder import read_states
-from data_tools.build.unit_encoder import EncodingNotes
+from data_tools.builds.journal import SpanFiles, SpanState, read_problems
+from data_tools.builds.packing import PackedSplit, pack_shards
+from data_tools.builds.plan import PLAN_FILE, BuildPlan, StoredPlan
+from data_tools.builds.span_encoder import read_states
+from data_tools.builds.unit_encoder import EncodingNotes
 from data_tools.text.spans import Span
 from megatron_eso.data.shards.manifest import Source, Split
 from megatron_eso.data.shards.writer import (

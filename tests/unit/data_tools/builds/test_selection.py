@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.build.dataset import BuildOptions, build_dataset
-from data_tools.build.deduplication import CountedSpan, mark_duplicates, read_marks
-from data_tools.build.journal import SpanFiles
-from data_tools.build.unit_encoder import DOCUMENT_DTYPE
+from data_tools.builds.dataset import BuildOptions, build_dataset
+from data_tools.builds.deduplication import CountedSpan, mark_duplicates, read_marks
+from data_tools.builds.journal import SpanFiles
+from data_tools.builds.unit_encoder import DOCUMENT_DTYPE
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.build.unit_encoder import DOCUMENT_DTYPE, EncodedUnit, EncodingNotes
+from data_tools.builds.unit_encoder import DOCUMENT_DTYPE, EncodedUnit, EncodingNotes
 from data_tools.text.interface import SourceRead, Unit
 from data_tools.text.problems import Problem
 from megatron_eso.errors import DataError

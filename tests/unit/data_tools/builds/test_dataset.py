@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
-from data_tools.build.dataset import BuildOptions, Part, build_dataset, merge_parts
+from data_tools.builds.dataset import BuildOptions, Part, build_dataset, merge_parts
 from data_tools.reports.verification import verify_datasets
 from data_tools.text.interface import TextOptions
 from megatron_eso.data.shards.reader import TokenDataset

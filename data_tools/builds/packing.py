@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.build.document_order import SPAN_SHIFT, DocumentOrder
-from data_tools.build.journal import SpanFiles, TokenReader
-from data_tools.build.workers import map_in_order
+from data_tools.builds.document_order import SPAN_SHIFT, DocumentOrder
+from data_tools.builds.journal import SpanFiles, TokenReader
+from data_tools.builds.workers import map_in_order
 from megatron_eso.data.shards.format import numpy_dtype
 from megatron_eso.data.shards.manifest import HashedFile, Split
 from megatron_eso.data.shards.writer import RecordFormat, ShardWriter, WrittenShard

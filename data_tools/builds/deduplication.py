@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.build.journal import SpanFiles, read_documents
-from data_tools.build.workers import map_in_order
+from data_tools.builds.journal import SpanFiles, read_documents
+from data_tools.builds.workers import map_in_order
 from megatron_eso.files import new_path
 
 BUCKET_DOCUMENTS = 2**24

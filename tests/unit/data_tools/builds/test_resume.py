@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_tools.build.dataset import BuildOptions, Part, build_dataset, merge_parts
-from data_tools.build.journal import SpanFiles, read_state
-from data_tools.build.merging import SKIPPED_FILE
+from data_tools.builds.dataset import BuildOptions, Part, build_dataset, merge_parts
+from data_tools.builds.journal import SpanFiles, read_state
+from data_tools.builds.merging import SKIPPED_FILE
 from data_tools.text.interface import TextOptions
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError, DataError
@@ -182,7 +182,7 @@ def pipe(content: bytes, options: BuildOptions, out: Path) -> str:
     """Build from standard input in another process; what it says on stderr."""
     program = f"""
 from pathlib import Path
-from data_tools.build.dataset import BuildOptions, build_dataset
+from data_tools.builds.dataset import BuildOptions, build_dataset
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import run_command
 options = BuildOptions(

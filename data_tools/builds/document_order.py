@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.build.deduplication import BLOCK_DOCUMENTS, CountedSpan, read_marks
-from data_tools.build.journal import read_documents
+from data_tools.builds.deduplication import BLOCK_DOCUMENTS, CountedSpan, read_marks
+from data_tools.builds.journal import read_documents
 from megatron_eso.data.shards.manifest import Split
 from megatron_eso.randomness.permutation import permute, round_keys
 from megatron_eso.randomness.purposes import Purpose

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.build.journal import (
+from data_tools.builds.journal import (
     COMMIT_BYTES,
     SpanFiles,
     SpanState,
     SpanWriter,
     read_state,
 )
-from data_tools.build.unit_encoder import UnitEncoder
-from data_tools.build.workers import map_in_order
+from data_tools.builds.unit_encoder import UnitEncoder
+from data_tools.builds.workers import map_in_order
 from data_tools.text.interface import InputFile, TextOptions, Unit
 from data_tools.text.spans import Span
 from data_tools.text.units import read_units

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_tools.build.journal import COMMIT_BYTES, SpanFiles, read_state
-from data_tools.build.merging import (
+from data_tools.builds.journal import COMMIT_BYTES, SpanFiles, read_state
+from data_tools.builds.merging import (
     SKIPPED_FILE,
     SPANS_FOLDER,
     MergeReport,
@@ -27,8 +27,8 @@ from data_tools.build.merging import (
     publish_datasets,
     split_directories,
 )
-from data_tools.build.output import building_path, check_absent
-from data_tools.build.plan import (
+from data_tools.builds.output import building_path, check_absent
+from data_tools.builds.plan import (
     BuildPlan,
     StoredPlan,
     check_plan,
@@ -36,8 +36,8 @@ from data_tools.build.plan import (
     read_plan,
     store_plan,
 )
-from data_tools.build.span_encoder import SpanEncoder, read_states
-from data_tools.build.unit_encoder import UnitEncoder
+from data_tools.builds.span_encoder import SpanEncoder, read_states
+from data_tools.builds.unit_encoder import UnitEncoder
 from data_tools.text.inputs import find_inputs
 from data_tools.text.interface import InputFile, TextOptions
 from data_tools.text.spans import SPAN_BYTES, Span, plan_spans
