@@ -9,7 +9,7 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """Something that the user can mend, in one line; a command ends with `exit_code`."""
+    """Something that the user can correct, in one line; a command ends with `exit_code`."""
 
     exit_code = 1
 

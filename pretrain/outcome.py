@@ -74,7 +74,7 @@ def judge(run: RunDirectory, job: str | None) -> Outcome:
             job,
             "stop",
             f"{MAX_FRUITLESS_RESTARTS} restarts in a row made no checkpoint after step {step}; the "
-            f"last ended as {state} ({reason}): mend what the log shows and submit again",
+            f"last ended as {state} ({reason}): correct what the log shows and submit again",
         )
     return make_outcome(run, job, "requeue", f"{state} ({reason}), newest checkpoint: step {step}")
 

@@ -67,7 +67,7 @@ def find_version(package: str) -> str:
 
 
 def hash_sources() -> str:
-    """Of our Python files: two checkouts may differ under one version."""
+    """Hash our Python files: two checkouts may differ under one version."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[2]
     for path in sorted(path for name in OURS for path in (root / name).rglob("*.py")):

@@ -44,7 +44,7 @@ def judge_facts(facts: Sequence[Facts], limits: Limits) -> list[str]:
 
 
 def read_version(name: str, facts: Facts) -> str:
-    """Of a package, or of Python."""
+    """Return the version of a package, or of Python."""
     return facts.versions[name]
 
 
