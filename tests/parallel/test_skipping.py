@@ -173,13 +173,13 @@ def test_no_rank_applies_an_update_that_is_not_finite(
     if case.startswith("DP=2") and "overlapped" not in case:
         assert ranks[0].gathered[-1][1]["model"] == ranks[1].gathered[-1][1]["model"]
     first, last = BATCH * (BAD_STEP - 1), BATCH * BAD_STEP - 1
-    line = next(line for line in rank_log(tmp_path).splitlines() if "UPDATE LEFT OUT" in line)
+    line = next(line for line in rank_log(tmp_path).splitlines() if "UPDATE SKIPPED" in line)
     assert f"step {BAD_STEP}, samples {first} to {last}:" in line
     assert "(diffusion " in line
     assert ", sequential " in line
     if case == "DP=2":
         assert line.endswith(f"; not finite on rank {BAD_RANK} on {socket.gethostname()}")
-    assert "UPDATE LEFT OUT" not in rank_log(tmp_path, 1)  # told once
+    assert "UPDATE SKIPPED" not in rank_log(tmp_path, 1)  # one rank logs it
     (record,) = (r for r in read_records(tmp_path) if r["step"] == BAD_STEP and "train/loss" in r)
     assert record["train/skipped_steps"] == 1
     finite = [math.isfinite(float(record[f"train/{name}"])) for name in ("loss", "grad_norm")]
@@ -213,7 +213,7 @@ def test_spikes_are_flagged_and_a_resumed_run_judges_alike(
     assert by_step[SPIKE_STEP]["train/deviations"] > 8.0
     assert by_step[SPIKE_STEP]["train/spikes"] - by_step[SPIKE_STEP - 1]["train/spikes"] == 1
     assert ran.counters.skipped_steps == (skip_deviations > 0)
-    what = "UPDATE LEFT OUT" if skip_deviations else "spike: "
+    what = "UPDATE SKIPPED" if skip_deviations else "spike: "
     assert f"step {SPIKE_STEP}, " in rank_log(resumed)
     assert what in rank_log(resumed)
 

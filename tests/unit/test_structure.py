@@ -40,9 +40,20 @@ def test_functions_are_short(structure: Structure) -> None:
     assert structure.long_functions == {}
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "checkpoints_conversion/README.md"]
-)
+DOCUMENTS = [
+    *("README.md", "CONTRIBUTING.md", "checkpoints_conversion/README.md", "data_tools/README.md"),
+    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_of_documents_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
+    assert [t for t in targets if not (ROOT / document).parent.joinpath(t).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_name_files_that_exist(document: str) -> None:
     folders = (ROOT, ROOT / "megatron_eso", (ROOT / document).parent)
     text = (ROOT / document).read_text(encoding="utf-8")

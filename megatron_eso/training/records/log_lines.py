@@ -31,7 +31,7 @@ def describe_step(
 def describe_oddity(
     result: StepResult, before: Counters, after: Counters, hosts: Sequence[str]
 ) -> str | None:
-    """A line about a step whose update was left out, or that was flagged; else None.
+    """A line about a step whose update was skipped, or that was flagged; else None.
 
     Args:
         result: Of the step.
@@ -40,7 +40,7 @@ def describe_oddity(
         hosts: The host of every rank.
     """
     if result.skipped:
-        what = f"UPDATE LEFT OUT, {after.skipped_in_row} in a row"
+        what = f"UPDATE SKIPPED, {after.skipped_in_row} in a row"
     elif after.spikes > before.spikes:
         what = "spike"
     else:

@@ -78,7 +78,7 @@ class RunRecords:
         log_once(logger, logging.INFO, line)
 
     def record_oddity(self, result: StepResult, before: Counters, after: Counters) -> None:
-        """Log a step whose update was left out, or that was flagged."""
+        """Log a step whose update was skipped, or that was flagged."""
         oddity = describe_oddity(result, before, after, self.hosts)
         if oddity is not None:
             log_once(logger, logging.WARNING, oddity)

@@ -1,6 +1,6 @@
 """Every curve of a run: its tag in TensorBoard and in metrics.jsonl, and what it means.
 
-Scripts and dashboards rely on the tags. The README's table of curves lists the same lines. PHASE
+Scripts and dashboards rely on the tags. The table of docs/curves.md has the same lines. PHASE
 stands for a phase of the objective: `eso_lm` has `diffusion` and `sequential`.
 """
 
@@ -25,7 +25,7 @@ LEARNING_RATE = _define("train/learning_rate", "learning rate of the step")
 DEVIATIONS = _define(
     "train/deviations", "standard deviations of loss or gradient norm above the steps before"
 )
-SKIPPED_STEPS = _define("train/skipped_steps", "updates left out so far")
+SKIPPED_STEPS = _define("train/skipped_steps", "updates skipped so far")
 SPIKES = _define("train/spikes", "steps flagged so far")
 ROLLBACKS = _define("train/rollbacks", "times that the run went back to a checkpoint")
 
@@ -64,7 +64,7 @@ VAL_NELBO_BY_FLOPS = _define("scaling/val_nelbo_by_flops", "`val/nelbo`; step ax
 VAL_NELBO_BY_TOKENS = _define("scaling/val_nelbo_by_tokens", "`val/nelbo`; step axis in tokens")
 
 MEANINGS: Mapping[str, str] = MappingProxyType(_meanings)
-"""What each tag means, in the order of the README's table."""
+"""What each tag means, in the order of the table of docs/curves.md."""
 
 
 def loss_of_phase(phase: str) -> str:

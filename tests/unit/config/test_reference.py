@@ -1,4 +1,4 @@
-"""The references of the configuration, docs/configuration.md and the README, follow the code."""
+"""The references of the configuration, in `docs`, follow the code."""
 
 import ast
 import inspect
@@ -62,10 +62,10 @@ def test_the_reference_says_what_a_line_of_the_code_says() -> None:
     assert len([row for row in rows if row.startswith("| `")]) == len(KEYS)
 
 
-def test_the_readme_names_the_keys_that_a_resumed_run_keeps() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "(docs/configuration.md)" in readme
-    (row,) = re.findall(r"^\| refused \| (.+) \|$", readme, re.MULTILINE)
+def test_the_document_names_the_keys_that_a_resumed_run_keeps() -> None:
+    document = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert "(configuration.md)" in document
+    (row,) = re.findall(r"^\| refused \| (.+) \|$", document, re.MULTILINE)
     kept, _, free = row.partition(" but ")
     patterns, exceptions = (re.findall(r"`([\w.*]+)`", part) for part in (kept, free))
     named = {path for path in KEYS if any(fnmatch(path, pattern) for pattern in patterns)}
