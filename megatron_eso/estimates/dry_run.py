@@ -1,4 +1,4 @@
-"""What `--dry-run` prints: the resolved configuration and what a run of it would take.
+"""The text of `--dry-run`: the resolved configuration and the resources of its run.
 
 The text is a TOML file, the estimates its comments.
 """
@@ -20,15 +20,18 @@ GIB = 2**30
 
 
 def format_dry_run(loaded: LoadedConfig, world_size: int | None = None) -> str:
-    """The resolved configuration, layout, parameters, FLOPs, memory and checkpoint size.
+    """Return the resolved configuration, layout, parameters, FLOPs, memory and checkpoint size.
 
     Args:
-        loaded: without `data.vocab_size` the embedding and the head are left out, and the text
-            says so.
-        world_size: number of ranks; None: the fewest that the layout needs.
+        loaded: The configuration. Without `data.vocab_size` the estimates have no embedding and no
+            head, and a line says so.
+        world_size: Number of ranks; None: the fewest that the layout needs.
+
+    Returns:
+        A TOML file with the estimates as comments.
 
     Raises:
-        ConfigError: the number of ranks does not fit the layout or the batch sizes.
+        ConfigError: The number of ranks does not fit the layout or the batch sizes.
     """
     config = loaded.config
     if world_size is None:
@@ -37,6 +40,7 @@ def format_dry_run(loaded: LoadedConfig, world_size: int | None = None) -> str:
     vocab_size = config.data.vocab_size or 0
     mask_token_id = config.data.mask_token_id or 0
     objective = build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id)
+    # The estimates, a comment each, under the configuration.
     lines = [f"warning: {warning}" for warning in loaded.warnings]
     lines += describe_layout(config, objective, world_size, data_parallel_size)
     if not vocab_size:
@@ -81,7 +85,7 @@ def describe_mix(objective: Objective, size: int) -> str:
 
 
 def describe_model(config: Config, objective: Objective, vocab_size: int) -> list[str]:
-    """Parameters and FLOPs."""
+    """Describe parameters and FLOPs."""
     counts = count_parameters(config.model, vocab_size)
     num_tokens = config.data.sequence_length
     by_phase = ", ".join(
@@ -102,7 +106,7 @@ def describe_model(config: Config, objective: Objective, vocab_size: int) -> lis
 def describe_memory(
     config: Config, objective: Objective, vocab_size: int, data_parallel_size: int
 ) -> list[str]:
-    """Memory of the fullest rank, and checkpoints."""
+    """Describe the memory of the fullest rank, and checkpoints."""
     memory = estimate_memory(config, vocab_size, objective, data_parallel_size)
     checkpoint = estimate_checkpoint(config, vocab_size)
     keep_last = config.checkpoint.keep_last

@@ -1,8 +1,8 @@
 """Floating-point operations that the objective needs.
 
-They count a multiplication and an addition as two, of matrix products only (norms, softmax and
-rotary embedding are left out): rows that exist, the causal half of attention, loss rows in the last
-layer and the head. No padding, no recomputation.
+Only matrix products count, a multiplication and an addition as two operations; norms, softmax and
+rotary embedding do not. Counted are the rows that exist, the causal half of attention, and the loss
+rows in the last layer and the head. Padding and recomputation are not counted.
 """
 
 from megatron_eso.config.model import ModelConfig
@@ -14,12 +14,12 @@ BACKWARD_AND_FORWARD = 3
 
 
 def forward_flops(model: ModelConfig, vocab_size: int, counts: RowCounts) -> float:
-    """FLOPs of a forward pass.
+    """Return the FLOPs of a forward pass.
 
     Args:
-        model: the transformer.
-        vocab_size: tokens of the vocabulary, unpadded.
-        counts: rows of any number of samples.
+        model: The transformer.
+        vocab_size: Tokens of the vocabulary, unpadded.
+        counts: Rows of any number of samples.
     """
     hidden = model.hidden_size
     key_value = 2 * model.num_query_groups * model.head_dim * hidden
@@ -37,7 +37,7 @@ def training_flops_per_token(
 ) -> float:
     """Return the expected FLOPs of forward and backward pass, per token of a whole sample.
 
-    A token of a sample that `data.ssl_ratio` cuts short needs fewer, for its attention reads less.
+    A token of a sample that `data.ssl_ratio` shortens needs fewer: its attention reads less.
     """
     counts = RowCounts()
     for phase, expected in zip(objective.phases, objective.expect_rows(num_tokens), strict=True):

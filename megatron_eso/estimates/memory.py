@@ -1,4 +1,4 @@
-"""Bytes that a run takes: on the fullest rank, and on disk for a checkpoint."""
+"""Bytes that a run needs: on the fullest rank, and on disk for a checkpoint."""
 
 from dataclasses import dataclass
 
@@ -24,14 +24,14 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of it, without the framework's own."""
+        """The sum of all parts, without the memory of the framework itself."""
         return self.weights + self.gradients + self.optimizer + self.ema + self.activations
 
 
 def estimate_memory(
     config: Config, vocab_size: int, objective: Objective, data_parallel_size: int
 ) -> MemoryEstimate:
-    """Return bytes on the fullest rank: exact for state, `estimate_activations` for the rest."""
+    """Return the bytes on the fullest rank: activations estimated, everything else exact."""
     parallel = config.parallel
     shards = data_parallel_size if parallel.use_distributed_optimizer else 1
     estimates = []
@@ -54,11 +54,11 @@ def estimate_memory(
 def estimate_activations(config: Config, vocab_size: int, objective: Objective, stage: int) -> int:
     """Return the bytes that a stage keeps for its backward pass.
 
-    Per row of a layer: both norms' inputs in the residual stream's type and outputs in the compute
-    type, queries, keys, values, attention output, and the MLP's width before and after activation;
-    under full recomputation the layer's input alone, and one layer's all. A stage holds as many
-    micro-batches as pipeline stages follow it, itself included. The last stage adds float32
-    logits and their softmax, both times the loss rows.
+    A row of a layer keeps the inputs of both norms in the residual stream's type and their outputs
+    in the compute type, queries, keys, values, attention output, and the MLP's width before and
+    after activation. Under full recomputation it keeps the layer's input only, and one layer keeps
+    everything. A stage holds one micro-batch for itself and one for each pipeline stage after it.
+    The last stage adds float32 logits and their softmax, each once for every loss row.
     """
     model, parallel = config.model, config.parallel
     compute = COMPUTE_BYTES[config.train.precision]
@@ -68,9 +68,11 @@ def estimate_activations(config: Config, vocab_size: int, objective: Objective, 
     stages = parallel.pipeline_model_parallel_size
     gated = 3 if model.activation == "swiglu" else 2
     heads = 2 * (model.num_attention_heads + model.num_query_groups) * model.head_dim
+    # Bytes of a row: the residual stream and norms, then everything in a layer.
     stream = model.hidden_size * residual / rows_ranks
     outer = 2 * stream + 2 * model.hidden_size * compute / rows_ranks
     layer = outer + (heads + gated * model.ffn_hidden_size) * compute / ranks
+    # Micro-batches whose activations are alive at once.
     num_layers = parallel.count_stage_layers(model.num_layers, stage)
     in_flight = float(stages - stage)
     if parallel.virtual_pipeline_model_parallel_size:
@@ -79,6 +81,7 @@ def estimate_activations(config: Config, vocab_size: int, objective: Objective, 
         row = num_layers * stream * in_flight + layer
     else:
         row = num_layers * layer * in_flight
+    # All rows of a micro-batch, and the logits on the last stage.
     counts = expect_micro_batch_rows(config, objective)
     total = row * counts.rows
     if stage == stages - 1:
@@ -88,7 +91,7 @@ def estimate_activations(config: Config, vocab_size: int, objective: Objective, 
 
 
 def expect_micro_batch_rows(config: Config, objective: Objective) -> RowCounts:
-    """Return the rows of a micro-batch: of the mix, or of the larger phase where it holds one."""
+    """Return the rows of a micro-batch of all phases, or of the larger phase if it holds one."""
     size, shares = config.train.micro_batch_size, [phase.share for phase in objective.phases]
     expected = objective.expect_rows(config.data.sequence_length)
     if not (shares[0] * size).is_integer():

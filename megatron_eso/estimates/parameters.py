@@ -25,11 +25,11 @@ class ParameterCounts:
 
 
 def parameter_shapes(model: ModelConfig, vocab_size: int) -> list[tuple[Group, str, int, bool]]:
-    """The model's parameters; those of one layer stand for every layer.
+    """List the model's parameters; those of one layer stand for every layer.
 
     Args:
-        model: the transformer.
-        vocab_size: tokens of the vocabulary, unpadded.
+        model: The transformer.
+        vocab_size: Tokens of the vocabulary, unpadded.
 
     Returns:
         Group, name, size, and whether tensor-parallel ranks share it.
@@ -39,6 +39,7 @@ def parameter_shapes(model: ModelConfig, vocab_size: int) -> list[tuple[Group, s
     qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
     fc1 = width * (2 if model.activation == "swiglu" else 1)
     norm = 2 if model.normalization == "LayerNorm" else 1
+    # What every model has.
     shapes: list[tuple[Group, str, int, bool]] = [
         ("embedding", "word_embeddings.weight", vocab * hidden, True),
         ("layer", "input_layernorm", norm * hidden, False),
@@ -49,6 +50,7 @@ def parameter_shapes(model: ModelConfig, vocab_size: int) -> list[tuple[Group, s
         ("layer", "linear_fc2.weight", width * hidden, True),
         ("final_norm", "final_layernorm", norm * hidden, False),
     ]
+    # What depends on the section `model`.
     if model.add_bias_linear:
         shapes += [
             ("layer", "linear_qkv.bias", qkv, True),
@@ -68,7 +70,7 @@ def parameter_shapes(model: ModelConfig, vocab_size: int) -> list[tuple[Group, s
 
 
 def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCounts:
-    """Parameters of the whole model, a tied embedding once."""
+    """Count the parameters of the whole model; a tied embedding counts once."""
     shapes = parameter_shapes(model, vocab_size)
 
     def total(group: Group) -> int:
@@ -85,7 +87,7 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCounts:
 def count_rank_parameters(
     model: ModelConfig, parallel: ParallelConfig, vocab_size: int, stage: int
 ) -> int:
-    """Parameters on one rank of a pipeline stage; a tied embedding stands on both ends."""
+    """Count the parameters on one rank of a stage; both end stages have a tied embedding."""
     stages = parallel.pipeline_model_parallel_size
     copies = {
         "embedding": int(stage == 0),

@@ -1,7 +1,7 @@
-"""Attention over packed rows, and the last layer that goes on with the loss rows alone.
+"""Attention over packed rows, and the last layer, which continues with the loss rows only.
 
-The rows travel with the call as Megatron-Core's `packed_seq_params`: recompute keeps them in its
-closure, and no micro-batch can see the rows of another.
+The rows are an argument of each call, Megatron-Core's `packed_seq_params`. Recomputation keeps the
+argument in its closure, so a micro-batch never sees the rows of another.
 
 Shape suffixes: R rows, E loss rows, 1 the batch dimension of Megatron-Core's [rows, 1, hidden],
 H heads and G key/value groups of this tensor-parallel rank, D head size, F half of it.
@@ -24,7 +24,7 @@ from megatron_eso.objectives.rows import Rows
 
 
 def rotary_table(positions_R: Tensor, head_size: int, base: float) -> Tensor:
-    """Cosine and sine of every row's rotary angles, [2, R, 1, F] float32.
+    """Return cosine and sine of every row's rotary angles, [2, R, 1, F] float32.
 
     A row keeps the angle of its original position whatever its slot.
     """
@@ -52,19 +52,19 @@ class RowCoreAttention(torch.nn.Module):
         self.backend = choose_backend()
 
     def forward(self, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, rows: Rows) -> Tensor:
-        """Attend as the rows say; [R, H, D], zeros at padding rows."""
+        """Return the attention of all rows, [R, H, D]; zeros at padding rows."""
         return attend_rows(q_RHD, k_RGD, v_RGD, rows, self.backend)
 
 
 class LossRowCoreAttention(torch.nn.Module):
-    """Core attention of the last layer: the loss rows read, all rows are read."""
+    """Core attention of the last layer: loss rows are the queries, all rows are keys."""
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
         self.backend = choose_backend()
 
     def forward(self, q_EHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, rows: Rows) -> Tensor:
-        """Attend as the rows say; [E, H, D], zeros at padding rows."""
+        """Return the attention of the loss rows, [E, H, D]; zeros at padding rows."""
         return attend_loss_rows(q_EHD, k_RGD, v_RGD, rows, self.backend)
 
 
@@ -79,7 +79,7 @@ class RowSelfAttention(SelfAttention):
         packed_seq_params: Rows,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend among the rows of `packed_seq_params`, [R, 1, hidden] to output and bias."""
+        """Attend among the rows `packed_seq_params`; [R, 1, hidden] in, output and bias out."""
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         q_RHD, k_RGD, v_RGD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         q_RHD, q_table = self.select_queries(q_RHD, rotary_pos_emb, packed_seq_params)
@@ -92,24 +92,24 @@ class RowSelfAttention(SelfAttention):
     def select_queries(
         self, q_RHD: Tensor, table_2R1F: Tensor, _rows: Rows
     ) -> tuple[Tensor, Tensor]:
-        """Rows that read, with their rotary table: all of them."""
+        """Return the queries of all rows, with their rotary table."""
         return q_RHD, table_2R1F
 
 
 class LossRowSelfAttention(RowSelfAttention):
-    """Self-attention whose output is wanted for the loss rows only."""
+    """Self-attention that computes its output for the loss rows only."""
 
     def select_queries(
         self, q_RHD: Tensor, table_2R1F: Tensor, rows: Rows
     ) -> tuple[Tensor, Tensor]:
-        """Rows that read, with their rotary table: the loss rows."""
+        """Return the queries of the loss rows, with their rotary table."""
         return q_RHD[rows.loss_rows_E], table_2R1F[:, rows.loss_rows_E]
 
 
 class LossRowTransformerLayer(TransformerLayer):
     """The last layer: [R, 1, hidden] in, [E, 1, hidden] out.
 
-    The other rows are needed no further than their keys and values.
+    Of the other rows it needs only keys and values.
     """
 
     def _forward_attention(
@@ -132,9 +132,9 @@ class LossRowTransformerLayer(TransformerLayer):
     def select_loss_rows(self, hidden_states: Tensor, rows: Rows) -> Tensor:
         """Take the loss rows of the residual stream; collective over TP under sequence parallelism.
 
-        Each rank holds the whole gradient of the selected rows after the scatter's backward
-        gathers it, so the gather's backward must split and not sum
-        (`tensor_parallel_output_grad=False`): summing would scale it by the group's size.
+        The backward of the scatter gathers the whole gradient of the selected rows on each rank.
+        The backward of the gather must therefore split it (`tensor_parallel_output_grad=False`): a
+        sum would multiply it by the group's size.
         """
         if not self.config.sequence_parallel:
             return hidden_states[rows.loss_rows_E]

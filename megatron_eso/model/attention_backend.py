@@ -1,4 +1,4 @@
-"""The interface of what computes attention, and the table of backends.
+"""The interface of attention backends, and their table.
 
 Shapes: R rows of all streams, Q strict queries, N keys, H heads, G key/value groups, D head
 dimension. Head h reads group `h // (H / G)`; the scale is `D ** -0.5`.
@@ -36,10 +36,12 @@ class AttentionBackend(Protocol):
         own_v_QGD: Tensor,
         spans: tuple[QuerySpan, ...],
     ) -> Tensor:
-        """Return the attention of strict queries, `[Q, H, D]`; without keys it is the own value.
+        """Return the attention of strict queries, `[Q, H, D]`.
+
+        A query without keys returns its own value.
 
         Args:
-            q_QHD: Queries, rotated, those of one span after the other.
+            q_QHD: Queries, rotated, one span after the other.
             k_NGD: Keys of the streams, rotated.
             v_NGD: Their values.
             own_k_QGD: Each query's own key.

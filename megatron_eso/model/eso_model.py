@@ -32,7 +32,7 @@ class EsoModel(LanguageModule):
         pg_collection: Groups of this rank.
         pre_process: Whether this part holds the embedding.
         post_process: Whether this part holds the head and gives the loss.
-        vp_stage: Number of the virtual chunk under an interleaved pipeline.
+        vp_stage: Number of the model chunk under an interleaved pipeline, else None.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class EsoModel(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = model.share_embeddings_and_output_weights
         self.rotary_base = model.rotary_base
+        # The first stage embeds tokens.
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config=transformer_config,
@@ -60,8 +61,9 @@ class EsoModel(LanguageModule):
                 position_embedding_type="rope",
                 tp_group=pg_collection.tp,
             )
-            # The reference drops out the residual branches and not the embedding.
+            # The reference applies dropout to the residual branches only, not to the embedding.
             self.embedding.embedding_dropout.p = 0.0
+        # Every stage has some of the layers.
         self.decoder = TransformerBlock(
             config=transformer_config,
             spec=build_block_submodules(
@@ -72,6 +74,7 @@ class EsoModel(LanguageModule):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        # The last stage has the head, and the entries that it must never predict.
         if post_process:
             tied = self.share_embeddings_and_output_weights
             self.output_layer = ColumnParallelLinear(
@@ -91,12 +94,12 @@ class EsoModel(LanguageModule):
             self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Take the previous stage's output, as Megatron-Core's schedules hand it over."""
+        """Store the previous stage's output, which Megatron-Core's schedules pass here."""
         tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         self.decoder.set_input_tensor(tensors[0])
 
     def forward(self, rows: Rows, targets_E: Tensor) -> Tensor:
-        """Run this stage's part over rows; collective over TP.
+        """Run this stage's layers over the rows; collective over TP.
 
         Args:
             rows: What the network reads.
@@ -104,7 +107,7 @@ class EsoModel(LanguageModule):
 
         Returns:
             On the last stage the negative log-likelihood of each loss row's target in nats,
-            float32 [E], anything at padding; elsewhere the hidden states for the next stage.
+            float32 [E], any value at padding. On other stages, hidden states for the next stage.
         """
         head_size = self.config.kv_channels
         hidden: Tensor = self.decoder(
@@ -127,7 +130,7 @@ class EsoModel(LanguageModule):
         return embedded
 
     def compute_logits(self, hidden_E1D: Tensor) -> Tensor:
-        """This rank's logits [E, 1, V] in float32, the mask token and padded entries at -inf."""
+        """Return this rank's logits [E, 1, V], float32; mask token and padded entries are -inf."""
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
         logits_E1V, _ = self.output_layer(hidden_E1D, weight=weight)
@@ -140,7 +143,7 @@ class EsoModel(LanguageModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Shards of this part for a distributed checkpoint, a tied embedding once."""
+        """Return this part's shards for a distributed checkpoint; a tied embedding comes once."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        # Linear layers report an empty extra state for Transformer Engine's sake.
+        # Linear layers add an empty extra state, which only Transformer Engine needs.
         return {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}

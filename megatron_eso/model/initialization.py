@@ -1,6 +1,6 @@
 """Initial values as a function of (seed, global name): the same on every layout.
 
-Megatron-Core's own initialisation depends on the pipeline layout.
+Megatron-Core's own initialization depends on the pipeline layout.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ BRANCH_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 @torch.no_grad()
 def initialize_parameters(model: EsoModel, config: ModelConfig, seed: int) -> None:
-    """Fill the parameters that this rank holds; no communication."""
+    """Fill the parameters of this rank, without communication."""
     for parameter, sharded in shard_parameters(model):
         parts = sharded.build() if isinstance(sharded, ShardedTensorFactory) else [sharded]
         for part in parts:
@@ -29,18 +29,18 @@ def initialize_parameters(model: EsoModel, config: ModelConfig, seed: int) -> No
             whole = draw_parameter(part.key, part.global_shape, config, seed)
             part.data.copy_(whole[index])
         if parts[0].local_shape != parts[0].global_shape:
-            # Megatron-Core's own initialisation would set it: the gradient's norm counts a
-            # parameter without this mark on the first tensor-parallel rank only.
+            # Megatron-Core's own initialization sets this mark. Without it, the gradient's norm
+            # counts the parameter on the first tensor-parallel rank only.
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         assert parameter.isfinite().all(), sharded.key
 
 
 def draw_parameter(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """Initial value of the whole parameter `name`, float32.
+    """Draw the initial value of the whole parameter `name`, float32.
 
-    Norms are the identity, biases and residual gates zero, weights normal with `init_method_std`.
-    The outputs of the residual branches are scaled by 1 / sqrt(2 num_layers) as in Megatron-Core,
-    unless gates close the branches at the start anyway.
+    Norms are the identity, biases and residual gates are zero, weights are normal with
+    `init_method_std`. As in Megatron-Core, the output weights of the residual branches are scaled
+    by 1 / sqrt(2 num_layers). They are not scaled where gates close the branches at the start.
     """
     if name.endswith(("norm.weight", "norm_weight")):
         return torch.ones(shape)

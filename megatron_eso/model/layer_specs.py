@@ -1,4 +1,4 @@
-"""Which modules the transformer is made of, as Megatron-Core's ModuleSpecs."""
+"""The modules of the transformer, as Megatron-Core's ModuleSpecs."""
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
@@ -31,8 +31,8 @@ from megatron_eso.model.layers import (
     get_bias_dropout_add,
 )
 
-# Megatron-Core's checkpoints name the norms as the fused linears of Transformer Engine do; with the
-# same names a checkpoint does not depend on what was installed when it was written.
+# Transformer Engine fuses norms into linear layers and names them so in checkpoints. The same names
+# here make a checkpoint independent of what was installed when it was written.
 CHECKPOINT_KEYS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -40,9 +40,11 @@ CHECKPOINT_KEYS = {
 
 
 def build_layer_spec(model: ModelConfig, *, last: bool) -> ModuleSpec:
-    """Spec of one transformer layer; the last one goes on with the loss rows only."""
+    """Return the spec of one transformer layer; the last continues with the loss rows only."""
+    # Choose the modules that the section `model` asks for.
     norm = RMSNorm if model.normalization == "RMSNorm" else LayerNorm
     row_parallel = GatedRowParallelLinear if model.residual_gates else RowParallelLinear
+    # Attention, then MLP, then the layer around both.
     attention = ModuleSpec(
         module=LossRowSelfAttention if last else RowSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -75,7 +77,7 @@ def build_layer_spec(model: ModelConfig, *, last: bool) -> ModuleSpec:
 def build_block_submodules(
     model: ModelConfig, transformer_config: TransformerConfig, pp_rank: int, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """Layers of one pipeline stage (and virtual chunk), with the final norm."""
+    """Return the layers of one pipeline stage (and model chunk), with the final norm."""
     count = get_num_layers_to_build(transformer_config, vp_stage, pp_rank)
     first = get_transformer_layer_offset(transformer_config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(

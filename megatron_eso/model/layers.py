@@ -1,4 +1,4 @@
-"""The small layers that Megatron-Core lacks for this model.
+"""Small layers that this model needs and Megatron-Core lacks.
 
 Shape suffixes: R packed rows (R / TP under sequence parallelism), D hidden size.
 """
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 
 class LayerNorm(torch.nn.Module):
-    """LayerNorm in float32 whatever the input, with Megatron-Core's sequence-parallel mark.
+    """LayerNorm computed in float32 for any input, with Megatron-Core's sequence-parallel mark.
 
     Megatron-Core's own wrapper refuses sequence parallelism. The output has the parameters' dtype.
     """
@@ -27,7 +27,7 @@ class LayerNorm(torch.nn.Module):
         mark_sequence_parallel(self, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise the last dimension of `hidden`."""
+        """Normalize the last dimension of `hidden`."""
         normed = functional.layer_norm(
             hidden.float(),
             self.weight.shape,
@@ -39,7 +39,7 @@ class LayerNorm(torch.nn.Module):
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm in float32 whatever the input; see LayerNorm."""
+    """RMSNorm computed in float32 for any input; see LayerNorm."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class RMSNorm(torch.nn.Module):
         mark_sequence_parallel(self, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Normalise the last dimension of `hidden`."""
+        """Normalize the last dimension of `hidden`."""
         normed = functional.rms_norm(
             hidden.float(), self.weight.shape, self.weight.float(), self.eps
         )
@@ -56,10 +56,10 @@ class RMSNorm(torch.nn.Module):
 
 
 class GatedRowParallelLinear(RowParallelLinear):
-    """A RowParallelLinear whose output, bias included, is scaled per channel by a learned `gate`.
+    """A RowParallelLinear with a learned `gate` that scales each output channel, bias included.
 
-    The gates start at zero, so that every residual branch starts closed, as under the reference's
-    adaLN (models/dit.py); at export they fold into weight and bias.
+    The gates start at zero, so every residual branch starts closed, as with the reference's adaLN
+    (models/dit.py). At export they are folded into weight and bias.
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class GatedRowParallelLinear(RowParallelLinear):
         self.gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the gated output and the gated bias (none without one)."""
+        """Return the gated output and the gated bias; None where there is no bias."""
         output, bias = super().forward(input_)
         return output * self.gate, None if bias is None else bias * self.gate
 
 
 def mark_sequence_parallel(module: torch.nn.Module, config: TransformerConfig) -> None:
-    """Have Megatron-Core sum these gradients over the tensor-parallel ranks where needed."""
+    """Mark parameters whose gradients Megatron-Core sums over ranks under sequence parallelism."""
     for parameter in module.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -84,7 +84,7 @@ def mark_sequence_parallel(module: torch.nn.Module, config: TransformerConfig) -
 def get_bias_dropout_add(
     training: bool, _fused: bool
 ) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
-    """Bias, dropout and residual addition in the dtype of the residual stream.
+    """Return the addition of bias, dropout and residual, in the dtype of the residual stream.
 
     Megatron-Core 0.16.1 casts the residual to the branch's dtype here, which would undo
     `fp32_residual_connection`.

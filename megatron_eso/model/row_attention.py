@@ -1,4 +1,4 @@
-"""Attention of a layer over the rows of a micro-batch, put together from what a backend computes.
+"""Attention of a layer over the rows of a micro-batch, from the parts that a backend computes.
 
 Shapes: R rows, E loss rows, H heads, G key/value groups, D head dimension.
 """
@@ -21,16 +21,18 @@ def attend_rows(
         k_RGD: Keys, rotated. Head h reads group `h // (H / G)`.
         v_RGD: Values.
         rows: The rows.
-        backend: Computes it.
+        backend: Computes the parts.
 
     Returns:
         `[R, H, D]`; zeros at padding.
     """
     if rows.num_rows == 0:
         return _attend_nothing(q_RHD, k_RGD, v_RGD)
+    # Split the rows: mixed streams, clean streams, queries, padding.
     spans = find_body_spans(rows)
     sizes = [*spans.sizes, q_RHD.shape[0] - sum(spans.sizes)]
     q_parts, k_parts, v_parts = (torch.split(tensor, sizes) for tensor in (q_RHD, k_RGD, v_RGD))
+    # Streams attend causally; queries read the clean streams; padding stays zero.
     lengths = (spans.mixed_lengths, spans.clean_lengths)
     outputs = [
         backend.attend_causally(q_parts[i], k_parts[i], v_parts[i], lengths[i]) for i in (0, 1)
@@ -55,7 +57,7 @@ def attend_loss_rows(
         k_RGD: Keys of all rows, rotated; a loss row's own key is `k_RGD[loss_rows_E]`.
         v_RGD: Values of all rows.
         rows: The rows.
-        backend: Computes it.
+        backend: Computes the parts.
 
     Returns:
         `[E, H, D]`; zeros at padding.
@@ -63,6 +65,7 @@ def attend_loss_rows(
     num_queries = rows.num_loss_rows
     if num_queries == 0:
         return _attend_nothing(q_EHD, k_RGD, v_RGD)
+    # Each loss row is a strict query, with its own key and value besides those of its stream.
     q_QHD, q_padding = torch.split(q_EHD, [num_queries, q_EHD.shape[0] - num_queries])
     own_rows = rows.loss_rows_E[:num_queries]
     out_QHD = backend.attend_strictly(
@@ -77,5 +80,5 @@ def attend_loss_rows(
 
 
 def _attend_nothing(q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor) -> Tensor:
-    """Returns zeros that depend on the inputs: parameters before them get a gradient of zero."""
+    """Return zeros that depend on the inputs, so that their parameters get a zero gradient."""
     return torch.zeros_like(q_RHD) + q_RHD[:0].sum() + k_RGD[:0].sum() + v_RGD[:0].sum()

@@ -1,4 +1,4 @@
-"""Global names and places of a model's parameters: what its distributed checkpoint is made of."""
+"""Global names and offsets of a model's parameters in its distributed checkpoint."""
 
 from typing import Any, TypeAlias
 
@@ -13,7 +13,7 @@ Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
 def sharding_metadata(pg_collection: ProcessGroupCollection) -> dict[str, Any]:
-    """What Megatron-Core is told about the checkpoint: layers under keys of their own."""
+    """Return Megatron-Core's options of the checkpoint: each layer has keys of its own."""
     return {"non_homogeneous_layers": True, "dp_cp_group": pg_collection.dp_cp}
 
 

@@ -1,8 +1,8 @@
 """What reads what: causal streams and strict queries, from the rows of a micro-batch.
 
 A *strict query* i of m over the n keys of its stream reads the keys `[0, n - m + 1 + i)` and
-itself: causal attention with bottom-right alignment, and its own key and value besides. How that
-is computed is the matter of an attention backend.
+itself: causal attention with bottom-right alignment, and its own key and value. An attention
+backend computes it.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class BodySpans:
 
 
 def find_body_spans(rows: Rows) -> BodySpans:
-    """Return what rows read in the body: streams causally, mask queries the clean streams."""
+    """Return what rows read in all layers but the last: streams causally, queries clean streams."""
     clean_lengths = rows.stream_lengths[rows.num_mixed_streams :]
     return BodySpans(
         mixed_lengths=rows.stream_lengths[: rows.num_mixed_streams],
@@ -57,11 +57,11 @@ def find_body_spans(rows: Rows) -> BodySpans:
 
 
 def find_loss_spans(rows: Rows) -> tuple[QuerySpan, ...]:
-    """Return what loss rows read in the last layer: each the first n - 1 rows of its stream.
+    """Return what loss rows read in the last layer: the first n - 1 rows of their streams.
 
-    n are the tokens of the sample. Keys are numbered as the rows.
+    n is the number of tokens of the sample. Keys have the numbers of the rows.
     """
-    # Clean streams lack the row of the last slot already.
+    # Mixed streams have a row for the last slot, which no row reads; clean streams have none.
     num_clean_streams = len(rows.stream_lengths) - rows.num_mixed_streams
     unread = (1,) * rows.num_mixed_streams + (0,) * num_clean_streams
     ends = accumulate(rows.stream_lengths)

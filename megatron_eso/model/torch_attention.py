@@ -1,6 +1,6 @@
-"""Attention over spans in plain torch: any device, float64 too, no dense mask.
+"""Attention over query spans and streams in plain torch: any device and dtype, no dense mask.
 
-The own key and value of a strict query are merged with those of its stream by log-sum-exp.
+The log-sum-exp merges a strict query's own key and value with those of its stream.
 
 Shapes: R rows, Q strict queries, N keys, H heads, G key/value groups, D head dimension; r = H / G
 heads read one group, S streams of equal length, T their length, t queries of a tile, n keys that a
@@ -27,7 +27,7 @@ class TorchAttention:
     def attend_causally(
         self, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, lengths: tuple[int, ...]
     ) -> Tensor:
-        """Attend within each stream; consecutive streams of equal length are one call."""
+        """Attend within each stream; one call serves consecutive streams of equal length."""
         runs = [(length, len(list(run))) for length, run in groupby(lengths) if length]
         if not runs:
             return torch.zeros_like(q_RHD)
@@ -58,7 +58,7 @@ class TorchAttention:
         own_v_QGD: Tensor,
         spans: tuple[QuerySpan, ...],
     ) -> Tensor:
-        """Attend tile by tile, with a backward pass of its own."""
+        """Attend tile by tile, with a backward pass written by hand."""
         inputs = (q_QHD, k_NGD, v_NGD, own_k_QGD, own_v_QGD)
         out_QHD: Tensor = StrictQueryAttention.apply(*inputs, spans)  # type: ignore[no-untyped-call]
         return out_QHD
@@ -70,12 +70,12 @@ class _Tile(NamedTuple):
 
 
 class StrictQueryAttention(torch.autograd.Function):
-    """Strict queries, the self term merged by log-sum-exp, and the backward of the merged whole.
+    """Attention of strict queries with the self term merged, and the backward of the whole.
 
-    Differentiating through the merge would need the gradient of the log-sum-exp, which fused
-    kernels do not give. The backward takes the merged output and log-sum-exp instead: the
-    probabilities `exp(score - lse)` of stream keys and of the own key are then those of one
-    softmax. Scores, sums and probabilities are float32 for low-precision inputs.
+    Autograd through the merge would need the gradient of the log-sum-exp, which fused kernels do
+    not give. The backward here uses the merged output and log-sum-exp: the probabilities
+    `exp(score - lse)` of stream keys and of the own key are then those of one softmax. Scores, sums
+    and probabilities are float32 for low-precision inputs.
     """
 
     @staticmethod
@@ -88,9 +88,10 @@ class StrictQueryAttention(torch.autograd.Function):
         own_v_QGD: Tensor,
         spans: tuple[QuerySpan, ...],
     ) -> Tensor:
-        """Returns `[Q, H, D]` in the dtype of q."""
+        """Return `[Q, H, D]` in the dtype of q."""
         q, k, v, own_k, own_v = (_upcast(x) for x in (q_QHD, k_NGD, v_NGD, own_k_QGD, own_v_QGD))
         q_QGrD = _group_heads(q, k.shape[1]) * q.shape[-1] ** -0.5
+        # Start with the self term, then add each tile's keys to the softmax.
         own_scores_QGr = torch.einsum("qgrd,qgd->qgr", q_QGrD, own_k)
         lse_QGr = own_scores_QGr.clone()
         out_QGrD = torch.zeros_like(q_QGrD)
@@ -102,6 +103,7 @@ class StrictQueryAttention(torch.autograd.Function):
             probabilities = (scores_Grtn - lse_tGr.permute(1, 2, 0)[..., None]).exp_()
             out_QGrD[tile.queries] = torch.einsum("grtn,ngd->tgrd", probabilities, v[tile.keys])
             lse_QGr[tile.queries] = lse_tGr
+        # The self term's probability needs the final log-sum-exp.
         own_probabilities_QGr = (own_scores_QGr - lse_QGr).exp_()
         out_QGrD += own_probabilities_QGr[..., None] * own_v[:, :, None]
         out_QHD = out_QGrD.flatten(1, 2).to(q_QHD.dtype)
@@ -112,7 +114,7 @@ class StrictQueryAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out_QHD: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of the five tensors, recomputing the probabilities."""
+        """Return the gradients of the five tensors; the probabilities are computed again."""
         q_QHD, k_NGD, v_NGD, own_k_QGD, own_v_QGD, out_QHD, lse_QGr = ctx.saved_tensors
         q, k, v, own_k, own_v, d_out = (
             _upcast(x) for x in (q_QHD, k_NGD, v_NGD, own_k_QGD, own_v_QGD, d_out_QHD)
@@ -121,6 +123,7 @@ class StrictQueryAttention(torch.autograd.Function):
         q_QGrD, d_out_QGrD = _group_heads(q, groups) * scale, _group_heads(d_out, groups)
         delta_QGr = (d_out_QGrD * _group_heads(_upcast(out_QHD), groups)).sum(-1)
 
+        # The self term.
         own_probabilities_QGr = (torch.einsum("qgrd,qgd->qgr", q_QGrD, own_k) - lse_QGr).exp_()
         d_own_scores_QGr = own_probabilities_QGr * (
             torch.einsum("qgrd,qgd->qgr", d_out_QGrD, own_v) - delta_QGr
@@ -129,6 +132,7 @@ class StrictQueryAttention(torch.autograd.Function):
         d_own_k = torch.einsum("qgr,qgrd->qgd", d_own_scores_QGr, q_QGrD)
         d_q_QGrD = d_own_scores_QGr[..., None] * own_k[:, :, None]
 
+        # The keys of the stream, tile by tile.
         d_k, d_v = torch.zeros_like(k), torch.zeros_like(v)
         for tile in _tiles(ctx.spans):
             scores_Grtn = _score(q_QGrD[tile.queries], k[tile.keys])
@@ -146,7 +150,7 @@ class StrictQueryAttention(torch.autograd.Function):
 
 
 def _tiles(spans: tuple[QuerySpan, ...]) -> Iterator[_Tile]:
-    """Yields tiles of queries with the keys that the last query of each reads, unless none."""
+    """Yield the tiles that have keys: queries, and the keys that the last of them reads."""
     first_query = 0
     for span in spans:
         for start in range(0, span.num_queries, TILE_QUERIES):
@@ -161,9 +165,9 @@ def _tiles(spans: tuple[QuerySpan, ...]) -> Iterator[_Tile]:
 
 
 def _score(q_tGrD: Tensor, k_nGD: Tensor) -> Tensor:
-    """Returns a tile's scores `[G, r, t, n]`, -inf where a key is not before the query."""
+    """Return a tile's scores `[G, r, t, n]`, -inf where a key is not before the query."""
     scores_Grtn = torch.einsum("tgrd,ngd->grtn", q_tGrD, k_nGD)
-    # The tile's last query reads all n keys and each one before it a key less.
+    # The tile's last query reads all n keys; each query before it reads one key less.
     num_queries = q_tGrD.shape[0]
     if num_queries > 1:
         hidden = torch.ones(

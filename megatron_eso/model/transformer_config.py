@@ -1,4 +1,4 @@
-"""The resolved configuration in Megatron-Core's terms: all that fills a TransformerConfig."""
+"""The resolved configuration as Megatron-Core's TransformerConfig."""
 
 from functools import partial
 
@@ -15,15 +15,16 @@ PARAMS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def build_transformer_config(
     model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
 ) -> TransformerConfig:
-    """Translate the sections for Megatron-Core; hooks of the training step are set by the trainer.
+    """Translate the sections for Megatron-Core; the trainer sets the hooks of the training step.
 
-    Weights are allocated on the CPU and uninitialised: `initialization.py` fills them by name, so
-    that every layout starts from the same values.
+    Weights are allocated on the CPU without values. `initialization.py` fills them by name, so that
+    every layout starts from the same values.
     """
     gated = model.activation == "swiglu"
     dtype = PARAMS_DTYPE[train.precision]
     recompute = train.recompute_granularity == "full"
     return TransformerConfig(
+        # The network.
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -40,6 +41,7 @@ def build_transformer_config(
         attention_dropout=0.0,
         init_method_std=model.init_method_std,
         fp32_residual_connection=model.fp32_residual_connection,
+        # The layout.
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
@@ -48,10 +50,11 @@ def build_transformer_config(
         overlap_p2p_comm=parallel.overlap_p2p_comm,
         batch_p2p_comm=parallel.batch_p2p_comm,
         batch_p2p_sync=torch.cuda.is_available(),
-        # The number of rows differs between micro-batches; Megatron-Core then insists on this
-        # dispatcher even of a model without experts.
+        # The number of rows differs between micro-batches. Megatron-Core then requires this
+        # dispatcher, even for a model without experts.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
+        # Precision and recomputation.
         params_dtype=dtype,
         pipeline_dtype=torch.float32 if model.fp32_residual_connection else dtype,
         bf16=train.precision == "bf16",
@@ -60,6 +63,7 @@ def build_transformer_config(
         recompute_num_layers=1 if recompute else None,
         use_cpu_initialization=True,
         perform_initialization=False,
+        # Fused kernels that are not used here.
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,

@@ -1,8 +1,8 @@
 """Any-order AR: every token is masked, and predicted from the tokens before it in a drawn order.
 
-These are the rows of Eso-LM's sequential phase at alpha_0 = 0, with orders of their own; the loss
-of a sample is its exact negative log-likelihood in its order (Set Diffusion, arXiv 2607.01775,
-trains on the same rows).
+The rows are those of Eso-LM's sequential phase at alpha_0 = 0, with another distribution of orders.
+The loss of a sample is its exact negative log-likelihood in its order. Set Diffusion, arXiv
+2607.01775, trains on the same rows.
 
 Shapes: B samples of a micro-batch, T positions, N samples of a validation set.
 """
@@ -27,12 +27,12 @@ from megatron_eso.randomness.purposes import Purpose
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnyOrderArObjective:
-    """The mean over orders of the negative log-likelihood.
+    """The objective: the mean over orders of the negative log-likelihood.
 
     Attributes:
         seed: The run's seed.
         mask_token_id: Token of the queries.
-        is_random: Whether each sample has an order of its own; else all are left to right.
+        is_random: Whether each sample has a drawn order; else every order is left to right.
     """
 
     seed: int
@@ -73,7 +73,7 @@ class AnyOrderArObjective:
         return self._plan(samples, self.seed, Purpose.SEQUENTIAL_ORDER)
 
     def validation_times(self, num_samples: int) -> Mapping[str, NDArray[np.float64]]:
-        """Return nothing: there is no time."""
+        """Return no times: the objective has none."""
         return {}
 
     def expect_rows(self, num_tokens: int) -> tuple[RowCounts]:
@@ -86,12 +86,14 @@ class AnyOrderArObjective:
 
     def _plan(self, samples: Samples, seed: int, purpose: Purpose, number: int = 0) -> MicroBatch:
         """Plan samples with every token masked, in orders of (seed, purpose, index, number)."""
+        # Draw the orders: sort keys for every position.
         shape = samples.tokens_BT.shape
         is_real_BT = np.arange(shape[1]) < samples.length_B[:, None]
         keys_BT = left_to_right_keys(shape)
         if self.is_random:
             bits = [random_bits(seed, purpose, int(i), shape[1], number) for i in samples.indices_B]
             keys_BT = uniform_keys(np.stack(bits))
+        # Mask every token of a sample, and sort its slots by the keys.
         noise = Noise(
             length_B=samples.length_B,
             is_masked_BT=is_real_BT,

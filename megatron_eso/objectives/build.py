@@ -1,4 +1,4 @@
-"""The table of objectives: a new objective is a file beside this one and a line here."""
+"""The table of objectives: a new objective is a file in this folder and a line here."""
 
 from collections.abc import Callable
 
@@ -20,6 +20,9 @@ def build_objective(config: ObjectiveConfig, *, seed: int, mask_token_id: int) -
         config: The section `objective`.
         seed: The run's seed, key of everything that the objective draws.
         mask_token_id: Token of masked slots.
+
+    Returns:
+        The objective.
     """
     build = OBJECTIVES[config.name]
     return build(config, seed=seed, mask_token_id=mask_token_id)

@@ -2,8 +2,8 @@
 
 A *place* is a sample's index minus the first index of its step, in `0 .. global_batch_size - 1`.
 Its phase depends on the place, the global batch size and the share of the first phase only, so
-that another layout trains on the same samples in the same phases. An objective of one phase has
-it for its first.
+that another layout trains on the same samples in the same phases. Where an objective has one
+phase, every place belongs to it.
 """
 
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class PhaseSplit:
         return 1 - is_first.astype(np.int64)
 
     def numbers_in_first(self, places: npt.ArrayLike) -> NDArray[np.int64]:
-        """Number the places of phase 0 from 0 on; meaningless at places of phase 1."""
+        """Return the number of each place within phase 0; no meaning at places of phase 1."""
         places = np.asarray(places, dtype=np.int64)
         return places * self.num_first // self.batch_size
 
@@ -53,8 +53,8 @@ class PhaseSplit:
 class Dealing:
     """The dealing of a global batch's places to phases, data-parallel ranks and micro-batches.
 
-    Where `micro_batch_size * share` is an integer, every micro-batch holds the same mix of
-    both phases. Else a micro-batch holds one phase, and the two kinds alternate evenly, in the same
+    Where `micro_batch_size * share` is an integer, every micro-batch holds the same mix of both
+    phases. Otherwise a micro-batch holds one phase, and the two kinds alternate evenly, in the same
     order on every rank.
 
     Attributes:
@@ -94,8 +94,17 @@ class Dealing:
     def micro_batches(self, data_parallel_rank: int) -> list[NDArray[np.int64]]:
         """Return the places of each micro-batch of one rank, those of phase 0 first.
 
-        Over all ranks each place comes exactly once. The list has the same length, and its
-        micro-batches the same number of samples of either phase, on every rank.
+        Over all ranks, each place comes exactly once. On every rank, the list has the same length
+        and its micro-batches have the same number of samples of either phase.
+
+        Args:
+            data_parallel_rank: The rank, from 0 on.
+
+        Returns:
+            One int64 array of places for each micro-batch.
+
+        Raises:
+            ValueError: There is no such rank.
         """
         if not 0 <= data_parallel_rank < self.data_parallel_size:
             raise ValueError(
@@ -114,6 +123,9 @@ class Dealing:
         Args:
             length_N: Real tokens of the step's samples, by place.
             num_phases: Phases of the objective.
+
+        Returns:
+            The tokens of each phase, in the order of the phases.
         """
         phase_N = self.split.phases(np.arange(self.global_batch_size))
         return tuple(int(length_N[phase_N == phase].sum()) for phase in range(num_phases))
@@ -132,7 +144,7 @@ class Dealing:
     def _deal(
         self, places: NDArray[np.int64], counts: NDArray[np.int64], data_parallel_rank: int
     ) -> list[NDArray[np.int64]]:
-        """Deal one phase's places: in order to micro-batches, within each to the ranks."""
+        """Deal one phase's places in order: to micro-batches, and within each to ranks."""
         ends = np.cumsum(counts * self.data_parallel_size)
         starts = ends - counts * self.data_parallel_size + counts * data_parallel_rank
         return [places[start : start + count] for start, count in zip(starts, counts, strict=True)]

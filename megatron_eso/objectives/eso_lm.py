@@ -44,8 +44,8 @@ class EsoLmObjective:
         mask_token_id: Token of masked slots.
         schedule: The noise schedule, with alpha_0.
         batch_split: Share of the samples that go through the diffusion phase.
-        is_weighted: Whether the diffusion phase is weighted as in the NELBO ("elbo"), or by 1
-            ("low_var").
+        is_weighted: Whether the diffusion phase has the weights of the NELBO ("elbo"), and not the
+            weight 1 ("low_var").
         sampling_eps: Lowest time.
     """
 
@@ -77,7 +77,8 @@ class EsoLmObjective:
         )
 
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
-        """Plan a micro-batch: each sample in the phase of its place."""
+        """Plan a micro-batch, each sample in the phase of its place."""
+        # The place of a sample in its step decides its phase and its stratum of times.
         split = PhaseSplit(step.batch_size, self.batch_split)
         places_B = samples.indices_B - step.first_index
         noise = draw_noise(
@@ -94,13 +95,15 @@ class EsoLmObjective:
         return self.plan_noise(samples, noise)
 
     def plan_validation(self, samples: Samples, num_samples: int) -> MicroBatch:
-        """Plan samples in both phases, or in the one that is there; times are stratified over N."""
+        """Plan samples in both phases, or in the only one; times are stratified over N samples."""
+        # At alpha_0 = 0 or 1 one phase has no tokens to predict.
         empty = {0.0: DIFFUSION, 1.0: SEQUENTIAL}.get(self.schedule.alpha_0)
         phases = [phase for phase in (DIFFUSION, SEQUENTIAL) if phase != empty]
         num_phases, size = len(phases), len(samples.indices_B)
         times_B = validation_times(
             VALIDATION_SEED, samples.indices_B, num_samples, sampling_eps=self.sampling_eps
         )
+        # Each sample comes once for every phase.
         tiled = Samples(
             tokens_BT=np.tile(samples.tokens_BT, (num_phases, 1)),
             indices_B=np.tile(samples.indices_B, num_phases),
@@ -119,7 +122,7 @@ class EsoLmObjective:
         return self.plan_noise(tiled, noise, for_nelbo=True)
 
     def plan_order(self, samples: Samples, number: int) -> MicroBatch:
-        """Plan orders of the sequential phase: alpha_0 T tokens at random, the rest in order."""
+        """Plan orders of the sequential phase: alpha_0 T tokens at random, then left to right."""
         noise = draw_any_order(
             VALIDATION_SEED,
             samples.indices_B,
@@ -130,7 +133,7 @@ class EsoLmObjective:
         return self.plan_noise(samples, noise, for_nelbo=True)
 
     def plan_largest(self, phase_B: NDArray[np.int64], sequence_length: int) -> MicroBatch:
-        """Plan T rows for a diffusion sample, T - 1 clean rows and T queries for a sequential."""
+        """Plan T rows per diffusion sample, T - 1 clean rows and T queries per sequential one."""
         shape = (len(phase_B), sequence_length)
         noise = Noise(
             length_B=np.full(shape[0], sequence_length),

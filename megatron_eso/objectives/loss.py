@@ -1,9 +1,9 @@
 """From the losses of single rows to the losses of the phases, and to the NELBO.
 
 Each phase's loss is the weighted sum over its masked tokens, divided by *all* real tokens of that
-phase in the global batch: not by the masked ones, and not by a rank's or micro-batch's own (the
-reference's algo.py, `EsoLM.loss`). The objective combines the phases; for Eso-LM their sum, with
-the weights of the NELBO, is the NELBO in nats per token.
+phase in the global batch. It is not divided by the masked tokens, nor by the tokens of one rank or
+micro-batch (the reference's algo.py, `EsoLM.loss`). The objective combines the phases. With the
+weights of the NELBO, their sum is Eso-LM's NELBO in nats per token.
 
 Shapes: B samples of a micro-batch, E loss rows, P phases, N samples of a validation set.
 """
@@ -28,8 +28,8 @@ class NelboEstimate:
 
     Attributes:
         nelbo: The mean over the samples.
-        standard_error: That of the mean over samples, nan for one sample; times are stratified over
-            the set, so it errs on the large side.
+        standard_error: Standard error of the mean over samples, nan for one sample. It is too large
+            rather than too small, because times are stratified over the set.
         phases: The part of each phase by its name; they add up to `nelbo`.
         by_time: For each phase that has times, the mean over the samples of each tenth of the
             times, by its middle.
@@ -50,8 +50,8 @@ def sum_phases(nll_E: Tensor, weights_E: Tensor, loss: LossRows, num_phases: int
     """Return `[P]`: the weighted sum of each phase.
 
     Args:
-        nll_E: `-log p(target)` in nats of the loss rows, with or without padding; anything, even
-            inf, at padding.
+        nll_E: `-log p(target)` in nats of the loss rows, with or without padding. At padding any
+            value is allowed, even inf.
         weights_E: `loss.weights_E` for the objective, `loss.elbo_weights_E` for the NELBO.
         loss: The loss rows.
         num_phases: P.
@@ -71,7 +71,7 @@ def normalize_phases(sums_P: Tensor, tokens: Sequence[int]) -> Tensor:
 def sum_samples(nll_E: Tensor, loss: LossRows, num_samples: int) -> Tensor:
     """Return float64 `[B]`: each sample's sum with ELBO weights, 0 for samples without loss rows.
 
-    Given the same losses, a sample's sum is the same whatever else the micro-batch holds.
+    A sample's sum depends on its own losses only, not on the other samples of the micro-batch.
     """
     sums_B = torch.zeros(num_samples, dtype=torch.float64, device=nll_E.device)
     if loss.num_real == 0:
@@ -86,10 +86,10 @@ def sum_samples(nll_E: Tensor, loss: LossRows, num_samples: int) -> Tensor:
 def estimate_nelbo(
     sums_PN: NDArray[np.float64], phases: Sequence[str], sequence_length: int
 ) -> NelboEstimate:
-    """Estimate the NELBO of a validation set, each of whose samples went through all phases.
+    """Estimate the NELBO of a validation set whose samples went through all phases.
 
     Args:
-        sums_PN: `sum_samples` of each sample in each phase; zeros where it went through without.
+        sums_PN: `sum_samples` of each sample in each phase; zero where the sample has no loss rows.
         phases: Names of the phases.
         sequence_length: T.
 
@@ -111,7 +111,7 @@ def estimate_nelbo(
 
 
 def mean_by_time(values_N: NDArray[np.float64], t_N: NDArray[np.float64]) -> dict[float, float]:
-    """Return the mean of the values of each tenth of the times, by its middle, empty ones left out.
+    """Return the mean value of each tenth of the times that has samples, by its middle.
 
     Args:
         values_N: A value of each sample.
@@ -133,5 +133,5 @@ def to_perplexity(nats_per_token: float) -> float:
 
 
 def _weigh(nll_E: Tensor, weights_E: Tensor, num_real: int) -> Tensor:
-    """Return weighted losses without padding, where 0 * inf could stand."""
+    """Return weighted losses without padding, where 0 * inf could occur."""
     return nll_E[:num_real] * weights_E[:num_real]

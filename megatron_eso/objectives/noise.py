@@ -20,13 +20,13 @@ SAMPLING_EPSILON = 1e-3
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Noise:
-    """What is drawn for the samples of a micro-batch.
+    """Times, masks and slot orders of the samples of a micro-batch.
 
     Attributes:
         length_B: int64, real tokens of each sample: its positions and slots beyond do not exist.
         is_masked_BT: Masked tokens, natural order; false beyond the length.
         permutation_BT: int64, `permutation[b, slot] = position`: clean tokens first, masked ones
-            after them, then whatever lies beyond the length.
+            after them, then the positions beyond the length.
         t_B: Times of the diffusion samples; nan for sequential ones.
         is_sequential_B: Samples of the sequential phase.
     """
@@ -40,6 +40,8 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class _Purposes:
+    """The random streams of training, or those of validation."""
+
     time: Purpose
     stratum: Purpose
     masks: tuple[Purpose, Purpose]  # diffusion, sequential
@@ -70,10 +72,10 @@ def diffusion_times(
 ) -> NDArray[np.float64]:
     """Draw the times of a step's samples, stratified over all its diffusion samples.
 
-    Of n diffusion samples in the global batch, each has a stratum of its own:
-    `t = (1 - eps) (u + stratum) / n + eps` with u of the sample. Strata are dealt by a permutation
-    of the step, so that no rank and no micro-batch always sees low times (the reference, algo.py
-    `_sample_t`, deals them in order).
+    The step has n diffusion samples and n strata, one for each:
+    `t = (1 - eps) (u + stratum) / n + eps` with u drawn for the sample. A permutation drawn for the
+    step deals the strata, so that no rank and no micro-batch always has low times. The reference
+    deals them in order (algo.py, `_sample_t`).
 
     Args:
         seed: The run's seed.
@@ -85,6 +87,7 @@ def diffusion_times(
     Returns:
         float64 `[B]` in [sampling_eps, 1); nan at places of the sequential phase.
     """
+    # Deal the strata to the step's diffusion samples, then draw a time in each.
     num_strata = split.num_first
     strata = np.argsort(random_bits(seed, Purpose.STRATUM, first_index, num_strata), kind="stable")
     t_B = np.full(len(places), np.nan)
@@ -114,6 +117,7 @@ def validation_times(
     Returns:
         float64 `[B]` in [sampling_eps, 1).
     """
+    # Deal the strata to the samples of the set, then draw a time in each.
     strata = np.argsort(
         random_bits(seed, Purpose.VALIDATION_STRATUM, 0, num_samples), kind="stable"
     )
@@ -139,12 +143,12 @@ def draw_noise(
     length_B: NDArray[np.int64] | None = None,
     is_validation: bool = False,
 ) -> Noise:
-    """Draw masks and slot orders.
+    """Return noise: draw masks and slot orders.
 
-    A token of a diffusion sample is masked with probability 1 - alpha_t, of a sequential sample
-    with 1 - alpha_0. Slots hold the clean tokens in random order, then the masked ones: in random
-    order in the diffusion phase, left to right in the sequential phase. A shorter sample has the
-    masks and the order of the whole one, without the positions beyond its length.
+    A token is masked with probability 1 - alpha_t in a diffusion sample, 1 - alpha_0 in a
+    sequential one. Slots hold the clean tokens in random order, then the masked ones: in random
+    order for diffusion, left to right for the sequential phase. A shorter sample has the masks and
+    the order of the whole one, without the positions beyond its length.
 
     Args:
         seed: The run's seed.
@@ -153,9 +157,8 @@ def draw_noise(
         t_B: Times; not read for sequential samples.
         schedule: The noise schedule.
         sequence_length: T.
-        length_B: Real tokens of the samples; None: T of each.
-        is_validation: Draws from generators of their own, so that no validation sample shares its
-            noise with a training sample.
+        length_B: Real tokens of the samples; None: T for each.
+        is_validation: Whether to draw from validation's streams, which training never uses.
     """
     purposes = _VALIDATION if is_validation else _TRAINING
     is_sequential_B = np.asarray(is_sequential_B, dtype=np.bool_)
@@ -163,11 +166,13 @@ def draw_noise(
     shape = (len(indices_B), sequence_length)
     if length_B is None:
         length_B = np.full(len(indices_B), sequence_length)
+    # Draw each sample's words from streams of its phase: one for the masks, one for the order.
     uniform_BT, bits_BT = np.empty(shape), np.empty(shape, dtype=np.uint64)
     for b, index in enumerate(indices_B):
         phase = int(is_sequential_B[b])
         uniform_BT[b] = uniform(seed, purposes.masks[phase], int(index), sequence_length)
         bits_BT[b] = random_bits(seed, purposes.orders[phase], int(index), sequence_length)
+    # Mask with the phase's probability, then sort the slots.
     clean_share_B = np.where(is_sequential_B, schedule.alpha_0, schedule.alpha(t_B))
     is_real_BT = np.arange(sequence_length) < length_B[:, None]
     is_masked_BT = is_real_BT & (uniform_BT < 1.0 - clean_share_B[:, None])
@@ -192,23 +197,28 @@ def draw_any_order(
 ) -> Noise:
     """Draw the `number`-th order of each sample for its exact likelihood, every token masked.
 
-    As in the sequential phase, a binomial number of positions with mean alpha_0 T come first, in
-    random order, and the rest follow left to right (the reference's algo.py, `_any_order_ar_loss`).
+    As in the sequential phase, a random set of positions comes first, in random order, and the
+    others follow left to right. The size of the set is binomial with mean alpha_0 T (the
+    reference's algo.py, `_any_order_ar_loss`).
 
     Args:
         seed: Key of the orders.
         indices_B: Indices of the samples in the set.
         number: Which of a sample's independent orders, from 0 on.
-        alpha_0: Share of tokens that come in random order.
+        alpha_0: Expected share of tokens that come first, in random order.
         sequence_length: T.
+
+    Returns:
+        The orders, with every token masked.
     """
     shape = (len(indices_B), sequence_length)
     permutation_BT = np.empty(shape, dtype=np.int64)
     for b, index in enumerate(indices_B):
-        # Far more samples than a set has lie between the orders of one.
+        # A set has far fewer than 2^40 samples, so no two orders draw from the same words.
         words = random_bits(
             seed, Purpose.ANY_ORDER, int(index) + (number << 40), 2 * sequence_length
         )
+        # The first half of the words chooses the set, the second half its order.
         bits_T, order_T = words.reshape(2, sequence_length)
         is_rest_T = (bits_T >> np.uint64(11)) * 2.0**-53 >= alpha_0
         permutation_BT[b] = sort_slots(

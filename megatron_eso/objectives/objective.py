@@ -1,7 +1,7 @@
-"""What an objective is: all that training, validation, estimates and records know of one.
+"""What an objective is: the interface that training, validation, estimates and records use.
 
-An objective is a value that is iterated, never a name that is compared. It plans the rows of a
-micro-batch, says which phases they belong to, and how the losses of the phases combine.
+Callers iterate over an objective's phases and never compare its name. An objective plans the rows
+of a micro-batch, assigns them to phases, and combines the losses of the phases.
 
 Shapes: B samples of a micro-batch, T positions, P phases, N samples of a validation set.
 """
@@ -76,12 +76,12 @@ class Objective(Protocol):
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch of a training step.
 
-        The phase of a sample is that of its place, its index minus `step.first_index`, as
-        `dealing.PhaseSplit` has it: batches are dealt to ranks by the same rule.
+        `dealing.PhaseSplit` gives the phase of a sample from its place, which is its index minus
+        `step.first_index`. The same rule deals batches to ranks.
         """
 
     def plan_validation(self, samples: Samples, num_samples: int) -> MicroBatch:
-        """Plan samples of a validation set of N, each once for every phase that it goes through.
+        """Plan samples of a validation set of N samples, each once for every phase.
 
         The noise is that of `VALIDATION_SEED`, the weights are those of the NELBO.
         """
@@ -99,7 +99,7 @@ class Objective(Protocol):
         """Return the times `[N]` of a validation set by phase, for the phases that have times."""
 
     def expect_rows(self, num_tokens: int) -> tuple[RowCounts, ...]:
-        """Return what one sample of each phase costs in the mean over its noise."""
+        """Return the rows of one sample of each phase, in the mean over its noise."""
 
     def combine(self, losses_P: Tensor) -> Tensor:
-        """Return the objective, or the NELBO, of the losses of the phases, each per token."""
+        """Combine the losses of the phases, each per token, to the objective or the NELBO."""

@@ -10,14 +10,14 @@ from megatron_eso.objectives.schedule import EPSILON
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowCounts:
-    """What a forward pass has to do, whole numbers or expectations; counts of samples add up."""
+    """Rows and pairs of a forward pass, counted or expected; the counts of samples add up."""
 
     rows: float = 0.0
-    """Rows of all layers but the last; the last computes their keys and values only."""
+    """Rows of every layer but the last. The last layer computes only their keys and values."""
     pairs: float = 0.0
     """Query-key pairs of a layer but the last."""
     loss_rows: float = 0.0
-    """Rows with a loss: the rest of the last layer, and the head."""
+    """Rows with a loss, which the rest of the last layer and the head compute."""
     loss_pairs: float = 0.0
     """Query-key pairs of the last layer."""
 

@@ -2,14 +2,14 @@
 
 A sample has n real tokens: T, or fewer where it was cut short. Rows are packed as
 - mixed streams (the diffusion phase), n rows each, slot order: clean tokens, then mask tokens;
-- clean streams (the sequential phase), n - 1 rows each, slot order: the clean token of the last
-  slot is read by nobody;
+- clean streams (the sequential phase), n - 1 rows each, slot order: no row reads the clean token of
+  the last slot;
 - mask queries of the clean streams, one for each masked token, slot order;
 - padding.
 
-In the body of the network, streams attend causally, and each query reads the clean stream of its
-sample strictly before its slot, and itself: exactly the 2T x 2T mask of the reference
-(models/dit.py, BD3-LM mask of block size 1) without the rows that nobody reads. In the last layer
+In every layer but the last, streams attend causally. Each query reads the clean stream of its
+sample strictly before its slot, and itself. This is the 2T x 2T mask of the reference
+(models/dit.py, BD3-LM mask of block size 1) without the rows that no loss needs. In the last layer
 every loss row is such a query, over the first n - 1 rows of its stream.
 
 Shapes: B samples, T positions or slots, R rows, E loss rows.
@@ -30,7 +30,7 @@ from megatron_eso.objectives.noise import Noise
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Rows:
-    """What a network reads: its rows, what they attend to, and which of them carry loss.
+    """The rows that a network reads, what they attend to, and which of them carry loss.
 
     Tensors lie on one device, lengths are Python integers. Samples without a masked token carry no
     loss and have no rows.
@@ -61,7 +61,7 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LossRows:
-    """What the loss rows of a micro-batch are to predict, and how much each counts.
+    """The targets of the loss rows of a micro-batch, and their weights.
 
     Attributes:
         targets_E: int64, the token to predict; 0 for padding.
@@ -90,13 +90,13 @@ Kind = TypeVar("Kind", Rows, LossRows)
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MicroBatch:
-    """What one forward pass takes.
+    """The input of one forward pass.
 
     Attributes:
         rows: What the network reads.
-        loss: What is made of its answers.
-        indices_B: int64, global indices of the samples; in validation, indices in the set, each
-            sample once for each phase that it goes through.
+        loss: What its loss rows predict.
+        indices_B: int64, global indices of the samples. In validation, indices in the set, where
+            each sample comes once for each phase.
         phase_B: int64, phase of each sample.
     """
 
@@ -110,11 +110,11 @@ class MicroBatch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        """Return the micro-batch in pinned memory: `to` a GPU then waits for nothing."""
+        """Return the micro-batch in pinned memory; `to` then copies it to a GPU without waiting."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def pad(self, row_multiple: int, mask_token_id: int) -> Self:
-        """Return the micro-batch with rows and loss rows padded to a multiple, one at least."""
+        """Return the micro-batch with rows and loss rows padded to a multiple, at least to one."""
         rows, loss = self.rows, self.loss
         missing_R = _count_missing(len(rows.tokens_R), row_multiple)
         missing_E = _count_missing(len(rows.loss_rows_E), row_multiple)
@@ -147,7 +147,7 @@ def plan_rows(
     """Plan the rows of a micro-batch.
 
     Args:
-        x_0_BT: int64, clean tokens in natural order; anything beyond a sample's length.
+        x_0_BT: int64, clean tokens in natural order; any value beyond a sample's length.
         noise: Lengths, masks and slot orders of the samples. Samples of `noise.is_sequential_B`
             become clean streams with queries, the others mixed streams.
         indices_B: Indices of the samples.
@@ -157,15 +157,17 @@ def plan_rows(
         mask_token_id: The mask token.
 
     Returns:
-        The micro-batch on the CPU, with at least one row and one loss row, of padding if need be.
+        The micro-batch on the CPU. It has one row and one loss row at least, padding if needed.
 
     Raises:
         ValueError: A shape does not fit.
     """
     if x_0_BT.shape != noise.permutation_BT.shape:
         raise ValueError(f"x_0 has shape {x_0_BT.shape}, its noise {noise.permutation_BT.shape}")
+    # Sort the samples into mixed and clean streams, and their tokens into slots.
     slots = _Slots.sort(x_0_BT, noise)
     sample_E = np.repeat(np.concatenate([slots.mixed, slots.clean]), slots.counts)
+    # Targets and weights of the loss rows: mask tokens of mixed streams, then queries.
     loss = LossRows(
         targets_E=_join(
             [
@@ -215,7 +217,7 @@ class _Slots:
 
     @classmethod
     def sort(cls, x_0_BT: NDArray[np.int64], noise: Noise) -> Self:
-        """Sort texts by slot; clean tokens come first, masked ones fill a sample's last slots."""
+        """Sort texts by slot: clean tokens come first, masked tokens fill a sample's last slots."""
         num_masked_B = noise.is_masked_BT.sum(axis=1)
         mixed = np.flatnonzero(~noise.is_sequential_B & (num_masked_B > 0))
         clean = np.flatnonzero(noise.is_sequential_B & (num_masked_B > 0))
@@ -238,6 +240,7 @@ class _Slots:
 
 def _pack(slots: _Slots, mask_token_id: int) -> Rows:
     """Pack the rows: mixed streams, clean streams, queries."""
+    # Tokens and positions, in the order of the rows.
     mixed, clean = slots.mixed, slots.clean
     queries = slots.permutation_BT[clean][slots.is_query]
     tokens_R = [
@@ -250,6 +253,7 @@ def _pack(slots: _Slots, mask_token_id: int) -> Rows:
         slots.permutation_BT[clean][slots.in_clean],
         queries,
     ]
+    # Mixed streams carry loss at their mask tokens, clean streams at their queries, the last rows.
     num_rows = sum(len(part) for part in tokens_R)
     loss_rows_E = [
         np.flatnonzero(slots.is_loss[slots.in_mixed]),
@@ -274,7 +278,7 @@ def _join(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> Tensor:
 
 
 def _count_missing(size: int, multiple: int) -> int:
-    """Return how much a size lacks to a multiple, at least one multiple."""
+    """Return how many entries a size lacks to a multiple of at least one `multiple`."""
     return -size % multiple if size else multiple
 
 

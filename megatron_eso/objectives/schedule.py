@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# The reference stops this short of t' = 1; it scales the derivative too.
+# The largest t' of the reference is 1 - EPSILON; the same factor scales the derivative.
 EPSILON = 1e-3
 
 
@@ -20,11 +20,11 @@ class LogLinearSchedule:
     alpha_0: float
 
     def alpha(self, t: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Returns the probability that a token is clean at the times t."""
+        """Return the probability that a token is clean at the times t."""
         return self.alpha_0 * (1.0 - (1.0 - EPSILON) * t)
 
     def elbo_weight(self, t: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Returns -alpha'_t / (1 - alpha_t), the weight of a masked token's loss in the NELBO.
+        """Return -alpha'_t / (1 - alpha_t), the weight of a masked token's loss in the NELBO.
 
         At alpha_0 = 1 it is 1 / t, with a pole at 0; below, it is at most alpha_0 / (1 - alpha_0).
         """

@@ -1,8 +1,8 @@
 """Randomness as a function of (seed, purpose, index).
 
-It is counter-based: the same on every rank, machine and layout, in any order of drawing. Raw
-Philox-4x64 blocks are used and nothing of numpy's distributions, since only the former are
-promised to stay as they are from one numpy release to the next.
+A counter-based generator gives the same words on every rank, machine and layout, in any order of
+drawing. The words are raw Philox-4x64 output: numpy promises that it stays the same from release to
+release, which it does not promise of its distributions.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ def random_bits(
     Returns:
         uint64 `[count]`.
     """
-    # Arrays with a type: numpy turns a list that holds an integer from 2^63 up into floats.
+    # Typed arrays, because numpy turns a list with an integer of 2^63 or more into floats.
     generator = np.random.Philox(
         key=np.array([seed, purpose], dtype=np.uint64),
         counter=np.array([0, 0, index, second_index], dtype=np.uint64),

@@ -1,9 +1,9 @@
 """Keyed permutations of [0, size) as pure functions: nothing is stored.
 
 A permutation is a Feistel network over [0, a) x [0, b), where a * b is the smallest such rectangle
-of nearly equal sides that holds the range; values outside the range walk on along their cycle
-(Black and Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3). Round keys are
-raw Philox bits, which numpy guarantees not to change.
+of nearly equal sides that holds the range. A value outside the range is permuted again until it
+lies inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3).
+Round keys are raw Philox bits, which numpy guarantees not to change.
 
 Shapes: N values.
 """
@@ -31,7 +31,7 @@ def round_keys(seed: int, purpose: Purpose, first: int, second: int = 0) -> npt.
 def permute(
     values_N: npt.NDArray[np.uint64], size: int, round_keys: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.int64]:
-    """Apply the keyed permutation of [0, size) to `values_N`, uint64 [N]."""
+    """Return what the keyed permutation of [0, size) makes of `values_N`, uint64 [N]."""
     width = math.isqrt(size - 1) + 1  # ceil(sqrt(size)), and 1 for size 1
     height = -(-size // width)
     values_N = _encipher(values_N, width, height, round_keys)
@@ -49,7 +49,7 @@ def _encipher(
     height: int,
     round_keys: npt.NDArray[np.uint64],
 ) -> npt.NDArray[np.uint64]:
-    """One pass of the Feistel network over [0, height) x [0, width), both sides below 2^32."""
+    """Apply the Feistel network over [0, height) x [0, width) once; both sides are below 2^32."""
     side_a, side_b = np.uint64(height), np.uint64(width)
     left_N, right_N = np.divmod(values_N, side_b)
     for number, key in enumerate(round_keys):
@@ -63,14 +63,14 @@ def _encipher(
 
 
 def _mix(values_N: npt.NDArray[np.uint64], key: np.uint64) -> npt.NDArray[np.uint64]:
-    """64 well mixed bits of each value."""
+    """Return 64 well mixed bits for each value."""
     mixed_N = values_N + key
     mixed_N = (mixed_N ^ (mixed_N >> _SHIFT_30)) * _MIX_1
     return (mixed_N ^ (mixed_N >> _SHIFT_27)) * _MIX_2
 
 
 def _scale(bits_N: npt.NDArray[np.uint64], size: np.uint64) -> npt.NDArray[np.uint64]:
-    """The high 32 bits of each value, scaled to [0, size)."""
+    """Return the high 32 bits of each value, scaled to [0, size)."""
     scaled_N: npt.NDArray[np.uint64] = ((bits_N >> _SHIFT_32) * size) >> _SHIFT_32
     return scaled_N
 
