@@ -1,4 +1,4 @@
-"""`build` beside the tokenizer alone and Megatron-LM's preprocess_data.py, and its memory.
+"""Time and memory of `build`, compared with the tokenizer and Megatron-LM's preprocess_data.py.
 
 MEGATRON_LM names a checkout of Megatron-LM whose tools/preprocess_data.py runs here, for example of
 its tag core_v0.15.3; without it that comparison is left out. All get the same JSONL of English

@@ -1,4 +1,4 @@
-"""How long a save holds the step, beside an fsynced save at once; and how long a resume takes.
+"""How long a save holds the step, compared with a save that waits; how long a resume takes.
 
 The state is a GiB or more: parameters, both moments and the average. What a step waits for is all
 between two steps: the list of what is to be saved, the copy, and the slowest rank. Nothing is

@@ -1,4 +1,4 @@
-"""Random rows with hash checks through the training prefetch thread, beside WebDataset's iterator.
+"""Random rows with hash checks through the prefetch thread, compared with WebDataset's iterator.
 
 All on one core, from the page cache; every way hands out int64 batches of 64 rows. Ratios are of
 tokens per second of the process's CPU time (both threads), which other work on the machine disturbs

@@ -1,4 +1,4 @@
-"""From imports done to the first row of a corpus of 1e12 tokens, beside one of 1e9.
+"""Time from the imports to the first row: a corpus of 1e12 tokens compared with one of 1e9.
 
 The manifest and the files beside the shards are as large as they would be; the shards are holes.
 """
@@ -57,7 +57,7 @@ def hashed(path: Path) -> HashedFile:
 
 
 def write_holes(directory: Path, num_tokens: int, tokenizer: Tokenizer) -> None:
-    """A dataset of zeros that takes no space, with everything beside the shards in full size."""
+    """Write a dataset of zeros without space on disk; all files but the shards have full size."""
     directory.mkdir()
     tokenizer.save(directory / "tokenizer")
     layout = ShardLayout(

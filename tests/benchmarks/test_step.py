@@ -1,4 +1,4 @@
-"""A training step at several alpha_0, beside the diffusion phase alone; times and FLOPs."""
+"""Time and FLOPs of a training step at several alpha_0, and of the diffusion phase alone."""
 
 import statistics
 import time

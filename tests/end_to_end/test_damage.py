@@ -1,4 +1,4 @@
-"""Damage to a checkpoint is found, told and survived: the run goes on from the one before."""
+"""A damaged checkpoint is found and logged, and the run continues from the one before."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def train(run: Path, data: Path, num_steps: int) -> subprocess.CompletedProcess[
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_the_one_before(tiny_data: Path, tmp_path: Path) -> None:
-    """Its records too: no step is missing or doubled. With nothing left, one line and code 1."""
+    """Continue the records too, no step twice or missing; without a checkpoint end with code 1."""
     first = train(tmp_path, tiny_data, 6)
     assert first.returncode == 0, first.stderr
     checkpoints = list_checkpoints(tmp_path / "checkpoints")

@@ -1,4 +1,4 @@
-"""A full disk: told, survived, nothing lost; the one thing that fails is a last save."""
+"""A full disk is logged and nothing is lost; only a last save that fails ends the run."""
 
 import json
 import os

@@ -15,7 +15,7 @@ NUM_STEPS = 300
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_many_kills_change_nothing(tiny_data: Path, tmp_path: Path) -> None:
-    """Saves beside every step; every kill of a random rank, or of all, at a random instant."""
+    """Save during every step, and kill a random rank, or all ranks, at random instants."""
     overrides: Overrides = OVERLAPPED | {
         "model.hidden_dropout": 0.1,
         "checkpoint.interval": 1,

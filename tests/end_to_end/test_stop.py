@@ -1,4 +1,4 @@
-"""However a run is told to stop: all ranks save the same step, say so, and go on bitwise."""
+"""Every way to stop a run: all ranks save the same step and log it, and the run resumes bitwise."""
 
 import os
 import signal

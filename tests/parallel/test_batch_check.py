@@ -118,7 +118,7 @@ def compare_steps(run: Path, data_by_rank: Path, overrides: Overrides) -> list[s
 def test_all_ranks_say_which_ranks_differ_where(
     num_ranks: int, overrides: Overrides, data_by_rank: Path, world: World, tmp_path: Path
 ) -> None:
-    """Those of the other copies too, which hold other batches by right."""
+    """Name the ranks of other copies too, whose batches differ legitimately."""
     answers = world.run(compare_steps, num_ranks, tmp_path, data_by_rank, overrides)
     for messages in answers:
         assert messages == answers[0]

@@ -156,7 +156,7 @@ def test_a_save_beside_the_steps_is_the_state_of_its_step(
 
 
 def save_many(run: Path, data: Path, overrides: Overrides, what: list[tuple[float, int]]) -> None:
-    """Save steps 1, 2, ... with the validation and the updates left out in a row of each."""
+    """Save steps 1, 2, ... with the validation and the updates skipped in a row of each."""
     from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 
     install_cpu_backend()
@@ -188,7 +188,7 @@ def save_many(run: Path, data: Path, overrides: Overrides, what: list[tuple[floa
 def test_retention(
     overrides: Overrides, kept: list[int], world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """The last, every n-th, the best, and the last before updates were left out (here 5)."""
+    """The last, every n-th, the best, and the last before updates were skipped (here 5)."""
     nan = float("nan")
     what = [(nan, 0), (9.0, 0), (2.0, 0), (3.0, 0), (4.0, 0), (5.0, 1), (6.0, 2), (nan, 3)]
     settings = {f"checkpoint.{key}": value for key, value in overrides.items()}
@@ -304,7 +304,7 @@ def restore_each(runs: list[Path], data: Path, overrides: Overrides) -> list[Res
 
 
 def test_a_new_run_starts_from_weights(world: World, tiny_data: Path, tmp_path: Path) -> None:
-    """With longer samples and another rotary base: the weights are taken over, all else is new."""
+    """Start with longer samples and another rotary base: only the weights come from the old run."""
     trained = world.run(train_tiny, 2, tmp_path / "a", tiny_data, DISTRIBUTED, 2)[0].checkpoint
     longer: Overrides = TP2 | {
         "checkpoint.init_from": f'"{tmp_path / "a"}"',

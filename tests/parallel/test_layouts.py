@@ -118,7 +118,7 @@ def test_steps_move_every_tensor(
 def test_edges_train_on_every_layout(
     edge: str, world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Of one phase alone, every parameter still takes part in every micro-batch."""
+    """Train one phase alone: every parameter still takes part in every micro-batch."""
     expected = world.run(train_tiny, 1, tmp_path / "one", tiny_data, EDGES[edge], 2)[0]
     for number, overrides in enumerate((SMALL, LAYOUTS["TP=2 SP"][1], LAYOUTS["PP=2"][1])):
         run = tmp_path / str(number)

@@ -1,4 +1,4 @@
-"""Learning rate, weight decay and average: closed forms, beside what Megatron-Core does."""
+"""Learning rate, weight decay and average, compared with closed forms."""
 
 import math
 from pathlib import Path
@@ -84,7 +84,7 @@ def test_learning_rate_is_a_function_of_the_step(
 def test_weight_decay_leaves_out_what_it_should(
     exclude: str, world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """A huge decay beside no gradient step: what decays shrinks, the rest stays."""
+    """Decay strongly without a gradient step: parameters that decay shrink, the others stay."""
     rate, decay = 1e-9, 1e8  # Adam moves by the rate at most, decay multiplies by 0.9
     overrides: Overrides = {
         "optimizer.learning_rate": rate,

@@ -1,4 +1,4 @@
-"""Updates that must not be applied: left out on all ranks, counted, told; then back and on."""
+"""Updates that must not be applied: skipped on all ranks, counted, logged; then a way back."""
 
 import dataclasses
 import hashlib
@@ -286,7 +286,7 @@ def test_going_back_skips_the_data_and_rewinds_the_records(
 def test_a_run_that_cannot_go_on_stops_with_one_line(
     world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """From step 6 on nothing can be applied: back to step 4, further back to 2, and enough."""
+    """Spoil every update from step 6 on: the run goes back to step 4, then to step 2, then ends."""
     bad = {BATCH * number: math.nan for number in range(5, 100)}
     ranks = world.run(run_loop, 2, tmp_path, tiny_data, ROLLBACK, spoil, bad)
     for ran in ranks:

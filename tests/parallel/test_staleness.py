@@ -66,7 +66,7 @@ def save_each_step(
 def test_successive_checkpoints_differ_in_every_tensor(
     layout: str, in_background: bool, world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Of weights, both moments and the average; every one of them moves in these steps."""
+    """Check weights, both moments and the average: each of them changes in these steps."""
     arguments = (tmp_path, tiny_data, LAYOUTS[layout], NUM_STEPS, in_background)
     assert world.run(save_each_step, 2, *arguments) == [[], []]
     written = list_checkpoints(tmp_path / "checkpoints")

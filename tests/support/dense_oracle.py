@@ -34,7 +34,7 @@ Parameters = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class OracleConfig:
-    """What the tensors' shapes do not tell."""
+    """What does not follow from the shapes of the tensors."""
 
     num_layers: int
     num_heads: int

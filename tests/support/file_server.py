@@ -1,4 +1,4 @@
-"""An HTTP server on loopback for the files of a folder, which counts requests and fails as told."""
+"""An HTTP server on loopback for the files of a folder; it counts requests and fails on demand."""
 
 import threading
 import time

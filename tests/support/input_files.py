@@ -64,7 +64,7 @@ def to_zstd(data: bytes) -> bytes:
 
 
 def write_parquet(path: Path, texts: pa.Array | Sequence[str | None], **options: object) -> Path:
-    """The texts as a column `text` beside another."""
+    """Write the texts as a column `text`, next to another column."""
     pq.write_table(pa.table({"other": range(len(texts)), "text": texts}), path, **options)
     return path
 

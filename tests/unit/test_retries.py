@@ -6,7 +6,7 @@ from megatron_eso.retries import retry
 
 
 class Faults:
-    """Fails as often as told."""
+    """An action that fails a given number of times."""
 
     def __init__(self, number: int, error: Exception) -> None:
         self.left = number

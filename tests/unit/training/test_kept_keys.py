@@ -73,7 +73,7 @@ def test_weights_of_another_run_fix_less(
 
 @pytest.mark.parametrize("path", ["objective.name", "objective.variant"])
 def test_another_objective_is_refused_on_resume(checkpoint: Path, path: str) -> None:
-    """Its weights may still start a run of another objective."""
+    """Refuse to resume; the weights may still start a run of another objective."""
     config = replace_value(make_config(), path, "another")
     with pytest.raises(ConfigError, match=f"^{path} = 'another', but .* was written with '"):
         check_same(checkpoint, config, "run", REMEDY)

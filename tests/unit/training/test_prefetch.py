@@ -110,7 +110,7 @@ def test_the_next_steps_are_ready_before_they_are_asked_for(
 def test_an_error_in_the_thread_is_raised_where_its_step_is_taken(
     tiny_data: Path, tmp_path: Path
 ) -> None:
-    """What was planned before it is handed out; a mended file is read again."""
+    """Return the steps planned before the error; after the file is repaired, it is read again."""
     data = tmp_path / "data"
     shutil.copytree(tiny_data, data)
     batches, plain = make_batches(data, tmp_path), make_batches(tiny_data, tmp_path)

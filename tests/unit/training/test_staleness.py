@@ -85,7 +85,7 @@ def test_a_moment_of_no_gradient_or_too_small_to_decay_may_stand_still(
 def test_an_average_that_rounds_to_itself_may_stand_still(
     distance: float, is_suspect: bool
 ) -> None:
-    """Of the distance to the parameter a share of 1 - DECAY is added at each update."""
+    """Add a share of 1 - DECAY of the distance to the parameter at each update."""
     before = make_sample(param=[1 + distance / 2] * 4)
     now = add(before, network=BOTH, param=[distance / 2] * 4, exp_avg=BOTH, exp_avg_sq=BOTH)
     names = ["ema.a", "ema.b"]

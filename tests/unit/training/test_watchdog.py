@@ -94,7 +94,7 @@ def test_a_stuck_interpreter_is_ended_with_its_stack(tmp_path: Path) -> None:
 
 
 def test_a_log_that_cannot_be_written_keeps_nobody_alive(tmp_path: Path) -> None:
-    """As on a file system that hangs: opening a pipe that nobody reads waits for ever."""
+    """Stand in for a file system that hangs: to open a pipe that nobody reads never returns."""
     os.mkfifo(tmp_path / "rank_0.log")
     assert start(tmp_path, 0, "wait").wait(timeout=60) == 1
     assert "in wait_for_the_other" in (tmp_path / "stderr_0").read_text()

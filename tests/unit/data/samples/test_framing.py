@@ -75,7 +75,7 @@ def test_every_sample_has_bos_text_and_eos(config: Config, tiny_data: Path) -> N
 
 
 def test_both_tokens_are_masked_like_any_other(config: Config) -> None:
-    """At a rate of at least 1 - alpha_0 in either phase, here 3/4, of 2 phases x 190 samples."""
+    """Count masks in 2 phases x 190 samples: each phase has a rate of at least 1 - alpha_0, 3/4."""
     held_out = open_held_out(config)
     targets = [
         (rows.positions_R[rows.loss_rows_E], rows.num_loss_rows)

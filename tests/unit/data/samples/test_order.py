@@ -1,4 +1,4 @@
-"""The order of samples: each row once per epoch, the same for any ranks and batches, for ever."""
+"""The order of samples: each data row once per epoch, in one order for any ranks and batches."""
 
 import hashlib
 

@@ -1,4 +1,4 @@
-"""Whatever happens to a dataset's files: no damaged token is handed out, and `verify` tells."""
+"""Damaged dataset files: no damaged token is returned, and `verify` reports the damage."""
 
 import itertools
 import os
@@ -86,7 +86,7 @@ def subject(tmp_path: Path, sound: Path) -> Subject:
 
 
 def test_every_cut_of_every_shard_is_detected(subject: Subject) -> None:
-    """By opening, always; by reading, where a file shrinks after it was opened; by verify."""
+    """Open, read after a file shrank, and verify: each of them detects the cut."""
     num_cuts = 0
     for shard, file in enumerate(subject.opened.manifest.shards):
         path = subject.directory / file.name

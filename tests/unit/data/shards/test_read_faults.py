@@ -31,7 +31,7 @@ UNMAPPED = Path("/proc/self/mem")
 
 
 def flip_bit(shard: Path) -> None:
-    """In the second block of the second record; row 56 is the first that reaches that block."""
+    """Flip a bit in the second record's second block; row 56 is the first row that reaches it."""
     content = bytearray(shard.read_bytes())
     content[SECOND_RECORD + BLOCK_BYTES + 5] ^= 1
     with shard.open("r+b") as file:
@@ -39,7 +39,7 @@ def flip_bit(shard: Path) -> None:
 
 
 def cut_off(shard: Path) -> None:
-    """In row 48, the ninth of the second record."""
+    """Cut the file in row 48, the ninth row of the second record."""
     os.truncate(shard, SECOND_RECORD + 8 * 2 * LENGTH + 1)
 
 

@@ -78,7 +78,7 @@ def make_bert() -> tokenizers.Tokenizer:
 
 
 def make_unigram() -> tokenizers.Tokenizer:
-    """Its special tokens are pieces of the model too, which would find them in a text."""
+    """Make a model whose special tokens are pieces too, so that it could find them in a text."""
     return train(
         models.Unigram(),
         trainers.UnigramTrainer(vocab_size=120, unk_token="<unk>"),
@@ -187,7 +187,7 @@ def test_no_text_gives_a_special_token(loaded: Tokenizer, name: str, parts: list
 
 
 def test_the_models_would_have_given_them(contents: dict[str, bytes]) -> None:
-    """What is guarded against happens with the library, also when it is told not to look."""
+    """Show the fault in the library itself, even with its option against it."""
     for name, text in (("unigram", "a</s>"), ("words", "fox </s>")):
         library = tokenizers.Tokenizer.from_str(contents[name].decode())
         library.encode_special_tokens = True

@@ -114,7 +114,7 @@ def test_a_little_work_is_not_kept(options: BuildOptions, tmp_path: Path) -> Non
 def test_what_a_kill_has_left_between_the_last_steps_is_finished(
     options: BuildOptions, tmp_path: Path
 ) -> None:
-    """The spans are put aside, the dataset takes its name, the rest is removed: a kill between."""
+    """Kill between the last steps: spans are moved, the dataset is named, the rest is removed."""
     stop_at_bad_line(options)
     building = tmp_path / "out.building"
     plan = (building / "plan.json").read_bytes()

@@ -1,4 +1,4 @@
-"""Deduplication and shuffling, against what a dictionary and the documents themselves tell."""
+"""Deduplication and shuffling, compared with a dictionary and the documents themselves."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Importing token files: what other writers put in is what our reader gives, damage is told."""
+"""Imported token files: the reader returns what other writers wrote, and damage is reported."""
 
 import json
 import struct
@@ -27,7 +27,7 @@ Documents = list[list[int]]
 
 @pytest.fixture(scope="module")
 def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of words that stand for nothing."""
+    """Write a tokenizer of words without meaning."""
     special = ["<unk>", "<s>", "</s>", "<pad>", "<mask>"]
     words = special + [f"w{number}" for number in range(len(special), VOCAB_SIZE)]
     vocabulary = {word: number for number, word in enumerate(words)}
@@ -73,7 +73,7 @@ def run_import(kind: str, inputs: Sequence[Path], tokenizer: Path, out: Path, *m
 def write_megatron(
     prefix: Path, documents: Documents, dtype: type = np.int32, *, sequences: int = 1
 ) -> Path:
-    """By Megatron's own writer; each document in so many sequences."""
+    """Write with Megatron's own writer, each document in the given number of sequences."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for document in documents:
         parts = np.array_split(np.array(document, dtype=np.int64), sequences)

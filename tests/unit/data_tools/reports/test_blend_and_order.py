@@ -1,4 +1,4 @@
-"""`blend` and `order`: beside counts of the samples themselves and the texts they come from."""
+"""`blend` and `order`, compared with counts of the samples and with their texts."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`inspect`: counts, lengths and rows beside what the texts themselves say."""
+"""`inspect`: counts, lengths and rows, compared with the texts themselves."""
 
 import json
 from collections.abc import Callable
