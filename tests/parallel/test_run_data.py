@@ -1,4 +1,4 @@
-"""What a run keeps of its data, and what may change on resume, from checkpoint to checkpoint."""
+"""The data that a run keeps from checkpoint to checkpoint, and what may change on resume."""
 
 import dataclasses
 import json

@@ -181,7 +181,7 @@ def test_a_live_writer_is_not_disturbed(tmp_path: Path) -> None:
 def test_whoever_comes_while_a_folder_takes_its_name_is_refused_or_does_it_anew(
     tmp_path: Path,
 ) -> None:
-    """A second writer opens the lock of the first just before the first removes it."""
+    """Let a second writer open the first one's lock just before the first removes it."""
 
     def write(number: int) -> int:
         try:

@@ -1,4 +1,4 @@
-"""What the comparison of two commits finds, and what it lets pass."""
+"""The differences that the comparison of two commits reports, and those that it ignores."""
 
 import json
 from pathlib import Path

@@ -133,7 +133,7 @@ def test_residual_gates_are_folded(tmp_path: Path, run_directory: Path) -> None:
 
 
 def test_the_newest_checkpoint_is_taken_unless_told(tmp_path: Path, run_directory: Path) -> None:
-    """Whatever `latest` names, which is written for people."""
+    """Take the newest complete checkpoint, even if `latest` names another."""
     other = run_directory / "checkpoints/step_00000005"
     shutil.copytree(run_directory / STEP_0, other)
     state = json.loads((other / "state.json").read_text())

@@ -55,7 +55,7 @@ WITH = {
     "num_attention_heads": TWO_HEADS,
     "head_dim": TWO_HEADS,
 }
-"""What changes with a field, so that the heads fill the hidden size."""
+"""Other fields that change with a field, so that the heads fill the hidden size."""
 
 
 def names_of(config_type: type) -> list[str]:

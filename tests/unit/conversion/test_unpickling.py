@@ -24,7 +24,7 @@ Path({marker!r}).write_text("imported")
 
 
 class Tokenizer(dict):
-    """As real checkpoints pickle one: a foreign class with state, items and a custom rebuild."""
+    """A foreign class with state, items and a custom rebuild, as real checkpoints pickle it."""
 
     def __init__(self, name):
         self.name = name
@@ -50,7 +50,7 @@ def save(source, target, wrap):
 
 
 class Hostile:
-    """Its pickle calls `function(*args)`."""
+    """An object whose pickle calls `function(*args)`."""
 
     def __init__(self, function, *args):
         self.call = (function, args)

@@ -25,7 +25,7 @@ MakeDataset = Callable[..., Tokens]
 
 @pytest.fixture(scope="session")
 def make_dataset() -> MakeDataset:
-    """A function that writes a dataset of random tokens and returns them."""
+    """Return a function that writes a dataset of random tokens and returns the tokens."""
 
     def make(
         directory: Path,

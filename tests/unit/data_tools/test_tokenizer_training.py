@@ -1,4 +1,4 @@
-"""What a tokenizer is trained on: the same sample of the same texts, however they come."""
+"""A tokenizer is trained on the same sample of the same texts, for any kind of input."""
 
 import gzip
 import itertools

@@ -86,7 +86,7 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def draw_inputs(rows: Rows, heads: int, groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries of all rows, keys, values, and the gradient of the output."""
+    """Draw queries of all rows, keys, values, and the gradient of the output."""
     num = len(rows.tokens_R)
     q, out = draw(0, num, heads, HEAD_DIM), draw(3, num, heads, HEAD_DIM)
     return q, draw(1, num, groups, HEAD_DIM), draw(2, num, groups, HEAD_DIM), out

@@ -294,7 +294,7 @@ def test_the_weight_is_the_schedules_derivative_over_its_mask_rate() -> None:
 
 
 def philox(key: tuple[int, int], counter: list[int]) -> list[int]:
-    """A block of Philox-4x64-10, from its paper (Salmon et al., SC 2011)."""
+    """Compute a block of Philox-4x64-10, as in its paper (Salmon et al., SC 2011)."""
     word, (a, b), (w, x, y, z) = 2**64, key, counter
     for _ in range(10):
         first, second = 0xD2E7470EE14C6C93 * w, 0xCA5A826395121157 * y

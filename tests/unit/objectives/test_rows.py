@@ -1,4 +1,4 @@
-"""What the rows of a micro-batch hold; the dense oracle shows that they compute the right thing."""
+"""The content of a micro-batch's rows; the dense oracle shows that they give the right losses."""
 
 import dataclasses
 

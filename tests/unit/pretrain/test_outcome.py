@@ -1,4 +1,4 @@
-"""What becomes of a run when its job's ranks have ended: decided from real run directories."""
+"""The decision about a run after its job's ranks have ended, from real run directories."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
 
 
 def end_life(run: RunDirectory) -> str:
-    """What the job script does: the decision, and its line in the history."""
+    """Do what the job script does: take the decision, and write its line in the history."""
     main(layers(run))
     return str(json.loads(history(run)[-1])["decision"])
 

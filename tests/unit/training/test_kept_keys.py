@@ -1,4 +1,4 @@
-"""What a checkpoint fixes of the configuration is refused, and the rest logged, key by key."""
+"""Each key that a checkpoint fixes is refused when it changes; other changes are logged."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What of a state must move when the network's parameter moves, and what may stand still."""
+"""The state that must change when the network's parameter changes, and the state that need not."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Which rank is called slow."""
+"""The rank that is reported as slow."""
 
 import pytest
 

@@ -63,7 +63,7 @@ def test_a_missing_package_is_one_line(tmp_path: Path) -> None:
 
 
 def record(path: Path, first: int) -> None:
-    """A job of a run, from step `first` on."""
+    """Record a job of a run, from step `first` on."""
     wandb = WandbLog(path, "eso", {"train": {"num_steps": 5}})
     with MetricsLog(RunDirectory(path), Counters(step=first), wandb) as metrics:
         for step in range(first + 1, first + 4):

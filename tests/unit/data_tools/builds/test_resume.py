@@ -32,7 +32,7 @@ def write_lines(path: Path, *, is_bad: bool, first: str = "a") -> None:
 
 @pytest.fixture
 def options(tmp_path: Path, tokenizer_directory: Path) -> BuildOptions:
-    """A build that stops late, at a broken line, with much of its work committed."""
+    """Return options of a build that stops late, at a broken line, with most work committed."""
     write_lines(tmp_path / "a.jsonl", is_bad=True)
     return BuildOptions(
         inputs=[str(tmp_path / "a.jsonl")],
@@ -104,7 +104,7 @@ def test_input_that_has_changed_is_noticed(options: BuildOptions, tmp_path: Path
 
 
 def test_a_little_work_is_not_kept(options: BuildOptions, tmp_path: Path) -> None:
-    """A typo in the first call does not stand in the way of the second."""
+    """Leave nothing of a build that stops early, so that a corrected command starts anew."""
     small = change(options, commit_bytes=2**30)
     with pytest.raises(DataError):
         build_dataset(small)

@@ -74,7 +74,7 @@ def open_data(layers: list[str]) -> TrainingData:
 
 
 def write_checkpoint(directory: Path, layers: list[str], consumed_samples: int) -> None:
-    """What a run leaves behind, as far as its order goes."""
+    """Write the files of a run that say in which order it draws samples."""
     config = load_config(layers, folder=SHIPPED_CONFIGS).config
     checkpoint = directory / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)

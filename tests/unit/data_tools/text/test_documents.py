@@ -1,4 +1,4 @@
-"""From files of every format to documents: the same texts, whatever the cuts, in little memory."""
+"""Files of every format give the same documents, for any cuts and in little memory."""
 
 import gzip
 import hashlib

@@ -34,7 +34,7 @@ def test_no_paragraph_occurs_twice(corpus: Path) -> None:
 
 
 def test_another_process_collects_the_same(corpus: Path) -> None:
-    """A part of the library, since reading all of it takes seconds."""
+    """Collect a part of the library, because reading all of it takes seconds."""
     library = Path(asyncio.__file__).parent
     code = (
         "import pathlib, sys\n"
