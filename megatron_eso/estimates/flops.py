@@ -38,6 +38,12 @@ def training_flops_per_token(
     """Return the expected FLOPs of forward and backward pass, per token of a whole sample.
 
     A token of a sample that `data.ssl_ratio` shortens needs fewer: its attention reads less.
+
+    Args:
+        model: The section `model`.
+        vocab_size: Tokens of the vocabulary, unpadded.
+        objective: The objective.
+        num_tokens: Tokens of a whole sample.
     """
     counts = RowCounts()
     for phase, expected in zip(objective.phases, objective.expect_rows(num_tokens), strict=True):

@@ -31,7 +31,14 @@ class MemoryEstimate:
 def estimate_memory(
     config: Config, vocab_size: int, objective: Objective, data_parallel_size: int
 ) -> MemoryEstimate:
-    """Return the bytes on the fullest rank: activations estimated, everything else exact."""
+    """Return the bytes on the fullest rank: activations estimated, everything else exact.
+
+    Args:
+        config: The configuration.
+        vocab_size: Tokens of the vocabulary, unpadded.
+        objective: The objective.
+        data_parallel_size: Number of data-parallel ranks.
+    """
     parallel = config.parallel
     shards = data_parallel_size if parallel.use_distributed_optimizer else 1
     estimates = []
@@ -59,6 +66,12 @@ def estimate_activations(config: Config, vocab_size: int, objective: Objective, 
     after activation. Under full recomputation it keeps the layer's input only, and one layer keeps
     everything. A stage holds one micro-batch for itself and one for each pipeline stage after it.
     The last stage adds float32 logits and their softmax, each once for every loss row.
+
+    Args:
+        config: The configuration.
+        vocab_size: Tokens of the vocabulary, unpadded.
+        objective: The objective.
+        stage: The pipeline stage.
     """
     model, parallel = config.model, config.parallel
     compute = COMPUTE_BYTES[config.train.precision]

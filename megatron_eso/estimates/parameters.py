@@ -87,7 +87,14 @@ def count_parameters(model: ModelConfig, vocab_size: int) -> ParameterCounts:
 def count_rank_parameters(
     model: ModelConfig, parallel: ParallelConfig, vocab_size: int, stage: int
 ) -> int:
-    """Count the parameters on one rank of a stage; both end stages have a tied embedding."""
+    """Count the parameters on one rank of a stage; a tied embedding counts on both end stages.
+
+    Args:
+        model: The section `model`.
+        parallel: The section `parallel`.
+        vocab_size: Tokens of the vocabulary, unpadded.
+        stage: The pipeline stage.
+    """
     stages = parallel.pipeline_model_parallel_size
     copies = {
         "embedding": int(stage == 0),

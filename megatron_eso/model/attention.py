@@ -27,6 +27,11 @@ def rotary_table(positions_R: Tensor, head_size: int, base: float) -> Tensor:
     """Return cosine and sine of every row's rotary angles, [2, R, 1, F] float32.
 
     A row keeps the angle of its original position whatever its slot.
+
+    Args:
+        positions_R: Original positions of the rows.
+        head_size: D, even.
+        base: Base of the angles' geometric sequence.
     """
     exponents_F = torch.arange(0, head_size, 2, device=positions_R.device).float() / head_size
     angles_R1F = (positions_R.float()[:, None] * base**-exponents_F)[:, None]
@@ -34,7 +39,15 @@ def rotary_table(positions_R: Tensor, head_size: int, base: float) -> Tensor:
 
 
 def rotate(states_RHD: Tensor, table_2R1F: Tensor) -> Tensor:
-    """Rotate the two halves of each head by its row's angle, in float32."""
+    """Rotate the two halves of each head by its row's angle, in float32.
+
+    Args:
+        states_RHD: Queries or keys.
+        table_2R1F: The output of `rotary_table` for these rows.
+
+    Returns:
+        The rotated states in their own dtype.
+    """
     first_RHF, second_RHF = states_RHD.float().chunk(2, dim=-1)
     cosine_R1F, sine_R1F = table_2R1F
     rotated = (

@@ -19,7 +19,13 @@ BRANCH_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 @torch.no_grad()
 def initialize_parameters(model: EsoModel, config: ModelConfig, seed: int) -> None:
-    """Fill the parameters of this rank, without communication."""
+    """Fill the parameters of this rank, without communication.
+
+    Args:
+        model: One stage's part of the network.
+        config: The section `model`.
+        seed: The run's seed.
+    """
     for parameter, sharded in shard_parameters(model):
         parts = sharded.build() if isinstance(sharded, ShardedTensorFactory) else [sharded]
         for part in parts:
@@ -41,6 +47,12 @@ def draw_parameter(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
     Norms are the identity, biases and residual gates are zero, weights are normal with
     `init_method_std`. As in Megatron-Core, the output weights of the residual branches are scaled
     by 1 / sqrt(2 num_layers). They are not scaled where gates close the branches at the start.
+
+    Args:
+        name: Global name, with the number of the layer.
+        shape: Global shape.
+        config: The section `model`.
+        seed: The run's seed.
     """
     if name.endswith(("norm.weight", "norm_weight")):
         return torch.ones(shape)

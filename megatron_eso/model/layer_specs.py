@@ -40,7 +40,12 @@ CHECKPOINT_KEYS = {
 
 
 def build_layer_spec(model: ModelConfig, *, last: bool) -> ModuleSpec:
-    """Return the spec of one transformer layer; the last continues with the loss rows only."""
+    """Return the spec of one transformer layer; the last continues with the loss rows only.
+
+    Args:
+        model: The section `model`.
+        last: Whether it is the last layer of the network.
+    """
     # Choose the modules that the section `model` asks for.
     norm = RMSNorm if model.normalization == "RMSNorm" else LayerNorm
     row_parallel = GatedRowParallelLinear if model.residual_gates else RowParallelLinear
@@ -77,7 +82,14 @@ def build_layer_spec(model: ModelConfig, *, last: bool) -> ModuleSpec:
 def build_block_submodules(
     model: ModelConfig, transformer_config: TransformerConfig, pp_rank: int, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """Return the layers of one pipeline stage (and model chunk), with the final norm."""
+    """Return the layers of one pipeline stage (and model chunk), with the final norm.
+
+    Args:
+        model: The section `model`.
+        transformer_config: The configuration for Megatron-Core.
+        pp_rank: The pipeline stage.
+        vp_stage: Number of the model chunk, None without an interleaved pipeline.
+    """
     count = get_num_layers_to_build(transformer_config, vp_stage, pp_rank)
     first = get_transformer_layer_offset(transformer_config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(

@@ -64,7 +64,12 @@ def sum_phases(nll_E: Tensor, weights_E: Tensor, loss: LossRows, num_phases: int
 
 
 def normalize_phases(sums_P: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Divide `[P]` sums by the tokens of their phases; a phase without tokens stays 0."""
+    """Divide the sums of the phases by their tokens; a phase without tokens stays 0.
+
+    Args:
+        sums_P: Weighted sum of each phase.
+        tokens: Real tokens of each phase in the global batch.
+    """
     return sums_P / sums_P.new_tensor([max(count, 1) for count in tokens])
 
 

@@ -78,22 +78,51 @@ class Objective(Protocol):
 
         `dealing.PhaseSplit` gives the phase of a sample from its place, which is its index minus
         `step.first_index`. The same rule deals batches to ranks.
+
+        Args:
+            samples: The samples of the micro-batch.
+            step: The step that they belong to.
+
+        Returns:
+            The rows and their targets, with the weights of the objective.
         """
 
     def plan_validation(self, samples: Samples, num_samples: int) -> MicroBatch:
         """Plan samples of a validation set of N samples, each once for every phase.
 
         The noise is that of `VALIDATION_SEED`, the weights are those of the NELBO.
+
+        Args:
+            samples: Samples of the set.
+            num_samples: N.
+
+        Returns:
+            The rows and their targets, on the CPU.
         """
 
     def plan_order(self, samples: Samples, number: int) -> MicroBatch:
         """Plan samples with every token predicted, each in the `number`-th of its orders.
 
         The sum of a sample's losses is then its exact negative log-likelihood in that order.
+
+        Args:
+            samples: Samples of the set.
+            number: Which of a sample's orders, from 0 on.
+
+        Returns:
+            The rows and their targets, on the CPU.
         """
 
     def plan_largest(self, phase_B: NDArray[np.int64], sequence_length: int) -> MicroBatch:
-        """Plan the largest micro-batch that samples of these phases can give: all tokens masked."""
+        """Plan the largest micro-batch that samples of these phases can give: all tokens masked.
+
+        Args:
+            phase_B: int64, phase of each sample.
+            sequence_length: T.
+
+        Returns:
+            A micro-batch of the shape of the largest one, with tokens of no meaning.
+        """
 
     def validation_times(self, num_samples: int) -> Mapping[str, NDArray[np.float64]]:
         """Return the times `[N]` of a validation set by phase, for the phases that have times."""

@@ -39,7 +39,12 @@ class RowCounts:
 
 
 def count_diffusion_rows(num_tokens: int, num_masked: int) -> RowCounts:
-    """Count a diffusion sample: a causal stream of T rows; without a mask no rows."""
+    """Count a diffusion sample: a causal stream of T rows; without a mask no rows.
+
+    Args:
+        num_tokens: T.
+        num_masked: m.
+    """
     if num_masked == 0:
         return RowCounts()
     return RowCounts(
@@ -51,7 +56,12 @@ def count_diffusion_rows(num_tokens: int, num_masked: int) -> RowCounts:
 
 
 def count_sequential_rows(num_tokens: int, num_masked: int) -> RowCounts:
-    """Count a sequential sample: a clean stream of T - 1 rows and m mask queries."""
+    """Count a sequential sample: a clean stream of T - 1 rows and m mask queries.
+
+    Args:
+        num_tokens: T.
+        num_masked: m.
+    """
     if num_masked == 0:
         return RowCounts()
     queries = count_masked_pairs(num_tokens, num_masked)
@@ -69,7 +79,13 @@ def count_masked_pairs(num_tokens: int, num_masked: int) -> float:
 
 
 def expect_diffusion_rows(num_tokens: int, alpha_0: float, sampling_eps: float) -> RowCounts:
-    """Return the mean of `count_diffusion_rows` over t in [sampling_eps, 1] and the masks."""
+    """Return the mean of `count_diffusion_rows` over t in [sampling_eps, 1] and the masks.
+
+    Args:
+        num_tokens: T.
+        alpha_0: Share of tokens that diffusion reveals.
+        sampling_eps: Lowest time.
+    """
     eps, slope = sampling_eps, 1 - EPSILON
     mean_t, mean_square_t = (1 + eps) / 2, (1 + eps + eps**2) / 3
     rest, rate = 1 - alpha_0, alpha_0 * slope  # the probability of a mask is rest + rate t
@@ -87,7 +103,12 @@ def expect_diffusion_rows(num_tokens: int, alpha_0: float, sampling_eps: float) 
 
 
 def expect_sequential_rows(num_tokens: int, alpha_0: float) -> RowCounts:
-    """Return the mean of `count_sequential_rows` over the masks."""
+    """Return the mean of `count_sequential_rows` over the masks.
+
+    Args:
+        num_tokens: T.
+        alpha_0: Share of tokens that diffusion reveals.
+    """
     masked = 1 - alpha_0
     some = 1 - alpha_0**num_tokens
     queries = expect_masked_pairs(num_tokens, masked, masked**2)
@@ -100,5 +121,11 @@ def expect_sequential_rows(num_tokens: int, alpha_0: float) -> RowCounts:
 
 
 def expect_masked_pairs(num_tokens: int, first: float, second: float) -> float:
-    """Return the mean of `count_masked_pairs`, given the probabilities of a mask and of two."""
+    """Return the mean of `count_masked_pairs` over the masks.
+
+    Args:
+        num_tokens: T.
+        first: Probability that a given token is masked.
+        second: Probability that two given tokens are both masked.
+    """
     return num_tokens**2 * first - num_tokens * (num_tokens - 1) / 2 * second

@@ -38,6 +38,14 @@ def random_bits(
 def uniform(
     seed: int, purpose: Purpose, index: int, count: int, second_index: int = 0
 ) -> NDArray[np.float64]:
-    """Draw float64 `[count]` in [0, 1): the upper 53 bits of each word of `random_bits`."""
+    """Draw float64 `[count]` in [0, 1): the upper 53 bits of each word of `random_bits`.
+
+    Args:
+        seed: As in `random_bits`.
+        purpose: What the numbers are for.
+        index: As in `random_bits`.
+        count: Number of numbers.
+        second_index: As in `random_bits`.
+    """
     upper_bits = random_bits(seed, purpose, index, count, second_index) >> np.uint64(11)
     return upper_bits.astype(np.float64) * 2.0**-53

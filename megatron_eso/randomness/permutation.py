@@ -24,14 +24,30 @@ _SHIFT_27, _SHIFT_30, _SHIFT_32 = np.uint64(27), np.uint64(30), np.uint64(32)
 
 
 def round_keys(seed: int, purpose: Purpose, first: int, second: int = 0) -> npt.NDArray[np.uint64]:
-    """Return the keys of `permute` for the permutation numbered (first, second) of a purpose."""
+    """Return the keys of `permute` for the permutation numbered (first, second) of a purpose.
+
+    Args:
+        seed: The seed of the run or the dataset.
+        purpose: What the permutation is for.
+        first: First number of the permutation, such as the epoch.
+        second: Second number, such as the corpus.
+    """
     return random_bits(seed, purpose, first, _NUM_ROUNDS, second)
 
 
 def permute(
     values_N: npt.NDArray[np.uint64], size: int, round_keys: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.int64]:
-    """Return what the keyed permutation of [0, size) makes of `values_N`, uint64 [N]."""
+    """Return what the keyed permutation of [0, size) makes of `values_N`, uint64 [N].
+
+    Args:
+        values_N: uint64 [N], each below `size`.
+        size: Size of the range, at least 1.
+        round_keys: The output of the function `round_keys`.
+
+    Returns:
+        int64 [N], the images of the values.
+    """
     width = math.isqrt(size - 1) + 1  # ceil(sqrt(size)), and 1 for size 1
     height = -(-size // width)
     values_N = _encipher(values_N, width, height, round_keys)
