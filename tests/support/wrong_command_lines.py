@@ -215,7 +215,7 @@ def _model_commands(places: Places) -> list[Command]:
                 **choice,
                 "--data": NO_PATHS,
                 "--any-order": NO_SIZES,
-                "overrides": ("x", "model.num_layers=3", "a.b=1", "validation.num_samples=0"),
+                "overrides": ("x", "model.num_layers=3", "a.b=1", "validation.num_samples=-1"),
             },
         ),
     ]

@@ -211,7 +211,8 @@ def _decode_dataclass(kind: Any, fields: Any) -> Any:
         raise TypeError(f"{kind.__name__} is not an object")
     hints = _get_hints(kind)
     if fields.keys() != hints.keys():
-        raise TypeError(f"{kind.__name__} differs in {sorted(fields.keys() ^ hints.keys())}")
+        names = ", ".join(sorted(fields.keys() ^ hints.keys()))
+        raise TypeError(f"{kind.__name__} differs in {names}")
     return kind(**{name: _decode_value(hints[name], value, name) for name, value in fields.items()})
 
 
