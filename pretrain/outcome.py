@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import load_config
-from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.errors import ConfigError, run_command
 from megatron_eso.runs.restarts import (
     Decision,

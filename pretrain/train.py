@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron_eso.config.combinations import check_layout
+from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import LoadedConfig, load_config
-from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.errors import UserError, run_command
 from megatron_eso.ranks import is_first_rank, launched_world_size

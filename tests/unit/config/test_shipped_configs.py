@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import load_config
-from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.errors import ConfigError
 from megatron_eso.estimates.dry_run import format_dry_run
 
