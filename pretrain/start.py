@@ -5,6 +5,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from checkpoints_conversion.sampler_directory import is_sampler_directory
 from megatron_eso.config.combinations import with_vocabulary
@@ -16,7 +17,7 @@ from megatron_eso.data.samples.training_data import TrainingData, open_run_data
 from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.format import MANIFEST_FILE
 from megatron_eso.data.shards.manifest import read_manifest
-from megatron_eso.errors import DataError, UserError
+from megatron_eso.errors import ConfigError, DataError, UserError
 from megatron_eso.runs.checkpoint_state import CheckpointState, read_checkpoint_state
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import newest
@@ -38,6 +39,14 @@ class Inputs:
     validation: ValidationData | None
 
 
+class Dataset(NamedTuple):
+    """A dataset of the run by its key, and where it lies."""
+
+    key: str
+    location: str
+    is_remote: bool
+
+
 def open_inputs(loaded: LoadedConfig) -> Inputs:
     """Open the data of a run, and check everything else that its start needs.
 
@@ -49,6 +58,7 @@ def open_inputs(loaded: LoadedConfig) -> Inputs:
     traced = TracedConfig(config=loaded.config, origins=loaded.origins)
     check_run_directory(traced)
     check_folders(traced)
+    check_quarantine(traced)
     check_sequence_length(traced)
     data = traced.config.data
     train, validation = open_run_data(data, traced.config.run.seed)
@@ -66,18 +76,19 @@ def open_inputs(loaded: LoadedConfig) -> Inputs:
     return Inputs(config=config, train=train, validation=validation)
 
 
-def list_unreachable(config: Config) -> list[str]:
+def list_unreachable(loaded: LoadedConfig) -> list[str]:
     """List the remote datasets that this machine cannot reach, as warnings.
 
     Raises:
         ConfigError: A URL cannot be read with what is installed.
         DataError: The server answers, and has no such dataset.
     """
+    traced = TracedConfig(config=loaded.config, origins=loaded.origins)
     unreachable = []
-    for _, location in _list_datasets(config):
+    for dataset in _list_datasets(traced):
         try:
-            if is_remote(location):
-                RemoteFolder(location).read_manifest()
+            if dataset.is_remote:
+                RemoteFolder(dataset.location).read_manifest()
         except DataError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise
@@ -97,24 +108,33 @@ def check_run_directory(traced: TracedConfig) -> None:
 
 def check_folders(traced: TracedConfig) -> None:
     """Refuse local data that are not there, and name the shards in a folder below."""
-    for key, location in _list_datasets(traced.config):
-        if is_remote(location) or (Path(location) / MANIFEST_FILE).is_file():
+    for key, location, is_elsewhere in _list_datasets(traced):
+        if is_elsewhere or (Path(location) / MANIFEST_FILE).is_file():
             continue
         if not Path(location).is_dir():
             remedy = "build the shards with python -m data_tools build"
             traced.refuse(key, f"there is no folder {location}; {remedy}")
+        remedy = "name a folder that data_tools build has made"
         below = sorted(path.parent for path in Path(location).glob(f"*/{MANIFEST_FILE}"))
         if below:
             wanted = key.partition(".")[2]
             below.sort(key=lambda path: path.name != wanted)
-            traced.refuse(key, f"{location} holds no shards itself; name {below[0]}")
+            remedy = f"name {below[0]}"
+        traced.refuse(key, f"{location} holds no shards itself; {remedy}")
+
+
+def check_quarantine(traced: TracedConfig) -> None:
+    """Refuse a list of damaged records that is not there."""
+    name = traced.config.data.quarantine
+    remedy = "there is no such file; correct the path, or leave the key out"
+    traced.require(name is None or Path(name).is_file(), "data.quarantine", remedy)
 
 
 def check_sequence_length(traced: TracedConfig) -> None:
     """Refuse samples that are longer than every record of a local dataset."""
     data = traced.config.data
-    for key, location in _list_datasets(traced.config):
-        if is_remote(location):
+    for key, location, is_elsewhere in _list_datasets(traced):
+        if is_elsewhere:
             continue
         manifest, _ = read_manifest(Path(location))
         longest = min(manifest.record_tokens, manifest.num_tokens)
@@ -178,7 +198,15 @@ def _read_resumed(checkpoint: Path) -> CheckpointState | None:
         return None
 
 
-def _list_datasets(config: Config) -> list[tuple[str, str]]:
-    """List the datasets of a run, each with its key."""
-    named = [("data.train", corpus) for corpus in config.data.train_corpora]
-    return named + ([("data.validation", config.data.validation)] if config.data.validation else [])
+def _list_datasets(traced: TracedConfig) -> list[Dataset]:
+    """List the datasets of a run, as the configuration names them."""
+    data = traced.config.data
+    named = [("data.train", corpus) for corpus in data.train_corpora]
+    named += [("data.validation", data.validation)] if data.validation else []
+    datasets = []
+    for key, location in named:
+        try:
+            datasets.append(Dataset(key, location, is_remote(location)))
+        except ConfigError as error:  # which leaves a password of the URL out
+            raise ConfigError(f"{traced.find_origin(key)}: {key}: {error}") from error
+    return datasets

@@ -91,7 +91,7 @@ def print_plan(loaded: LoadedConfig, world_size: int | None) -> None:
 
     samples, refusal = "", None
     try:
-        unreachable = list_unreachable(loaded.config)
+        unreachable = list_unreachable(loaded)
         if unreachable:
             samples = "".join(f"# warning: {warning}\n" for warning in unreachable)
         else:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_eso.config.origins import COMMAND_LINE
+from megatron_eso.config.origins import COMMAND_LINE, shorten
 from megatron_eso.config.sections import FORMAT_VERSION, SECTIONS
 from megatron_eso.config.values import refuse_key, refuse_section
 from megatron_eso.errors import ConfigError
@@ -57,10 +57,13 @@ def find_file(name: str, folder: Path | None) -> Path:
         if is_file(candidate):
             return candidate
     if "=" in name:
-        raise ConfigError(f"{COMMAND_LINE}: {name}: is neither a file nor section.key=value")
+        raise ConfigError(
+            f"{COMMAND_LINE}: {shorten(name)}: is neither a file nor section.key=value"
+        )
     searched = f" or in {folder}" if folder else ""
     raise ConfigError(
-        f"{COMMAND_LINE}: {name}: there is no such file here{searched}{suggest_file(name, folder)}"
+        f"{COMMAND_LINE}: {shorten(name)}: there is no such file here{searched}"
+        f"{suggest_file(name, folder)}"
     )
 
 
@@ -110,7 +113,7 @@ def locate_error(text: str, message: str) -> str:
     if key is None:
         return ""
     headers = [header[1] for line in lines if (header := _HEADER.match(line))]
-    return ".".join([*headers[-1:], key[1]]) + ": "
+    return shorten(".".join([*headers[-1:], key[1]])) + ": "
 
 
 def read_json(path: Path) -> dict[str, Any]:

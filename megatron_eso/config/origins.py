@@ -26,6 +26,11 @@ def format_value(value: Any) -> str:
         text = json.dumps(value, default=str)
     except ValueError:  # Python converts no number of more than 4300 digits
         return "a number of thousands of digits"
+    return shorten(text)
+
+
+def shorten(text: str) -> str:
+    """Return what a user wrote, cut where it is too long for an error."""
     return text if len(text) <= _MAX_SHOWN_CHARACTERS else f"{text[:_MAX_SHOWN_CHARACTERS]}..."
 
 

@@ -11,7 +11,7 @@ import typing
 from typing import Any, NoReturn
 
 from megatron_eso.config.keys import Key
-from megatron_eso.config.origins import COMMAND_LINE, format_value, refuse_value
+from megatron_eso.config.origins import COMMAND_LINE, format_value, refuse_value, shorten
 from megatron_eso.config.sections import KEYS, SECTIONS
 from megatron_eso.errors import ConfigError
 
@@ -115,12 +115,13 @@ def refuse_section(name: str, origin: str) -> NoReturn:
     """Refuse an unknown section, with the closest one."""
     close = difflib.get_close_matches(name, SECTIONS, n=1)
     hint = f"did you mean [{close[0]}]?" if close else f"sections are {', '.join(SECTIONS)}"
-    raise ConfigError(f"{origin}: [{name}] is no section: {hint}")
+    raise ConfigError(f"{origin}: [{shorten(name)}] is no section: {hint}")
 
 
 def refuse_key(path: str, origin: str) -> NoReturn:
     """Refuse an unknown key, with the closest one of its section or else of all."""
     section, _, name = path.rpartition(".")
+    shown = shorten(path)
     every = {key.path: key.name for key in KEYS.values()}
     own = {other: known for other, known in every.items() if other == f"{section}.{known}"}
     for candidates in (own, every):
@@ -128,9 +129,9 @@ def refuse_key(path: str, origin: str) -> NoReturn:
         if close:
             found = [other for other, known in candidates.items() if known == close[0]]
             raise ConfigError(
-                f"{origin}: {path} is no key: did you mean {' or '.join(sorted(found))}?"
+                f"{origin}: {shown} is no key: did you mean {' or '.join(sorted(found))}?"
             )
     known_keys = "see docs/configuration.md"
     if own:
         known_keys = f"keys of [{section}] are {', '.join(own.values())}"
-    raise ConfigError(f"{origin}: {path} is no key: {known_keys}")
+    raise ConfigError(f"{origin}: {shown} is no key: {known_keys}")

@@ -29,6 +29,8 @@ EDGES: list[tuple[str, Callable[[Path], None], str, str]] = [
     ("data.train={data}/trian", keep, "data.train", "build the shards with"),
     ("data.train={data}", keep, "data.train", "name {data}/train"),
     ("data.validation={data}", keep, "data.validation", "name {data}/validation"),
+    ("data.train={data}/train/tokenizer", keep, "data.train", "that data_tools build has made"),
+    ("data.quarantine={data}/none.json", keep, "data.quarantine", "there is no such file"),
     ("data.validation={data}/train", keep, "data.validation", "is training data too"),
     ('data.train=["{data}/train", "{data}/validation"]', keep, "data.validation", "is training"),
     ("validation.num_samples=100000", keep, "validation.num_samples", "use at most that, or 0"),
@@ -138,3 +140,13 @@ def test_another_sequence_length_of_a_resumed_run_is_refused_by_the_dry_run(
     arguments = tiny_arguments(finished_run.path, tiny_data, {"data.sequence_length": length})
     with pytest.raises(ConfigError, match=r"data.sequence_length = 12, but .* written with 24"):
         main([*arguments, "--dry-run"])
+
+
+def test_a_url_of_another_kind_names_its_key_and_no_password(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    arguments = tiny_arguments(tmp_path / "run", tiny_data, {})
+    for url in ("ftp://host/x", "s3://me:secret@host/x"):
+        with pytest.raises(ConfigError, match="^command line: data.train: ") as refused:
+            main([*arguments, f"data.train={url}", "--dry-run"])
+        assert "secret" not in str(refused.value)
