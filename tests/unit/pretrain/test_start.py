@@ -70,7 +70,7 @@ def test_a_dry_run_refuses_what_the_start_refuses(
     assert f"{key} = " in line
     assert remedy.format(data=data) in line
     # The estimates are there all the same: the data may be built later.
-    assert ("# layout: 1 ranks" in capsys.readouterr().out) == is_dry
+    assert ("# layout: 1 rank = " in capsys.readouterr().out) == is_dry
     assert not run.exists()
 
 
