@@ -10,10 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import load_config
-from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.errors import ConfigError, run_command
-from megatron_eso.runs.restarts import Decision, Outcome, append_outcome, read_outcomes
+from megatron_eso.runs.restarts import (
+    Decision,
+    Outcome,
+    append_outcome,
+    read_failure,
+    read_outcomes,
+    restart_count,
+)
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import newest, step_number
 
@@ -47,24 +54,26 @@ def main(argv: list[str] | None = None) -> None:
 def judge(run: RunDirectory, job: str | None) -> Outcome:
     """Decide what becomes of `run` after the ranks of `job` have ended.
 
-    The decision follows from what they wrote in `status.json`, since launchers hide exit codes, and
-    from whether there are newer checkpoints than at the restarts before. A run that another process
-    holds is left alone.
+    The decision follows from what they wrote in `failure.json` and `status.json`, since launchers
+    hide exit codes, and from whether there are newer checkpoints than at the restarts before. A run
+    that another process holds is left alone.
 
     Raises:
-        ConfigError: `status.json` or `restarts.jsonl` cannot be read.
+        ConfigError: `status.json`, `failure.json` or `restarts.jsonl` cannot be read.
     """
     try:
         with run.locked():
             pass
     except ConfigError as error:
         return make_outcome(run, job, "stop", str(error))
+    failure = read_failure(run.failure, job)
+    if failure is not None:
+        reason = f"failed ({failure}): correct that and submit again"
+        return make_outcome(run, job, "stop", reason)
     state, reason = read_end(run, job)
     step = newest_step(run)
     if state == "finished":
         return make_outcome(run, job, "finished", reason)
-    if state == "failed" and reason.startswith("ConfigError"):
-        return make_outcome(run, job, "stop", reason)
     if run.stop_file.exists():
         reason = f"{run.stop_file} asks for it; submit again to go on"
         return make_outcome(run, job, "stop", reason)
@@ -91,7 +100,7 @@ def make_outcome(
         reason=reason,
         step=newest_step(run),
         job=job,
-        restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        restart=restart_count(),
         time=time.time(),
     )
 

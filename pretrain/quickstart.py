@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import load_config
 from megatron_eso.config.sections import Config
-from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import UserError, run_command
 from megatron_eso.runs.run_directory import RunDirectory

@@ -7,6 +7,8 @@ directory.
 import argparse
 import json
 import math
+import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -106,11 +108,8 @@ def describe_run(report: Report, now: float) -> Iterator[str]:
         f"state        {status.state}{reason} ({job}process {status.pid} on {status.host}), "
         f"{format_seconds(age)} ago"
     )
-    if status.state == "running" and age > _SILENCE_SECONDS:
-        yield f"             no sign of life for {format_seconds(age)}: look into {report.run.logs}"
-    num_steps = status.num_steps
-    share = f"/{num_steps} ({100 * status.step / num_steps:.1f} %)" if num_steps else ""
-    yield f"step         {status.step}{share}"
+    yield from _describe_silence(report, age)
+    yield f"step         {_describe_step(status)}"
     if tags.LOSS in metrics:
         yield f"loss         {_describe_loss(metrics)}"
     if tags.VAL_NELBO in metrics:
@@ -137,6 +136,42 @@ def describe_run(report: Report, now: float) -> Iterator[str]:
         yield (
             f"nodes        {len(status.hosts)}: {', '.join(status.hosts)}; {status.num_ranks} ranks"
         )
+
+
+def _describe_silence(report: Report, age: float) -> Iterator[str]:
+    """Yield a line where a run that calls itself running may have ended; `age` in seconds."""
+    if is_gone(report.status):
+        yield (
+            f"             its process is gone and left no reason: look into {report.run.logs}, "
+            f"and start the run again"
+        )
+    elif report.status.state == "running" and age > _SILENCE_SECONDS:
+        yield f"             no sign of life for {format_seconds(age)}: look into {report.run.logs}"
+
+
+def _describe_step(status: RunStatus) -> str:
+    """Return the step, and how far it is in the run where that is known."""
+    if not status.num_steps:
+        return str(status.step)
+    if status.step > status.num_steps:
+        return f"{status.step}, past train.num_steps = {status.num_steps}"
+    return f"{status.step}/{status.num_steps} ({100 * status.step / status.num_steps:.1f} %)"
+
+
+def is_gone(status: RunStatus) -> bool:
+    """Return whether a run that calls itself running has no process on this host any more.
+
+    Of a run on another host nothing is known.
+    """
+    if status.state != "running" or status.host != socket.gethostname():
+        return False
+    try:
+        os.kill(status.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it is there, and another user's
+        return False
+    return False
 
 
 def _describe_loss(metrics: dict[str, float]) -> str:

@@ -8,18 +8,17 @@ import argparse
 import dataclasses
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-from megatron_eso.config.combinations import check_layout, with_vocabulary
+from megatron_eso.config.combinations import check_layout
+from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import LoadedConfig, load_config
-from megatron_eso.config.sections import Config
-from megatron_eso.config.shipped import SHIPPED_CONFIGS
-from megatron_eso.data.remote.folder import is_remote
 from megatron_eso.data.remote.staging import stage_shards
-from megatron_eso.data.samples.training_data import TrainingData, open_run_data
-from megatron_eso.data.samples.validation_data import ValidationData
-from megatron_eso.errors import ConfigError, UserError, run_command
+from megatron_eso.errors import UserError, run_command
 from megatron_eso.ranks import is_first_rank, launched_world_size
+from megatron_eso.runs.restarts import write_failure
+from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.training.records.log import start_logging
 from megatron_eso.training.records.wandb_log import check_wandb
 
@@ -31,26 +30,39 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         loaded = load_config(arguments.layers, folder=SHIPPED_CONFIGS)
-        check_wandb(loaded.config.run.wandb_project)
         if arguments.dry_run:
+            check_wandb(loaded.config.run.wandb_project)
             print_plan(loaded, arguments.world_size)
             return 0
-        check_layout(loaded.config, launched_world_size(), loaded.origins)
-        train_data, validation_data, config = open_data(loaded)
-        start_logging()
-        for warning in loaded.warnings:
-            logger.warning("%s", warning)
-        stage_shards(train_data.sources + (validation_data.sources if validation_data else []))
-        # Imported once the configuration is known to be sound: importing takes seconds.
-        from megatron_eso.training.job import run_job
-        from pretrain.initial_weights import convert_initial_weights
-
-        run_job(config, train_data, validation_data, convert_initial_weights)
+        try:
+            train(loaded)
+        except UserError as error:
+            record_failure(loaded.config.run.directory, error)
+            raise
     except UserError as error:
         if is_first_rank():
             raise
         return error.exit_code
     return 0
+
+
+def train(loaded: LoadedConfig) -> None:
+    """Check what the run needs, and train; collective over the ranks that were launched."""
+    check_wandb(loaded.config.run.wandb_project)
+    check_layout(loaded.config, launched_world_size(), loaded.origins)
+    # Imported once the configuration is known to be sound: importing takes seconds.
+    from pretrain.start import open_inputs
+
+    inputs = open_inputs(loaded)
+    start_logging()
+    for warning in loaded.warnings:
+        logger.warning("%s", warning)
+    validation = inputs.validation
+    stage_shards(inputs.train.sources + (validation.sources if validation else []))
+    from megatron_eso.training.job import run_job
+    from pretrain.initial_weights import convert_initial_weights
+
+    run_job(inputs.config, inputs.train, validation, convert_initial_weights)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -72,39 +84,33 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def print_plan(loaded: LoadedConfig, world_size: int | None) -> None:
-    """Print what would be trained, and of which shares, where the shards are on this machine."""
+    """Print what would be trained, then refuse what the start of the run would refuse."""
     # Imported once the configuration is known to be sound: the objective's rows import torch.
     from megatron_eso.estimates.dry_run import format_dry_run
+    from pretrain.start import list_unreachable, open_inputs
 
-    samples = ""
-    if all(Path(corpus).is_dir() for corpus in loaded.config.data.train_corpora):
-        train_data, _, config = open_data(loaded)
-        loaded = dataclasses.replace(loaded, config=config)
-        samples = f"# samples: {train_data.describe()}\n"
+    samples, refusal = "", None
+    try:
+        unreachable = list_unreachable(loaded)
+        if unreachable:
+            samples = "".join(f"# warning: {warning}\n" for warning in unreachable)
+        else:
+            inputs = open_inputs(loaded)
+            loaded = dataclasses.replace(loaded, config=inputs.config)
+            samples = f"# samples: {inputs.train.describe()}\n"
+    except UserError as error:
+        refusal = error
+    # Whoever plans a run before its data are built gets the estimates all the same.
     sys.stdout.write(format_dry_run(loaded, world_size) + "\n" + samples)
+    if refusal is not None:
+        sys.stdout.flush()
+        raise refusal
 
 
-def open_data(loaded: LoadedConfig) -> tuple[TrainingData, ValidationData | None, Config]:
-    """Open the shards, and complete the configuration by their vocabulary."""
-    data, config = loaded.config.data, loaded.config
-    named = [("data.train", corpus) for corpus in data.train_corpora]
-    named += [("data.validation", data.validation)] if data.validation else []
-    for key, folder in named:
-        if not is_remote(folder) and not Path(folder).is_dir():
-            origin = loaded.origins.get(key, "default")
-            raise ConfigError(
-                f"{origin}: {key} = {folder}: there is no such folder; build the shards with "
-                f"python -m data_tools build"
-            )
-    train, validation = open_run_data(config.data, config.run.seed)
-    config = with_vocabulary(
-        config,
-        vocab_size=train.vocabulary.size,
-        mask_token_id=train.vocabulary.mask_token_id,
-        source=data.train_corpora[0],
-        origins=loaded.origins,
-    )
-    return train, validation, config
+def record_failure(directory: str, error: UserError) -> None:
+    """Leave the error for the job script; a folder that cannot be written to keeps nothing."""
+    with suppress(OSError):
+        write_failure(RunDirectory(Path(directory)).failure, str(error))
 
 
 if __name__ == "__main__":

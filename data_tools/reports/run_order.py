@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import load_config, read_config
 from megatron_eso.config.sections import Config
-from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.errors import DataError
 from megatron_eso.runs.checkpoint_state import STATE_FILE, read_checkpoint_state

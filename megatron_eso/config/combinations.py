@@ -7,15 +7,19 @@ key, in its section.
 
 import dataclasses
 import json
+import os
 import re
+from pathlib import Path
 
 from megatron_eso.config.divisibility import check_dealing, even_layout, nearest_divisors, round_up
 from megatron_eso.config.keys import describe_interval, is_inside
+from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.objective_rules import check_objective_keys, list_objective_warnings
 from megatron_eso.config.origins import Origins, TracedConfig
 from megatron_eso.config.sections import KEYS, Config
 from megatron_eso.errors import ConfigError
 
+MAX_NAME_BYTES = 255
 PIPELINE_LAYOUT = re.compile(r"E[t|]*L")
 
 
@@ -34,6 +38,7 @@ def check_config(config: Config, origins: Origins | None = None) -> list[str]:
     """
     traced = TracedConfig(config=config, origins=origins or {})
     check_ranges(traced)
+    check_locations(traced)
     check_objective_keys(traced)
     check_model(traced)
     check_corpora(traced)
@@ -117,10 +122,35 @@ def check_ranges(traced: TracedConfig) -> None:
     """Refuse numbers outside the ranges that stand with their keys."""
     for path, key in KEYS.items():
         value = traced.config.get(path)
-        if value is None or is_inside(value, key.interval):
+        if value is None:
             continue
-        otherwise = ", or leave it out" if key.is_optional else ""
-        traced.refuse(path, f"must be {describe_interval(key.interval)}{otherwise}")
+        if not is_inside(value, key.interval):
+            otherwise = ", or leave it out" if key.is_optional else ""
+            traced.refuse(path, f"must be {describe_interval(key.interval)}{otherwise}")
+        is_number = isinstance(value, int | float)
+        traced.require(not is_number or value <= key.largest, path, f"use at most {key.largest}")
+
+
+def check_locations(traced: TracedConfig) -> None:
+    """Refuse what cannot be the name of a file or folder."""
+    for path, key in KEYS.items():
+        value = traced.config.get(path)
+        if key.location is None or value is None:
+            continue
+        for name in (value,) if isinstance(value, str) else value:
+            traced.require(name.strip() != "", path, "names nothing; name a folder")
+            traced.require("\0" not in name, path, "holds a NUL character; leave it out")
+            traced.require(
+                key.location.may_be_url or "://" not in name,
+                path,
+                "is a URL; name a folder that is mounted on this machine",
+            )
+            longest = max(len(os.fsencode(part)) for part in name.split("/"))
+            traced.require(
+                longest <= MAX_NAME_BYTES,
+                path,
+                f"has a part of {longest} bytes; file systems take names of {MAX_NAME_BYTES}",
+            )
 
 
 def check_model(traced: TracedConfig) -> None:
@@ -227,7 +257,8 @@ def check_parallel(traced: TracedConfig) -> None:
         traced.require(
             value % size == 0,
             "parallel.tensor_model_parallel_size",
-            f"must divide model.{name} = {value}; use {nearest_divisors(value, size)}",
+            f"must divide model.{name} = {value}; use {nearest_divisors(value, size)}"
+            f"{name_variant(traced.find_origin(f'model.{name}'))}",
         )
     traced.require(
         size > 1 or not parallel.sequence_parallel,
@@ -240,6 +271,12 @@ def check_parallel(traced: TracedConfig) -> None:
         "parallel.overlap_param_gather",
         "needs parallel.use_distributed_optimizer = true and parallel.overlap_grad_reduce = true",
     )
+
+
+def name_variant(origin: str) -> str:
+    """Name the shipped layer that makes the model of a shipped file divide; empty without one."""
+    variant = SHIPPED_CONFIGS / f"{Path(origin).stem}_tp.toml"
+    return f", or add the layer {variant.name} after {origin}" if variant.is_file() else ""
 
 
 def check_interleaving(traced: TracedConfig) -> None:
@@ -272,23 +309,23 @@ def check_pipeline(traced: TracedConfig) -> None:
     parallel, num_layers = traced.config.parallel, traced.config.model.num_layers
     parts = parallel.num_pipeline_parts
     layout = parallel.pipeline_model_parallel_layout
+    even = even_layout(num_layers, parts)
     if layout is not None:
         traced.require(
             PIPELINE_LAYOUT.fullmatch(layout) is not None
             and layout.count("|") == parts - 1
             and layout.count("t") == num_layers,
             "parallel.pipeline_model_parallel_layout",
-            f"must describe {parts} parts and {num_layers} layers, such as "
-            f"{json.dumps(even_layout(num_layers, parts))}",
+            f"must describe {parts} parts and {num_layers} layers"
+            + (f", such as {json.dumps(even)}" if even else ""),
         )
         return
     traced.require(
         num_layers % parts == 0,
         "model.num_layers",
         f"must be a multiple of {parts}, the pipeline's stages times chunks; "
-        f"use {round_up(num_layers, parts)}, or "
-        f"parallel.pipeline_model_parallel_layout = "
-        f"{json.dumps(even_layout(num_layers, parts))}",
+        f"use {round_up(num_layers, parts)}"
+        + (f", or parallel.pipeline_model_parallel_layout = {json.dumps(even)}" if even else ""),
     )
 
 

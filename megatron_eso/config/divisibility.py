@@ -1,12 +1,14 @@
 """Numbers that have to divide others: batches dealt to ranks, layers dealt to pipeline parts."""
 
+import math
 from fractions import Fraction
 
 from megatron_eso.errors import ConfigError
 
 MAX_DIVISOR = 100_000
-"""Larger divisors are not looked for."""
+"""Larger divisors are not looked for, but for what the smaller ones leave."""
 MAX_DENOMINATOR = 1_000_000
+MAX_WRITTEN_LAYERS = 500
 NUM_SUGGESTIONS = 4
 
 
@@ -15,17 +17,28 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def list_divisors(number: int) -> list[int]:
+    """List the divisors in order, but for those that are larger than MAX_DIVISOR on both sides."""
+    limit = min(math.isqrt(number), MAX_DIVISOR)
+    small = [divisor for divisor in range(1, limit + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
+
+
 def nearest_divisors(number: int, wanted: int) -> str:
     """Return the divisors of `number` on either side of `wanted`, in words."""
-    limit = min(number, MAX_DIVISOR)
-    divisors = [divisor for divisor in range(1, limit + 1) if number % divisor == 0]
+    divisors = list_divisors(number)
     below = [divisor for divisor in divisors if divisor < wanted][-1:]
     above = [divisor for divisor in divisors if divisor > wanted][:1]
     return " or ".join(str(divisor) for divisor in below + above)
 
 
-def even_layout(num_layers: int, num_parts: int) -> str:
-    """Describe a pipeline whose parts differ by one layer at most, the first ones larger."""
+def even_layout(num_layers: int, num_parts: int) -> str | None:
+    """Describe a pipeline whose parts differ by one layer at most, the first ones larger.
+
+    None where nobody would write it down: it has a character for each layer and part.
+    """
+    if max(num_layers, num_parts) > MAX_WRITTEN_LAYERS:
+        return None
     sizes = [num_layers // num_parts + (part < num_layers % num_parts) for part in range(num_parts)]
     return "E" + "|".join("t" * size for size in sizes) + "L"
 
@@ -77,7 +90,8 @@ def check_dealing(
         return
     below, above = global_batch_size // unit * unit, round_up(global_batch_size, unit)
     sizes = f"{below} or {above}" if below else f"{above}"
-    valid = [n for n in range(1, global_batch_size + 1) if global_batch_size % unit_of(n) == 0]
+    divisors = list_divisors(global_batch_size)
+    valid = [size for size in divisors if global_batch_size % unit_of(size) == 0]
     names = " or ".join(map(str, valid[-NUM_SUGGESTIONS:]))
     raise ConfigError(
         f"{origin and origin + ': '}train.global_batch_size = {global_batch_size} cannot be dealt "

@@ -10,6 +10,7 @@ say what a change of the key means to a checkpoint, and which objectives have th
 """
 
 import dataclasses
+import math
 import operator
 import types
 import typing
@@ -51,6 +52,20 @@ class Only:
 
     def __init__(self, *objectives: str) -> None:
         object.__setattr__(self, "objectives", objectives)
+
+
+@dataclass(frozen=True, slots=True)
+class Largest:
+    """No machine takes more, and checks and timers take no more: a limit for mistakes alone."""
+
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """The key names a file or folder, or several of them."""
+
+    may_be_url: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +128,16 @@ class Key:
     def objectives(self) -> tuple[str, ...]:
         """The objectives that have the key; none: all of them."""
         return next((mark.objectives for mark in self.markers if isinstance(mark, Only)), ())
+
+    @property
+    def largest(self) -> float:
+        """The largest number that is no mistake."""
+        return next((mark.value for mark in self.markers if isinstance(mark, Largest)), math.inf)
+
+    @property
+    def location(self) -> Location | None:
+        """What the key may name, where it names files or folders."""
+        return next((mark for mark in self.markers if isinstance(mark, Location)), None)
 
     def belongs_to(self, objective: str) -> bool:
         """Return whether an objective, by its name, has the key."""

@@ -6,16 +6,16 @@ Layers apply in the order of the command line, each key on its own; the later va
 import dataclasses
 import json
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_eso.config.combinations import check_config
+from megatron_eso.config.layers import flatten, read_json, read_layer, unwrap_config
 from megatron_eso.config.origins import COMMAND_LINE, Origins
 from megatron_eso.config.sections import FORMAT_VERSION, KEYS, SECTIONS, Config
-from megatron_eso.config.values import check_value, parse_override, refuse_key, refuse_section
+from megatron_eso.config.values import check_value, parse_override
 from megatron_eso.errors import ConfigError
 
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_]\w*(\.\w+)*)=(?P<text>.*)", re.DOTALL)
@@ -46,6 +46,7 @@ def load_config(arguments: Sequence[str], *, folder: Path | None = None) -> Load
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
+    sources: list[str] = []
     for argument in arguments:
         match = OVERRIDE.fullmatch(argument)
         if match:
@@ -54,11 +55,12 @@ def load_config(arguments: Sequence[str], *, folder: Path | None = None) -> Load
                 COMMAND_LINE,
             )
         else:
-            layer, origin = read_toml(find_file(argument, folder)), argument
+            layer, origin = read_layer(argument, folder), argument
+        sources.append(origin)
         for key, value in layer.items():
             values[key] = check_value(key, value, origin)
             origins[key] = origin
-    config = build_config(values, ", ".join(dict.fromkeys(origins.values())) or COMMAND_LINE)
+    config = build_config(values, ", ".join(dict.fromkeys(sources)) or COMMAND_LINE)
     return LoadedConfig(
         config=config, origins=origins, warnings=tuple(check_config(config, origins))
     )
@@ -79,13 +81,7 @@ def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
     Raises:
         ConfigError: Another format, or a configuration that does not hold together.
     """
-    version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ConfigError(
-            f"{source}: format_version = {version}: this version of megatron-eso reads "
-            f"{FORMAT_VERSION}; use the version that wrote the file"
-        )
-    sections = {name: section for name, section in values.items() if name != "format_version"}
+    sections = unwrap_config(values, source)
     flat = {key: value for key, value in flatten(sections, source).items() if value is not None}
     config = build_config(
         {key: check_value(key, value, source) for key, value in flat.items()}, source
@@ -100,13 +96,7 @@ def read_config(path: Path) -> Config:
     Raises:
         ConfigError: The file is missing, no JSON, or no configuration of this version.
     """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as config.json: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: holds no configuration; name a run directory's config.json")
-    return config_from_dict(values, str(path))
+    return config_from_dict(read_json(path), str(path))
 
 
 def config_to_toml(config: Config) -> str:
@@ -123,53 +113,22 @@ def config_to_toml(config: Config) -> str:
     return "\n".join(lines)
 
 
-def find_file(name: str, folder: Path | None) -> Path:
-    """Find the file of this name here or in `folder`."""
-    candidates = [Path(name)] + ([folder / name] if folder else [])
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    if "=" in name:
-        raise ConfigError(f"{COMMAND_LINE}: {name}: is neither a file nor section.key=value")
-    searched = f" or in {folder}" if folder else ""
-    raise ConfigError(f"{COMMAND_LINE}: {name}: there is no such file here{searched}")
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read the values of a file by `section.name`."""
-    try:
-        with path.open("rb") as file:
-            return flatten(tomllib.load(file), str(path))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from error
-
-
-def flatten(sections: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Return the values by `section.name`."""
-    flat = {}
-    for name, section in sections.items():
-        if not isinstance(section, Mapping):
-            refuse_key(name, origin)
-        if name not in SECTIONS:
-            refuse_section(name, origin)
-        for key, value in section.items():
-            flat[f"{name}.{key}"] = value
-    return flat
-
-
 def build_config(values: Mapping[str, Any], source: str) -> Config:
     """Build the sections from checked values by `section.name`.
 
     Raises:
         ConfigError: A key that has no default is missing.
     """
+    missing = [path for path, key in KEYS.items() if key.is_required and path not in values]
+    if missing:
+        section, _, name = missing[0].partition(".")
+        are = "is" if len(missing) == 1 else "are"
+        raise ConfigError(
+            f"{source}: {', '.join(missing)} {are} missing: set {name} under [{section}] or pass "
+            f"{missing[0]}=VALUE"
+        )
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    for path, key in KEYS.items():
+    for path, value in values.items():
         section, _, name = path.partition(".")
-        if path in values:
-            sections[section][name] = values[path]
-        elif key.is_required:
-            raise ConfigError(
-                f"{source}: {path} is missing: set {name} under [{section}] or pass {path}=VALUE"
-            )
+        sections[section][name] = value
     return Config(**{name: SECTIONS[name](**given) for name, given in sections.items()})

@@ -6,8 +6,11 @@ from typing import Annotated, Literal
 from annotated_types import Gt, Interval
 
 from megatron_eso.config.divisibility import round_up
-from megatron_eso.config.keys import DERIVED, Frozen, Logged
+from megatron_eso.config.keys import DERIVED, Frozen, Largest, Logged
 
+MAX_LAYERS = 10_000
+MAX_WIDTH = 2**24
+"""Beyond any machine, and small enough that no check overflows."""
 SWIGLU_MULTIPLE = 64
 """A SwiGLU's derived width, 8/3 of the hidden size, is rounded up to a multiple of this."""
 
@@ -16,15 +19,15 @@ SWIGLU_MULTIPLE = 64
 class ModelConfig:
     """The transformer."""
 
-    num_layers: Annotated[int, Gt(0), Frozen()]
+    num_layers: Annotated[int, Gt(0), Largest(MAX_LAYERS), Frozen()]
     """Transformer layers."""
-    hidden_size: Annotated[int, Gt(0), Frozen()]
+    hidden_size: Annotated[int, Gt(0), Largest(MAX_WIDTH), Frozen()]
     """Width of the residual stream."""
-    num_attention_heads: Annotated[int, Gt(0), Frozen()]
+    num_attention_heads: Annotated[int, Gt(0), Largest(MAX_WIDTH), Frozen()]
     """Query heads; a head has hidden_size / num_attention_heads channels."""
-    num_query_groups: Annotated[int, Gt(0), Frozen()] = DERIVED
+    num_query_groups: Annotated[int, Gt(0), Largest(MAX_WIDTH), Frozen()] = DERIVED
     """Key and value heads; by default num_attention_heads."""
-    ffn_hidden_size: Annotated[int, Gt(0), Frozen()] = DERIVED
+    ffn_hidden_size: Annotated[int, Gt(0), Largest(MAX_WIDTH), Frozen()] = DERIVED
     """Width of the MLP; by default 4 hidden_size, for SwiGLU 8/3 of it, up to a multiple of 64."""
     normalization: Annotated[Literal["LayerNorm", "RMSNorm"], Frozen()] = "LayerNorm"
     """Norm before each branch and before the head; LayerNorm has a bias."""
@@ -52,7 +55,7 @@ class ModelConfig:
     """Standard deviation of the initial weights."""
     fp32_residual_connection: Annotated[bool, Logged()] = True
     """Keep the residual stream in float32 under bf16."""
-    make_vocab_size_divisible_by: Annotated[int, Gt(0), Frozen()] = 128
+    make_vocab_size_divisible_by: Annotated[int, Gt(0), Largest(MAX_WIDTH), Frozen()] = 128
     """The vocabulary is padded to a multiple of this, whatever the tensor parallelism."""
 
     def __post_init__(self) -> None:

@@ -15,13 +15,32 @@ COMMAND_LINE = "command line"
 DEFAULT_ORIGIN = "default"
 
 
+_MAX_SHOWN_CHARACTERS = 200
+
+
+def format_value(value: Any) -> str:
+    """Return a value as the configuration writes it, cut where it is long."""
+    if value is None:
+        return "not set"
+    try:
+        text = json.dumps(value, default=str)
+    except ValueError:  # Python converts no number of more than 4300 digits
+        return "a number of thousands of digits"
+    return shorten(text)
+
+
+def shorten(text: str) -> str:
+    """Return what a user wrote, cut where it is too long for an error."""
+    return text if len(text) <= _MAX_SHOWN_CHARACTERS else f"{text[:_MAX_SHOWN_CHARACTERS]}..."
+
+
 def refuse_value(origin: str, key: str, value: Any, remedy: str) -> NoReturn:
     """Refuse a value.
 
     Raises:
         ConfigError: One line with origin, key, value as TOML, and remedy.
     """
-    raise ConfigError(f"{origin}: {key} = {json.dumps(value, default=str)}: {remedy}")
+    raise ConfigError(f"{origin}: {key} = {format_value(value)}: {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

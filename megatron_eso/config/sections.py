@@ -14,18 +14,24 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
 
-from megatron_eso.config.keys import DERIVED, Frozen, Key, Logged, describe_keys
+from megatron_eso.config.keys import DERIVED, Frozen, Key, Largest, Location, Logged, describe_keys
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.objective import ObjectiveConfig
 
 FORMAT_VERSION = 1
+
+# The largest values: beyond any machine, and small enough that no check or timer overflows.
+MAX_BATCH = 2**31 - 1
+MAX_PARTS = 2**20
+MAX_PREFETCH_STEPS = 10_000
+MAX_SECONDS = 1e9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """Where the run lives and what it draws its randomness from."""
 
-    directory: str
+    directory: Annotated[str, Location()]
     """Run directory: logs, metrics and checkpoints; a run resumes from what is there."""
     seed: Annotated[int, Ge(0), Frozen("run")] = 1
     """Key of everything random: sample order, noise, initial weights, dropout."""
@@ -47,31 +53,31 @@ class Vocabulary:
 class DataConfig:
     """Token shards."""
 
-    train: str | tuple[str, ...]
+    train: Annotated[str | tuple[str, ...], Location(may_be_url=True)]
     """Directory or URL of the training shards, or a list of them: a blend of corpora."""
     train_weights: tuple[float, ...] | None = None
     """Shares of the corpora in the samples, in any unit; left out: by their numbers of rows."""
     phase: Annotated[int, Gt(0)] = 1
     """Number of the blend within the run: raise it by one to change the blend on resume."""
-    validation: str | None = None
+    validation: Annotated[str | None, Location(may_be_url=True)] = None
     """Directory or URL of the validation shards."""
-    sequence_length: Annotated[int, Gt(0), Frozen("run"), Logged()]
+    sequence_length: Annotated[int, Gt(0), Largest(MAX_BATCH), Frozen("run"), Logged()]
     """Tokens of a sample."""
     framing: Annotated[Literal["none", "bos_eos"], Frozen("run"), Logged()] = "none"
     """`bos_eos`: BOS first and EOS last in every sample, in place of two tokens of text."""
     ssl_ratio: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Share of the training samples that are cut to a random length."""
-    vocab_size: Annotated[int | None, Gt(0), Frozen("weights")] = None
+    vocab_size: Annotated[int | None, Gt(0), Largest(MAX_BATCH), Frozen("weights")] = None
     """Tokens of the vocabulary, the mask token among them; left out: that of the shards."""
     mask_token_id: Annotated[int | None, Ge(0), Frozen("weights")] = None
     """The mask token; left out: that of the shards."""
-    quarantine: str | None = None
+    quarantine: Annotated[str | None, Location()] = None
     """JSON file that lists damaged records; rows of other records stand in for theirs."""
-    cache_directory: str | None = None
+    cache_directory: Annotated[str | None, Location()] = None
     """Folder on a local disk for copies of shards that have a URL; left out: a temporary one."""
     cache_gib: Annotated[float, Gt(0)] = 100.0
     """Largest size of these copies together, in GiB."""
-    prefetch_steps: Annotated[int, Ge(0)] = 2
+    prefetch_steps: Annotated[int, Ge(0), Largest(MAX_PREFETCH_STEPS)] = 2
     """Steps that a thread reads ahead; 0: none."""
     batch_check_interval: Annotated[int, Ge(0)] = 100
     """Steps between checks that all ranks of a copy of the model hold the same batch; 0: never."""
@@ -100,9 +106,9 @@ class TrainConfig:
 
     num_steps: Annotated[int, Gt(0)]
     """Optimizer steps of the run."""
-    global_batch_size: Annotated[int, Gt(0)]
+    global_batch_size: Annotated[int, Gt(0), Largest(MAX_BATCH)]
     """Samples of a step, over all ranks."""
-    micro_batch_size: Annotated[int, Gt(0)]
+    micro_batch_size: Annotated[int, Gt(0), Largest(MAX_BATCH)]
     """Samples that a rank processes at once."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic; bf16 keeps main parameters, gradients and optimizer state in float32."""
@@ -128,7 +134,7 @@ class ValidationConfig:
     """Steps between validations; 0: at the start and at the end only."""
     num_samples: Annotated[int, Ge(0)] = 0
     """Samples of a validation; 0: all."""
-    micro_batch_size: Annotated[int, Gt(0)] = DERIVED
+    micro_batch_size: Annotated[int, Gt(0), Largest(MAX_BATCH)] = DERIVED
     """Samples that a rank validates at once; by default train.micro_batch_size."""
 
 
@@ -166,11 +172,11 @@ class OptimizerConfig:
 class ParallelConfig:
     """Layout over ranks; data parallelism takes what tensor and pipeline parallelism leave."""
 
-    tensor_model_parallel_size: Annotated[int, Gt(0)] = 1
+    tensor_model_parallel_size: Annotated[int, Gt(0), Largest(MAX_PARTS)] = 1
     """Ranks that share each layer."""
-    pipeline_model_parallel_size: Annotated[int, Gt(0)] = 1
+    pipeline_model_parallel_size: Annotated[int, Gt(0), Largest(MAX_PARTS)] = 1
     """Stages of the pipeline."""
-    virtual_pipeline_model_parallel_size: Annotated[int | None, Ge(2)] = None
+    virtual_pipeline_model_parallel_size: Annotated[int | None, Ge(2), Largest(MAX_PARTS)] = None
     """Model chunks per stage of an interleaved pipeline; left out: not interleaved."""
     pipeline_model_parallel_layout: str | None = None
     """Layers of each pipeline part in Megatron-Core's notation, where they do not divide evenly."""
@@ -216,7 +222,7 @@ class CheckpointConfig:
 
     interval: Annotated[int, Ge(0)] = 0
     """Steps between checkpoints; 0: at the end only."""
-    interval_minutes: Annotated[float, Ge(0)] = 0.0
+    interval_minutes: Annotated[float, Ge(0), Largest(MAX_SECONDS)] = 0.0
     """Minutes between checkpoints, whatever the steps; 0: by steps only."""
     async_save: bool = True
     """Write in the background; the training waits for a copy to host memory only."""
@@ -226,9 +232,9 @@ class CheckpointConfig:
     """Checkpoints at multiples of this many steps are never deleted; 0: none."""
     keep_best: bool = True
     """Keep the checkpoint of the lowest val/nelbo, among those saved at a validation."""
-    end_margin_minutes: Annotated[float, Ge(0)] = 5.0
+    end_margin_minutes: Annotated[float, Ge(0), Largest(MAX_SECONDS)] = 5.0
     """Minutes before the end of a Slurm allocation to save and end the run; 0: on request only."""
-    init_from: str | None = None
+    init_from: Annotated[str | None, Location()] = None
     """Run, checkpoint or sampler directory whose weights a new run starts from."""
     init_other_tokenizer: bool = False
     """Start from these weights although they were trained with another tokenizer of equal size."""
@@ -238,13 +244,13 @@ class CheckpointConfig:
 class WatchdogConfig:
     """Deadlines after which a job that hangs is ended, with the stacks of its ranks in the log."""
 
-    start_seconds: Annotated[float, Ge(0)] = 1800.0
+    start_seconds: Annotated[float, Ge(0), Largest(MAX_SECONDS)] = 1800.0
     """For building the model and reading the checkpoint; 0 here and below: no deadline."""
-    step_seconds: Annotated[float, Ge(0)] = 900.0
+    step_seconds: Annotated[float, Ge(0), Largest(MAX_SECONDS)] = 900.0
     """For a training step, waiting for its data included; the first one has start_seconds too."""
-    validation_seconds: Annotated[float, Ge(0)] = 3600.0
+    validation_seconds: Annotated[float, Ge(0), Largest(MAX_SECONDS)] = 3600.0
     """For a validation."""
-    checkpoint_seconds: Annotated[float, Ge(0)] = 1800.0
+    checkpoint_seconds: Annotated[float, Ge(0), Largest(MAX_SECONDS)] = 1800.0
     """For a checkpoint that the run waits for, or goes back to."""
 
 

@@ -11,7 +11,7 @@ import typing
 from typing import Any, NoReturn
 
 from megatron_eso.config.keys import Key
-from megatron_eso.config.origins import COMMAND_LINE, refuse_value
+from megatron_eso.config.origins import COMMAND_LINE, format_value, refuse_value, shorten
 from megatron_eso.config.sections import KEYS, SECTIONS
 from megatron_eso.errors import ConfigError
 
@@ -28,15 +28,22 @@ TYPE_NAMES: dict[Any, str] = {
 
 def parse_override(key: str, text: str) -> Any:
     """Parse the text of `key=text` as TOML; keep the text if it is no TOML or a string is due."""
-    try:
-        document = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    document = parse_toml(f"value = {text}")
+    if document is None:
         return text
     value = document["value"]
     accepted = find_key(key, COMMAND_LINE).accepted_types
     is_list = isinstance(value, list) and find_item_type(accepted) is not None
     wants_text = str in accepted and not isinstance(value, str) and not is_list
     return text if len(document) > 1 or wants_text else value
+
+
+def parse_toml(text: str) -> dict[str, Any] | None:
+    """Parse a line of TOML; None where it is none, or Python cannot read it for its size."""
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def check_value(path: str, value: Any, origin: str) -> Any:
@@ -80,14 +87,11 @@ def find_item_type(accepted: tuple[Any, ...]) -> type | None:
 def suggest_value(value: Any, accepted: tuple[Any, ...]) -> str:
     """Say what to write instead, where it can be derived from the value."""
     if accepted == (str,):
-        return f"; write {json.dumps(str(value))}"
+        return f"; write {format_value(str(value))}"
     if accepted == (int,) and type(value) is float and value.is_integer():
         return f"; write {int(value)}"
     if isinstance(value, str):
-        try:
-            parsed = tomllib.loads(f"value = {value.lower()}")["value"]
-        except tomllib.TOMLDecodeError:
-            return ""
+        parsed = (parse_toml(f"value = {value.lower()}") or {}).get("value")
         if type(parsed) in accepted:
             return f"; write {json.dumps(parsed)}"
     return ""
@@ -111,12 +115,13 @@ def refuse_section(name: str, origin: str) -> NoReturn:
     """Refuse an unknown section, with the closest one."""
     close = difflib.get_close_matches(name, SECTIONS, n=1)
     hint = f"did you mean [{close[0]}]?" if close else f"sections are {', '.join(SECTIONS)}"
-    raise ConfigError(f"{origin}: [{name}] is no section: {hint}")
+    raise ConfigError(f"{origin}: [{shorten(name)}] is no section: {hint}")
 
 
 def refuse_key(path: str, origin: str) -> NoReturn:
     """Refuse an unknown key, with the closest one of its section or else of all."""
     section, _, name = path.rpartition(".")
+    shown = shorten(path)
     every = {key.path: key.name for key in KEYS.values()}
     own = {other: known for other, known in every.items() if other == f"{section}.{known}"}
     for candidates in (own, every):
@@ -124,9 +129,9 @@ def refuse_key(path: str, origin: str) -> NoReturn:
         if close:
             found = [other for other, known in candidates.items() if known == close[0]]
             raise ConfigError(
-                f"{origin}: {path} is no key: did you mean {' or '.join(sorted(found))}?"
+                f"{origin}: {shown} is no key: did you mean {' or '.join(sorted(found))}?"
             )
     known_keys = "see docs/configuration.md"
     if own:
         known_keys = f"keys of [{section}] are {', '.join(own.values())}"
-    raise ConfigError(f"{origin}: {path} is no key: {known_keys}")
+    raise ConfigError(f"{origin}: {shown} is no key: {known_keys}")

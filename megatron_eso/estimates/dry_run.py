@@ -60,16 +60,22 @@ def describe_layout(
     parallel, train = config.parallel, config.train
     stages = parallel.pipeline_model_parallel_size
     chunks = parallel.virtual_pipeline_model_parallel_size
-    layers = config.model.num_layers // stages
-    in_chunks = f" in {chunks} chunks of {layers // chunks}" if chunks else ""
+    counts = [parallel.count_stage_layers(config.model.num_layers, each) for each in range(stages)]
+    is_even = len(set(counts)) == 1
+    layers = str(counts[0]) if is_even else ", ".join(map(str, counts))
+    in_chunks = f" in {chunks} chunks" if chunks else ""
+    if chunks and parallel.pipeline_model_parallel_layout is None:
+        in_chunks += f" of {counts[0] // chunks}"
     tokens = train.global_batch_size * config.data.sequence_length
     mix = describe_mix(objective, train.micro_batch_size)
     num_micro_batches = train.global_batch_size // train.micro_batch_size // data_parallel_size
+    ranks = "rank" if world_size == 1 else "ranks"
+    batches = "micro-batch" if num_micro_batches == 1 else "micro-batches"
     return [
-        f"layout: {world_size} ranks = tensor {parallel.tensor_model_parallel_size} x "
+        f"layout: {world_size} {ranks} = tensor {parallel.tensor_model_parallel_size} x "
         f"pipeline {stages} x data {data_parallel_size}; {layers} layers per stage{in_chunks}",
         f"step: {train.global_batch_size} samples, {tokens:,} tokens; each rank "
-        f"{num_micro_batches} micro-batches of {train.micro_batch_size}, {mix}",
+        f"{num_micro_batches} {batches} of {train.micro_batch_size}, {mix}",
         f"run: {train.num_steps:,} steps, {float(tokens * train.num_steps):.4g} tokens",
     ]
 

@@ -1,12 +1,17 @@
-"""`restarts.jsonl`: how each job of a run has ended and what was decided then, a line each."""
+"""How the jobs of a run have ended: what a job script decides from, and what was decided.
+
+`restarts.jsonl` has a line for each end. `failure.json` holds what a job could not go on with and
+its user has to correct, as any of its ranks has met it.
+"""
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from megatron_eso.errors import ConfigError
-from megatron_eso.files import write_text
+from megatron_eso.files import write_json, write_text
 
 Decision = Literal["finished", "requeue", "stop"]
 
@@ -54,3 +59,38 @@ def append_outcome(path: Path, outcome: Outcome) -> None:
     """Add a line; on disk when this returns."""
     outcomes = [*read_outcomes(path), outcome]
     write_text(path, "".join(json.dumps(asdict(each)) + "\n" for each in outcomes))
+
+
+def restart_count() -> int:
+    """Return how often Slurm has started this job before."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def write_failure(path: Path, reason: str) -> None:
+    """Record what the user of this Slurm job has to correct; any rank may.
+
+    Outside Slurm nothing is written: no job script reads it.
+
+    Raises:
+        OSError: The file system refuses.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"job": job, "restart": restart_count(), "reason": reason})
+
+
+def read_failure(path: Path, job: str | None) -> str | None:
+    """Return what the user of a job has to correct; None where its ranks have recorded nothing.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text())
+        is_of_job = (content["job"], content["restart"]) == (job, restart_count())
+        return str(content["reason"]) if is_of_job else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); remove it") from error

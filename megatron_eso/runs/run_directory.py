@@ -64,6 +64,11 @@ class RunDirectory:
         return self.path / "restarts.jsonl"
 
     @property
+    def failure(self) -> Path:
+        """What the user of the last job has to correct (restarts.py)."""
+        return self.path / "failure.json"
+
+    @property
     def logs(self) -> Path:
         """One log a rank."""
         return self.path / "logs"

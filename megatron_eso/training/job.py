@@ -15,7 +15,7 @@ from megatron_eso.config.loading import config_to_dict, config_to_toml
 from megatron_eso.config.sections import Config
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.samples.validation_data import ValidationData
-from megatron_eso.errors import DataError
+from megatron_eso.errors import DataError, UserError
 from megatron_eso.estimates.flops import training_flops_per_token
 from megatron_eso.objectives.build import build_objective
 from megatron_eso.objectives.objective import Objective
@@ -210,7 +210,8 @@ def train_to_the_end(trainer: Trainer) -> None:
 def record_failure(run: RunDirectory, step: int, error: BaseException) -> None:
     """Record why the run fails: rank 0 in `status.json`, another rank in its log."""
     if is_first_rank():
-        run.write_status("failed", step, reason=repr(error))
+        line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        run.write_status("failed", step, reason=" ".join(line.split()))
     elif isinstance(error, DataError):
         # Rank 0 does not know what only this rank has met, such as a damaged shard.
         logger.error("%s", error)

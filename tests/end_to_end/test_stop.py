@@ -36,7 +36,7 @@ OVERRIDES: Overrides = OVERLAPPED | {
 }
 MARGIN_SECONDS = 60
 # The launcher ends with the signal that it was given; the ranks end with 0.
-LAUNCHER_CODE_AFTER_SIGTERM = 1
+LAUNCHER_CODE_AFTER_SIGNAL = 1
 
 Launcher = subprocess.Popen[bytes]
 
@@ -58,6 +58,11 @@ def terminate_the_launcher(run: Path, launcher: Launcher) -> None:
     launcher.send_signal(signal.SIGTERM)
 
 
+def interrupt_the_launcher(run: Path, launcher: Launcher) -> None:
+    """As Ctrl-C does."""
+    launcher.send_signal(signal.SIGINT)
+
+
 def write_the_file(run: Path, launcher: Launcher) -> None:
     (run / "requeue").touch()
 
@@ -69,6 +74,7 @@ def wait_for_the_end(run: Path, launcher: Launcher) -> None:
 WAYS: list[tuple[str, Callable[[Path, Launcher], None]]] = [
     ("SIGTERM or SIGUSR1", signal_a_rank),
     ("SIGTERM", terminate_the_launcher),
+    ("SIGINT", interrupt_the_launcher),
     ("the file requeue is in the run directory", write_the_file),
     ("the allocation ends", wait_for_the_end),
 ]
@@ -96,7 +102,8 @@ def test_a_stopped_run_goes_on_bitwise(straight: Path, tiny_data: Path, tmp_path
         status = RunDirectory(run).read_status()
         assert status.state == "interrupted", read_log(run)[-3000:]
         assert status.reason in reason.split(" or ")
-        expected = LAUNCHER_CODE_AFTER_SIGTERM if stop is terminate_the_launcher else 0
+        is_signalled = stop in (terminate_the_launcher, interrupt_the_launcher)
+        expected = LAUNCHER_CODE_AFTER_SIGNAL if is_signalled else 0
         assert code == expected, read_log(run)[-3000:]
         assert not any(rank.is_running() for rank in ranks)
         assert reached + 1 <= status.step < NUM_STEPS

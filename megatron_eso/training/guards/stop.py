@@ -2,20 +2,22 @@
 
 One rank may receive a request that the others do not. After every step the loop therefore takes
 the maximum over all ranks, and all of them save and stop after the same step. The handlers only
-store the request, so a second signal does not disturb a save.
+store the request, so a second signal does not disturb a save; a second Ctrl-C ends this process.
 """
 
 import logging
 import os
 import signal
+import sys
 import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from megatron_eso.errors import end_by_signal
 from megatron_eso.ranks import is_first_rank
 from megatron_eso.runs.run_directory import RunDirectory
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 END_TIME_VARIABLE = "SLURM_JOB_END_TIME"
 
 # By number; of several requests the one with the highest number counts.
@@ -25,9 +27,11 @@ REASONS = {
     3: "the allocation ends",
     4: "SIGTERM",
     5: "SIGUSR1",
+    6: "SIGINT",
 }
 _REQUEUE, _STOP, _END, *_OF_SIGNALS = REASONS
 _SECONDS_BETWEEN_LOOKS = 1.0
+_INTERRUPTED = b"interrupted: the run saves after this step; Ctrl-C again ends it without saving\n"
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +39,8 @@ logger = logging.getLogger(__name__)
 class StopRequests:
     """Receives requests from `__enter__` to `__exit__`; make it on the main thread of every rank.
 
-    Once a request was received, later signals are ignored, after `__exit__` as well.
+    Once a request was received, later signals are ignored, after `__exit__` as well. Only a second
+    SIGINT before `__exit__` ends the process at once: somebody does not want to wait for the save.
 
     Args:
         run: The run directory. Rank 0 removes the file that stopped the job before.
@@ -47,6 +52,7 @@ class StopRequests:
         self._margin = end_margin_seconds
         self._end = _allocation_end(end_margin_seconds)
         self._received = 0
+        self._is_interrupted = False
         self._next_look = 0.0
         self._previous: dict[int, Any] = {}
 
@@ -81,6 +87,13 @@ class StopRequests:
         return max(self._received, self._look())
 
     def _store_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._is_interrupted:
+                end_by_signal(signal.SIGINT)
+            self._is_interrupted = True
+            if is_first_rank():
+                # Not by the logger, whose lock the interrupted code may hold.
+                os.write(sys.stderr.fileno(), _INTERRUPTED)
         self._received = _OF_SIGNALS[SIGNALS.index(signal.Signals(number))]
 
     def _look(self) -> int:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -103,7 +104,8 @@ class MetricsLog:
 
     def log(self, counters: Counters, values: dict[str, float]) -> None:
         """Record `values` by tag at the step that was taken last."""
-        self._record(counters, partial(self._write_line, {"step": counters.step, **values}))
+        line = {"step": counters.step, **values, tags.TIME: time.time()}
+        self._record(counters, partial(self._write_line, line))
         self._record(counters, partial(self._add_scalars, counters, values))
         self._log_to_wandb(counters, values)
 
@@ -112,7 +114,7 @@ class MetricsLog:
         nelbo = values[tags.VAL_NELBO]
         by_flops = {tags.VAL_NELBO_BY_FLOPS: nelbo, tags.FLOPS: counters.flops}
         by_tokens = {tags.VAL_NELBO_BY_TOKENS: nelbo, tags.TOKENS: counters.tokens}
-        line = {"step": counters.step, **values, **by_flops, **by_tokens}
+        line = {"step": counters.step, **values, **by_flops, **by_tokens, tags.TIME: time.time()}
         self._record(counters, partial(self._add_scalars, counters, values))
         self._record(counters, partial(self._add_scaling, counters, nelbo))
         self._log_to_wandb(counters, values)

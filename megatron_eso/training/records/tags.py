@@ -56,6 +56,7 @@ CHECKPOINT_WRITE_SECONDS = _define(
     "perf/checkpoint_write_seconds", "from a save's start to its publication"
 )
 RESTARTS = _define("perf/restarts", "restarts of the run")
+TIME = _define("perf/time", "seconds since 1970 at the record, in metrics.jsonl only")
 
 TOKENS = _define("progress/tokens", "tokens so far")
 FLOPS = _define("progress/flops", "floating-point operations of the objective so far")

@@ -55,7 +55,7 @@ def test_later_layers_win_key_by_key(tmp_path: Path) -> None:
         ("run.directory=plain text = with sign", "plain text = with sign"),
         ('run.directory="quoted"', "quoted"),
         ("run.directory=2024", "2024"),
-        ("run.directory=", ""),
+        ("run.wandb_project=", ""),
         ("parallel.sequence_parallel=false", False),
         ("objective.loss_type=low_var", "low_var"),
         ("data.vocab_size=98", 98),
@@ -128,7 +128,9 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, message: str
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(ConfigError, match="command line: model.num_layers is missing: set num_la"):
         load_config([argument for argument in ARGUMENTS if "num_layers" not in argument])
-    with pytest.raises(ConfigError, match="run.directory is missing"):
+    with pytest.raises(
+        ConfigError, match="^command line: run.directory, model.num_layers, .* are missing"
+    ):
         load_config([])
 
 

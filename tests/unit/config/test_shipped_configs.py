@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import load_config
-from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.errors import ConfigError
 from megatron_eso.estimates.dry_run import format_dry_run
 
@@ -77,3 +77,15 @@ def test_without_shards_the_dry_run_says_that_the_vocabulary_is_unknown() -> Non
     text = format_dry_run(loaded)
     assert "# vocabulary: not known without the shards" in text
     assert "= embedding 0 + layers 3,159,040 " in text
+
+
+def test_a_dry_run_counts_the_layers_of_every_stage() -> None:
+    overrides = [
+        "quickstart.toml",
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.pipeline_model_parallel_layout=Ettt|tL",
+        "train.global_batch_size=8",
+    ]
+    text = format_dry_run(load_config(overrides, folder=SHIPPED_CONFIGS), 2)
+    assert "layout: 2 ranks = tensor 1 x pipeline 2 x data 1; 3, 1 layers per stage\n" in text
+    assert "each rank 1 micro-batch of 8," in text

@@ -3,11 +3,15 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from megatron_eso.errors import ConfigError
+from megatron_eso.runs.restarts import write_failure
 from megatron_eso.runs.run_directory import RunDirectory
+from pretrain import train
 from pretrain.outcome import MAX_FRUITLESS_RESTARTS, judge, main
 
 JOB = "17"
@@ -44,9 +48,8 @@ def save_step(run: RunDirectory, step: int) -> None:
     [
         ("finished", "train.num_steps reached", "finished"),
         ("interrupted", "SIGUSR1", "requeue"),
-        ("failed", "RuntimeError('out of memory')", "requeue"),
+        ("failed", "RuntimeError: out of memory", "requeue"),
         ("running", "", "requeue"),
-        ("failed", "ConfigError('optimizer.learning_rate')", "stop"),
     ],
 )
 def test_status_decides(run: RunDirectory, state: str, reason: str, decision: str) -> None:
@@ -110,3 +113,47 @@ def test_directory_of_a_configuration(
 ) -> None:
     main(["--directory", *layers(run)])
     assert capsys.readouterr().out == f"{run.path}\n"
+
+
+def test_what_the_user_has_to_correct_stops_whichever_rank_met_it(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.write_status("failed", 12, reason="RuntimeError: connection closed by peer")
+    write_failure(run.failure, "shards/train: shard 3 is damaged")
+    outcome = judge(run, JOB)
+    assert outcome.decision == "stop"
+    assert outcome.reason == (
+        "failed (shards/train: shard 3 is damaged): correct that and submit again"
+    )
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert judge(run, JOB).decision == "requeue"  # it is of the job's start before
+    assert judge(run, "18").decision == "requeue"
+
+
+def test_a_damaged_record_of_a_failure_is_one_line(run: RunDirectory) -> None:
+    run.failure.write_text("{")
+    with pytest.raises(ConfigError, match=r"failure.json: cannot be read .*; remove it"):
+        judge(run, JOB)
+
+
+def test_a_refused_start_is_not_requeued(
+    run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.write_status("finished", 12, reason="train.num_steps reached")
+    before = run.status.read_bytes()
+    arguments = [*layers(run), f"data.train={tmp_path / 'typo'}"]
+    with pytest.raises(ConfigError, match="typo"):
+        train.main(arguments)
+    main(arguments)
+    assert capsys.readouterr().out == "stop\n"
+    assert run.status.read_bytes() == before
+
+
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_a_refusal_of_any_rank_is_recorded(
+    run: RunDirectory, tmp_path: Path, rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with suppress(ConfigError):  # rank 0 reports it, the others leave with its code
+        assert train.main([*layers(run), f"data.train={tmp_path / 'typo'}"]) == 2
+    assert "typo" in judge(run, JOB).reason

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from megatron_eso.config.loading import config_to_dict
+from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.sections import KEYS, Config
 from megatron_eso.errors import ConfigError
-from megatron_eso.training.checkpointing.restore import check_same, check_weights
+from megatron_eso.training.checkpointing.kept_keys import check_same, check_weights
 from tests.support.configs import make_config, replace_value
 
 REMEDY = "restore the value"
@@ -22,6 +23,11 @@ def checkpoint(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_to_dict(make_config())))
     return folder
+
+
+def shown(value: Any) -> str:
+    """A value as the configuration writes it."""
+    return "not set" if value is None else json.dumps(value)
 
 
 def change(config: Config, path: str) -> tuple[Config, Any]:
@@ -44,11 +50,11 @@ def test_a_run_that_continues_logs_or_refuses_every_change(
     if KEYS[path].is_frozen("run"):
         with pytest.raises(ConfigError) as raised:
             check_same(checkpoint, config, "run", REMEDY)
-        line = f"{path} = {new!r}, but {checkpoint} was written with {old!r}: {REMEDY}"
+        line = f"{path} = {shown(new)}, but {checkpoint} was written with {shown(old)}: {REMEDY}"
         assert str(raised.value) == line
         return
     check_same(checkpoint, config, "run", REMEDY)
-    assert caplog.messages == [f"changed since step_00000002: {path}: {old!r} -> {new!r}"]
+    assert caplog.messages == [f"changed since step_00000002: {path}: {shown(old)} -> {shown(new)}"]
 
 
 @pytest.mark.parametrize("path", KEYS)
@@ -65,7 +71,7 @@ def test_weights_of_another_run_fix_less(
         return
     check_weights(checkpoint, config)
     assert caplog.messages == (
-        [f"changed since step_00000002: {path}: {make_config().get(path)!r} -> {new!r}"]
+        [f"changed since step_00000002: {path}: {shown(make_config().get(path))} -> {shown(new)}"]
         if KEYS[path].is_logged
         else []
     )
@@ -75,7 +81,7 @@ def test_weights_of_another_run_fix_less(
 def test_another_objective_is_refused_on_resume(checkpoint: Path, path: str) -> None:
     """Refuse to resume; the weights may still start a run of another objective."""
     config = replace_value(make_config(), path, "another")
-    with pytest.raises(ConfigError, match=f"^{path} = 'another', but .* was written with '"):
+    with pytest.raises(ConfigError, match=f'^{path} = "another", but .* was written with "'):
         check_same(checkpoint, config, "run", REMEDY)
     check_weights(checkpoint, config)
 
@@ -84,7 +90,18 @@ def test_a_list_is_shown_as_in_toml(checkpoint: Path, caplog: pytest.LogCaptureF
     caplog.set_level(logging.INFO)
     config = replace_value(make_config(), "data.train", ("a", "b"))
     check_same(checkpoint, config, "run", REMEDY)
-    assert caplog.messages == ["changed since step_00000002: data.train: 'shards' -> ['a', 'b']"]
+    assert caplog.messages == ['changed since step_00000002: data.train: "shards" -> ["a", "b"]']
     (checkpoint / "config.json").write_text(json.dumps(config_to_dict(config)))
     check_same(checkpoint, config, "run", REMEDY)
     assert len(caplog.messages) == 1
+
+
+def test_a_refused_model_names_a_key_that_somebody_set(checkpoint: Path) -> None:
+    """`model.ffn_hidden_size` follows from the hidden size where it is left out."""
+    config = make_config(model=ModelConfig(num_layers=4, hidden_size=128, num_attention_heads=4))
+    with pytest.raises(ConfigError, match=r"^model.hidden_size = 128, but .* written with 64"):
+        check_same(checkpoint, config, "run", REMEDY)
+    with pytest.raises(ConfigError, match=r"^model.ffn_hidden_size = 9, but .* written with 256"):
+        check_same(
+            checkpoint, replace_value(make_config(), "model.ffn_hidden_size", 9), "run", REMEDY
+        )

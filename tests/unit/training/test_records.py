@@ -82,4 +82,16 @@ def test_values_that_are_not_finite_stay_readable_json(tmp_path: Path) -> None:
     with MetricsLog(run, Counters()) as metrics:
         metrics.log(counters(1), {"train/loss": float("nan"), "train/grad_norm": float("inf")})
     line = json.loads(run.metrics.read_text(), parse_constant=pytest.fail)
+    del line["perf/time"]
     assert line == {"step": 1, "train/loss": "nan", "train/grad_norm": "inf"}
+
+
+def test_every_line_has_the_time_at_which_it_was_recorded(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    with MetricsLog(run, Counters()) as metrics:
+        metrics.log(counters(1), {"train/loss": 1.0})
+        metrics.log_validation(counters(1), {"val/nelbo": 10.0})
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [type(line["perf/time"]) for line in lines] == [float, float]
+    accumulator = EventAccumulator(str(run.tensorboard)).Reload()
+    assert "perf/time" not in accumulator.Tags()["scalars"]

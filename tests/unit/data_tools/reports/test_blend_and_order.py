@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data_tools.__main__ import main
+from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import config_to_dict, load_config
-from megatron_eso.config.shipped import SHIPPED_CONFIGS
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import CheckpointError, ConfigError, DataError

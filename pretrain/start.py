@@ -1,0 +1,212 @@
+"""What a run needs to start: checked by its start and by its dry run."""
+
+import copy
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from checkpoints_conversion.sampler_directory import is_sampler_directory
+from megatron_eso.config.combinations import with_vocabulary
+from megatron_eso.config.loading import LoadedConfig
+from megatron_eso.config.origins import TracedConfig
+from megatron_eso.config.sections import Config
+from megatron_eso.data.remote.folder import RemoteFolder, is_remote
+from megatron_eso.data.samples.training_data import TrainingData, open_run_data
+from megatron_eso.data.samples.validation_data import ValidationData
+from megatron_eso.data.shards.format import MANIFEST_FILE
+from megatron_eso.data.shards.manifest import read_manifest
+from megatron_eso.errors import ConfigError, DataError, UserError
+from megatron_eso.runs.checkpoint_state import CheckpointState, read_checkpoint_state
+from megatron_eso.runs.run_directory import RunDirectory
+from megatron_eso.runs.steps import newest
+from megatron_eso.training.checkpointing.kept_keys import (
+    check_initial_weights,
+    check_resumed,
+    find_checkpoint,
+)
+
+logger = logging.getLogger("pretrain")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """The open data of a run, and its configuration with their vocabulary."""
+
+    config: Config
+    train: TrainingData
+    validation: ValidationData | None
+
+
+class Dataset(NamedTuple):
+    """A dataset of the run by its key, and where it lies."""
+
+    key: str
+    location: str
+    is_remote: bool
+
+
+def open_inputs(loaded: LoadedConfig) -> Inputs:
+    """Open the data of a run, and check everything else that its start needs.
+
+    Raises:
+        ConfigError: One line with origin, key, value and remedy.
+        DataError: Shards are missing or damaged, or have no row.
+        CheckpointError: The checkpoint to start from cannot be read.
+    """
+    traced = TracedConfig(config=loaded.config, origins=loaded.origins)
+    check_run_directory(traced)
+    check_folders(traced)
+    check_quarantine(traced)
+    check_sequence_length(traced)
+    data = traced.config.data
+    train, validation = open_run_data(data, traced.config.run.seed)
+    check_tokenizer_files(traced, train)
+    if validation is not None:
+        check_validation(traced, train, validation)
+    config = with_vocabulary(
+        traced.config,
+        vocab_size=train.vocabulary.size,
+        mask_token_id=train.vocabulary.mask_token_id,
+        source=data.train_corpora[0],
+        origins=loaded.origins,
+    )
+    check_first_weights(config, train)
+    return Inputs(config=config, train=train, validation=validation)
+
+
+def list_unreachable(loaded: LoadedConfig) -> list[str]:
+    """List the remote datasets that this machine cannot reach, as warnings.
+
+    Raises:
+        ConfigError: A URL cannot be read with what is installed.
+        DataError: The server answers, and has no such dataset.
+    """
+    traced = TracedConfig(config=loaded.config, origins=loaded.origins)
+    unreachable = []
+    for dataset in _list_datasets(traced):
+        try:
+            if dataset.is_remote:
+                RemoteFolder(dataset.location).read_manifest()
+        except DataError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise
+            unreachable.append(f"{error}; the data were not checked")
+    return unreachable
+
+
+def check_run_directory(traced: TracedConfig) -> None:
+    """Refuse a run directory that cannot be made or written to."""
+    path = Path(traced.config.run.directory)
+    existing = next(each for each in (path, *path.absolute().parents) if each.exists())
+    key = "run.directory"
+    traced.require(existing.is_dir(), key, f"{existing} is a file; name another folder")
+    is_writable = os.access(existing, os.W_OK | os.X_OK)
+    traced.require(is_writable, key, f"{existing} cannot be written to; name another folder")
+
+
+def check_folders(traced: TracedConfig) -> None:
+    """Refuse local data that are not there, and name the shards in a folder below."""
+    for key, location, is_elsewhere in _list_datasets(traced):
+        if is_elsewhere or (Path(location) / MANIFEST_FILE).is_file():
+            continue
+        if not Path(location).is_dir():
+            remedy = "build the shards with python -m data_tools build"
+            traced.refuse(key, f"there is no folder {location}; {remedy}")
+        remedy = "name a folder that data_tools build has made"
+        below = sorted(path.parent for path in Path(location).glob(f"*/{MANIFEST_FILE}"))
+        if below:
+            wanted = key.partition(".")[2]
+            below.sort(key=lambda path: path.name != wanted)
+            remedy = f"name {below[0]}"
+        traced.refuse(key, f"{location} holds no shards itself; {remedy}")
+
+
+def check_quarantine(traced: TracedConfig) -> None:
+    """Refuse a list of damaged records that is not there."""
+    name = traced.config.data.quarantine
+    remedy = "there is no such file; correct the path, or leave the key out"
+    traced.require(name is None or Path(name).is_file(), "data.quarantine", remedy)
+
+
+def check_sequence_length(traced: TracedConfig) -> None:
+    """Refuse samples that are longer than every record of a local dataset."""
+    data = traced.config.data
+    for key, location, is_elsewhere in _list_datasets(traced):
+        if is_elsewhere:
+            continue
+        manifest, _ = read_manifest(Path(location))
+        longest = min(manifest.record_tokens, manifest.num_tokens)
+        traced.require(
+            manifest.layout.num_rows(data.row_tokens) > 0,
+            "data.sequence_length",
+            f"{key} = {location} has no such row: its records hold {longest} tokens; use at most "
+            f"{longest}, or build the shards with longer records or more text",
+        )
+
+
+def check_tokenizer_files(traced: TracedConfig, train: TrainingData) -> None:
+    """Refuse shards without their tokenizer, which the run directory gets a copy of."""
+    folder = train.tokenizer_directory
+    remedy = f"{folder} is missing; copy the tokenizer there, or build the shards again"
+    traced.require(folder.is_dir(), "data.train", remedy)
+
+
+def check_validation(traced: TracedConfig, train: TrainingData, validation: ValidationData) -> None:
+    """Refuse validation on training data, and on more samples than there are."""
+    traced.require(
+        validation.dataset.dataset_id not in train.datasets,
+        "data.validation",
+        "is training data too (data.train); name other shards, such as those of data_tools build "
+        "--validation",
+    )
+    traced.require(
+        traced.config.validation.num_samples <= validation.num_samples,
+        "validation.num_samples",
+        f"data.validation has {validation.num_samples} samples of data.sequence_length = "
+        f"{traced.config.data.sequence_length}; use at most that, or 0 for all",
+    )
+
+
+def check_first_weights(config: Config, train: TrainingData) -> None:
+    """Refuse a configuration that does not fit the checkpoint which the run starts from."""
+    checkpoint = newest(RunDirectory(Path(config.run.directory)).checkpoints)
+    if checkpoint is not None:
+        record = _read_resumed(checkpoint)
+        if record is None:
+            return
+        check_resumed(checkpoint, config)
+        if record.data is not None:
+            # The data themselves are continued later, from the checkpoint that proves undamaged.
+            copy.copy(train).resume(
+                record.data,
+                consumed_samples=record.counters.consumed_samples,
+                source=str(checkpoint),
+            )
+        return
+    source = config.checkpoint.init_from
+    if source is not None and not is_sampler_directory(Path(source)):
+        check_initial_weights(find_checkpoint(Path(source)), config, train.tokenizer)
+
+
+def _read_resumed(checkpoint: Path) -> CheckpointState | None:
+    """Read the state of the newest checkpoint; a damaged one is replaced by one before it."""
+    try:
+        return read_checkpoint_state(checkpoint)
+    except UserError:
+        return None
+
+
+def _list_datasets(traced: TracedConfig) -> list[Dataset]:
+    """List the datasets of a run, as the configuration names them."""
+    data = traced.config.data
+    named = [("data.train", corpus) for corpus in data.train_corpora]
+    named += [("data.validation", data.validation)] if data.validation else []
+    datasets = []
+    for key, location in named:
+        try:
+            datasets.append(Dataset(key, location, is_remote(location)))
+        except ConfigError as error:  # which leaves a password of the URL out
+            raise ConfigError(f"{traced.find_origin(key)}: {key}: {error}") from error
+    return datasets
