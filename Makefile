@@ -3,6 +3,7 @@
 #
 #   make quickstart   train, convert and sample a small Eso-LM
 #   make test         the test suite; make test PYTEST="tests/unit -k rows" a part of it
+#   make quick        the tests that start no ranks, launchers or Slurm; under two minutes
 #   make lint         format, lint and types, as CI checks them
 #   make soak, bench  the long fault tests, the benchmarks
 
@@ -24,7 +25,7 @@ DEV := .venv/dev-$(KEY)
 INTEROP := .venv-interop/$(shell cksum < requirements/interop.txt | cut -d ' ' -f 1)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: help quickstart test lint soak bench
+.PHONY: help quickstart test quick lint soak bench
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -35,6 +36,10 @@ quickstart: $(BASE)
 
 test: $(DEV) $(INTEROP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+	@echo "run: $$SECONDS s"
+
+quick: $(DEV) $(INTEROP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
 	@echo "run: $$SECONDS s"
 
 lint: $(DEV)

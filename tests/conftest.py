@@ -1,7 +1,8 @@
 """Fixtures and rules for the whole suite."""
 
+from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 from hypothesis import settings
@@ -38,3 +39,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in for_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how long the tests of each folder took, fixtures included."""
+    seconds: dict[str, float] = defaultdict(float)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                path, _, _ = report.nodeid.partition("::")
+                seconds[PurePath(path).parent.as_posix()] += report.duration
+    terminalreporter.section("seconds by folder")
+    for folder, total in sorted(seconds.items()):
+        terminalreporter.write_line(f"{total:8.1f} s  {folder}")

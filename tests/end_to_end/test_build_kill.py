@@ -17,11 +17,10 @@ from data_tools.builds.dataset import merge_parts
 from data_tools.builds.journal import SpanFiles, read_state
 from data_tools.text.embedded_corpus import write_corpus
 from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
-from tests.support.processes import kill_tree
+from tests.support.processes import HANG_SECONDS, kill_tree
 
 NUM_KILLS = 20
 NUM_COPIES = 10
-WAIT_SECONDS = 120.0
 SETTINGS = {
     "validation_share": 0.2,
     "deduplicate": True,
@@ -142,7 +141,7 @@ def test_killed_builds_go_on_and_give_the_same_bytes(corpus: Corpus, tmp_path: P
         for target in targets:
             num_kills += kill_at(corpus, out, target, draw)
         process = start(corpus, out, draw.choice((1, 2)))
-        _, errors = process.communicate(timeout=WAIT_SECONDS)
+        _, errors = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 0, errors.decode()
         assert hash_tree(out) == corpus.hashes
         assert not out.with_name(f"{out.name}.building").exists()
@@ -157,7 +156,7 @@ def kill_at(corpus: Corpus, out: Path, target: int, draw: random.Random) -> bool
     """
     journals, notes = read_journals(out), stat_notes(out)
     process = start(corpus, out, draw.choice((1, 2)))
-    deadline = time.monotonic() + WAIT_SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while process.poll() is None and sum(count_progress(out)) < target:
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -181,7 +180,7 @@ def kill_at(corpus: Corpus, out: Path, target: int, draw: random.Random) -> bool
 
 def test_workers_end_with_their_parent(corpus: Corpus, tmp_path: Path) -> None:
     process = start(corpus, tmp_path / "out", 2)
-    deadline = time.monotonic() + WAIT_SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while count_progress(tmp_path / "out")[0] < 3:
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -189,7 +188,7 @@ def test_workers_end_with_their_parent(corpus: Corpus, tmp_path: Path) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=HANG_SECONDS)
     assert len(children) >= 2
     assert not alive
 
@@ -217,7 +216,7 @@ def test_a_journal_cut_anywhere_is_read_up_to_its_last_whole_line(
     with files.tokens.open("ab") as tokens:
         tokens.write(b"garbage")
     process = start(corpus, out, 1)
-    _, errors = process.communicate(timeout=WAIT_SECONDS)
+    _, errors = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, errors.decode()
     assert hash_tree(out) == corpus.hashes
 
@@ -229,10 +228,10 @@ def test_a_live_build_is_not_disturbed(corpus: Corpus, tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.002)
     second = start(corpus, out, 1)
-    _, errors = second.communicate(timeout=WAIT_SECONDS)
+    _, errors = second.communicate(timeout=HANG_SECONDS)
     assert process.poll() is None or second.returncode != 0
     assert b"another process is writing" in errors or b"exists already" in errors
-    assert process.wait(WAIT_SECONDS) == 0
+    assert process.wait(HANG_SECONDS) == 0
     assert hash_tree(out) == corpus.hashes
 
 
@@ -245,7 +244,7 @@ def test_parts_that_start_at_once_share_a_build(corpus: Corpus, tmp_path: Path) 
     kill_tree(processes[1])
     processes[1] = start(corpus, out, 1, part={"number": 1, "count": 3})
     for process in processes:
-        _, errors = process.communicate(timeout=WAIT_SECONDS)
+        _, errors = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 0, errors.decode()
     merge_parts(out)
     assert hash_tree(out) == corpus.hashes

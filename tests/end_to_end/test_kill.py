@@ -22,7 +22,7 @@ import torch
 
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import list_checkpoints
-from tests.support.processes import kill_tree
+from tests.support.processes import HANG_SECONDS, kill_tree
 from tests.support.training import (
     OVERLAPPED,
     TP2,
@@ -34,7 +34,6 @@ from tests.support.training import (
 NUM_RANKS = 2
 NUM_STEPS = 60
 MAX_RESTARTS = 100
-LIMIT_SECONDS = 180.0
 LOSS_TOLERANCE = 1e-5  # relative, where the layout changes
 MOMENTS = ("start", "resume", "step", "save", "publication")
 STARTED = re.compile(r"resuming from|starting from")
@@ -78,7 +77,7 @@ class Job:
 
     def finish(self) -> None:
         """Wait for the end of the run."""
-        while (code := self.process.wait(LIMIT_SECONDS)) != 0:
+        while (code := self.process.wait(HANG_SECONDS)) != 0:
             assert self.num_starts < MAX_RESTARTS, f"code {code}: {self.tail()}"
             self.start()
 
@@ -91,7 +90,7 @@ class Job:
 
     def wait_for(self, happened: Callable[[], object], *, poll_seconds: float = 0.002) -> None:
         """Wait until something happens, and keep the job up."""
-        deadline = time.monotonic() + LIMIT_SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while not happened():
             assert time.monotonic() < deadline, self.tail()
             self.keep_up()

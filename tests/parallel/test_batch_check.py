@@ -16,6 +16,7 @@ from megatron_eso.data.samples.order import SampleOrder
 from megatron_eso.data.shards.format import BLOCK_BYTES, MANIFEST_FILE, numpy_dtype
 from megatron_eso.data.shards.manifest import read_manifest
 from megatron_eso.data.shards.reader import hash_file
+from tests.support.processes import HANG_SECONDS
 from tests.support.training import (
     PP2,
     TINY,
@@ -32,7 +33,6 @@ pytestmark = pytest.mark.parallel
 BATCH = TINY["train.global_batch_size"]
 STEP, SAMPLE = 2, 2 * BATCH  # the step's first sample, which data-parallel rank 0 trains on
 WRONG_TOKEN = 7
-SECONDS = 180.0  # as for any start of the command, on a busy machine
 MESSAGE = re.compile(
     rf"step {STEP}: ranks of one copy of the model have different batches: "
     r"ranks 0 hold ([0-9a-f]{16}); ranks 1 hold ([0-9a-f]{16}); "
@@ -147,7 +147,7 @@ def test_a_run_on_different_shards_does_not_start(data_by_rank: Path, tmp_path: 
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert finished.returncode != 0

@@ -6,7 +6,7 @@ import logging
 import resource
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -22,6 +22,7 @@ from pretrain.initial_weights import convert_initial_weights
 from tests.parallel.test_conversion import LLAMA
 from tests.parallel.test_resume import resave
 from tests.support.loop import run_loop
+from tests.support.processes import HANG_SECONDS
 from tests.support.training import (
     DISTRIBUTED,
     INTERLEAVED,
@@ -357,14 +358,16 @@ def test_what_changes_on_resume_is_told(world: World, tiny_data: Path, tmp_path:
 def stumble(trainer, _gathered: list[None]) -> None:  # type: ignore[no-untyped-def]
     """Have the third step fail on every rank, while the checkpoint of the second is written."""
     take, write = trainer.prefetcher.take, trainer.saves.checkpoints._write
+    has_failed = threading.Event()
 
     def fail_after_two(step: object) -> object:
         if trainer.state.counters.step == 2:
+            has_failed.set()
             raise TrainingError("no third step")
         return take(step)
 
     def write_slowly(*arguments: object) -> None:
-        time.sleep(1.0)
+        assert has_failed.wait(HANG_SECONDS)
         write(*arguments)
 
     trainer.prefetcher.take = fail_after_two
@@ -381,14 +384,19 @@ def test_a_run_that_fails_ends_the_save_in_the_background(
 
 
 def stumble_once(trainer, _gathered: list[None]) -> None:  # type: ignore[no-untyped-def]
-    """Have the first save fail, as a full disk makes it."""
-    write = trainer.saves.checkpoints._write
+    """Have the first save fail, as a full disk makes it; no step begins while one is written."""
+    take, write = trainer.prefetcher.take, trainer.saves.checkpoints._write
 
     def fail(*_: object) -> None:
         trainer.saves.checkpoints._write = write
         raise CheckpointError("no room")
 
+    def take_after_saves(step: object) -> object:
+        trainer.saves.checkpoints.wait()
+        return take(step)
+
     trainer.saves.checkpoints._write = fail
+    trainer.prefetcher.take = take_after_saves
 
 
 def run_with_quick_retries(run: Path, data: Path, overrides: Overrides) -> str | None:
@@ -401,7 +409,7 @@ def test_a_save_that_failed_is_tried_again(world: World, tiny_data: Path, tmp_pa
     overrides: Overrides = {"train.num_steps": 30, "checkpoint.interval": 20}
     assert world.run(run_with_quick_retries, 1, tmp_path, tiny_data, overrides) == [None]
     again, last = (step_number(path) for path in list_checkpoints(tmp_path / "checkpoints"))
-    assert 20 < again < 30
+    assert again == 21
     assert last == 30
 
 

@@ -5,6 +5,9 @@ import subprocess
 
 import psutil
 
+HANG_SECONDS = 600.0
+"""A deadline that only a hang reaches, on a machine however busy; no verdict depends on it."""
+
 
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
     """`kill -9` of a process and of everything that it has started."""
