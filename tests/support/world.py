@@ -32,12 +32,13 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Self
 
+from tests.support.processes import HANG_SECONDS
+
 MAX_RANKS = 4
-CALL_SECONDS = 120.0  # generous for four ranks on two slow cores
-GRACE_SECONDS = 5.0  # for the other ranks once one has failed, and for a worker to leave
-JOIN_SECONDS = 40.0  # imports included; gloo now and then loses a connection and waits for ever
+GRACE_SECONDS = 60.0  # for the other ranks once one has failed, and for a worker to leave
+JOIN_SECONDS = 60.0  # imports are done; now and then gloo loses a connection and does not notice
 JOIN_TRIES = 3
-JOINED = b"joined"
+LOADED, JOINED = b"loaded", b"joined"
 
 
 class RankError(AssertionError):
@@ -85,7 +86,7 @@ class World:
         function: Callable[..., Any],
         num_ranks: int,
         *args: Any,
-        timeout_seconds: float = CALL_SECONDS,
+        timeout_seconds: float = HANG_SECONDS,
     ) -> list[Any]:
         """Run `function(*args)` on ranks 0 .. num_ranks-1 of a fresh gloo process group.
 
@@ -188,19 +189,30 @@ class World:
                     timeout_seconds=timeout_seconds,
                 )
                 link.send_bytes(pickle.dumps(call))
-            early, deadline = {}, time.monotonic() + JOIN_SECONDS
-            for rank, (_, link) in enumerate(self._workers[:num_ranks]):
-                if not link.poll(max(0.0, deadline - time.monotonic())):
-                    break
-                message = receive(link)
-                if message != JOINED:
-                    early[rank] = message
-            else:
-                return early
-            if early:
+            early = self._receive_all(num_ranks, LOADED, HANG_SECONDS)
+            if not early:
+                early = self._receive_all(num_ranks, JOINED, JOIN_SECONDS)
+            if early is not None:
                 return early
             self.kill()
         raise WorldTimeoutError(f"{num_ranks} ranks could not meet in {JOIN_TRIES} tries")
+
+    def _receive_all(
+        self, num_ranks: int, expected: bytes, seconds: float
+    ) -> dict[int, bytes] | None:
+        """Have every rank say what is expected of it.
+
+        Returns:
+            What ranks said instead, by rank; None where one was silent and none said else.
+        """
+        others, deadline = {}, time.monotonic() + seconds
+        for rank, (_, link) in enumerate(self._workers[:num_ranks]):
+            if not link.poll(max(0.0, deadline - time.monotonic())):
+                return others or None
+            message = receive(link)
+            if message != expected:
+                others[rank] = message
+        return others
 
     def _collect(
         self, num_ranks: int, timeout_seconds: float, early: dict[int, bytes]
@@ -217,10 +229,12 @@ class World:
             for link in wait(list(waiting), timeout=left):
                 assert isinstance(link, Connection)
                 message = receive(link)
-                if message == JOINED:  # of a rank whose neighbour could not
+                if message in (LOADED, JOINED):  # of a rank whose neighbour could not
                     continue
                 rank = waiting.pop(link)
                 outcomes[rank] = pickle.loads(message)
+                if outcomes[rank].failed_at == -math.inf:
+                    return outcomes  # it died, which the others' collectives need not notice
                 if outcomes[rank].failure is not None:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         return outcomes
@@ -247,7 +261,8 @@ def serve(link: Connection) -> None:
 def answer(call: bytes, link: Connection) -> bytes:
     """Run a pickled call and pickle its outcome, whichever of these fails."""
     try:
-        return pickle.dumps(Outcome(value=execute(pickle.loads(call), link)))
+        loaded = pickle.loads(call)  # it imports the function's module
+        return pickle.dumps(Outcome(value=execute(loaded, link)))
     except Exception as error:
         failure, failed_at = traceback.format_exc(), getattr(error, "failed_at", math.inf)
         try:
@@ -259,10 +274,11 @@ def answer(call: bytes, link: Connection) -> bytes:
 
 
 def execute(call: Call, link: Connection) -> Any:
-    """Run one call inside its process group; say on the link that it was joined."""
+    """Run one call inside its process group; say on the link when it may be joined, and was."""
     import torch
     import torch.distributed as dist
 
+    link.send_bytes(LOADED)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
