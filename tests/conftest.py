@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 import pytest
 from hypothesis import settings
 
+from tests.support.tiny_data import build_tiny_data
 from tests.support.world import World
 
 # A slow machine is not a failure; the tests' own time limit finds what hangs.
@@ -24,8 +25,6 @@ def world() -> Iterator[World]:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with small datasets, `train` and `validation`; see tests/support/tiny_data.py."""
-    from tests.support.tiny_data import build_tiny_data
-
     return build_tiny_data(tmp_path_factory.mktemp("tiny_data"))
 
 
@@ -49,6 +48,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             if isinstance(report, pytest.TestReport):
                 path, _, _ = report.nodeid.partition("::")
                 seconds[PurePath(path).parent.as_posix()] += report.duration
-    terminalreporter.section("seconds by folder")
+    if seconds:
+        terminalreporter.section("seconds by folder")
     for folder, total in sorted(seconds.items()):
         terminalreporter.write_line(f"{total:8.1f} s  {folder}")

@@ -14,9 +14,10 @@ import pytest
 from megatron_eso.runs.file_index import FILE_INDEX
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import list_checkpoints
-from tests.parallel.test_checkpoints import restore_each
+from tests.ranks.checkpoints import restore_each
+from tests.ranks.training import train_tiny
 from tests.support.processes import HANG_SECONDS
-from tests.support.training import DISTRIBUTED, Overrides, tiny_arguments, train_tiny
+from tests.support.training import DISTRIBUTED, Overrides, tiny_arguments
 from tests.support.world import World
 
 NUM_RANKS = 2

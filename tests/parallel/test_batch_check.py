@@ -16,22 +16,13 @@ from megatron_eso.data.samples.order import SampleOrder
 from megatron_eso.data.shards.format import BLOCK_BYTES, MANIFEST_FILE, numpy_dtype
 from megatron_eso.data.shards.manifest import read_manifest
 from megatron_eso.data.shards.reader import hash_file
+from tests.ranks.batches import SAMPLE, STEP, compare_steps
 from tests.support.processes import HANG_SECONDS
-from tests.support.training import (
-    PP2,
-    TINY,
-    TP2,
-    Overrides,
-    open_batches,
-    tiny_arguments,
-    tiny_config,
-)
+from tests.support.training import PP2, TP2, Overrides, tiny_arguments, tiny_config
 from tests.support.world import World
 
 pytestmark = pytest.mark.parallel
 
-BATCH = TINY["train.global_batch_size"]
-STEP, SAMPLE = 2, 2 * BATCH  # the step's first sample, which data-parallel rank 0 trains on
 WRONG_TOKEN = 7
 MESSAGE = re.compile(
     rf"step {STEP}: ranks of one copy of the model have different batches: "
@@ -85,31 +76,6 @@ def data_by_rank(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     changed = dataclasses.replace(manifest.blocks, sha256=hash_file(blocks))
     (directory / MANIFEST_FILE).write_bytes(dataclasses.replace(manifest, blocks=changed).encode())
     return folder
-
-
-def compare_steps(run: Path, data_by_rank: Path, overrides: Overrides) -> list[str]:
-    """What each of the first steps' checks says on this rank."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    import torch.distributed as dist
-
-    from megatron_eso.errors import DataError
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from megatron_eso.training.guards.batch_check import check_batches
-
-    config = tiny_config(run, data_by_rank / str(dist.get_rank()), overrides)
-    messages = []
-    with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups.dp.size())
-        for step in range(STEP + 2):
-            plan = batches.plan_step(batches.step(step, step * BATCH), groups.dp.rank())
-            try:
-                check_batches(step, plan.micro_batches, groups)
-                messages.append("")
-            except DataError as error:
-                messages.append(str(error))
-    return messages
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,19 @@
 """What a run tells of itself while it goes on: its curves, its status, its slow ranks."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_eso.data.samples.training_data import TrainingData
-from tests.support.loop import Ran, run_loop
+from tests.ranks.loop import Ran, run_loop
+from tests.ranks.watching import WORK_SECONDS, never_finite, run_with_a_slow_rank, stop_at_step_3
 from tests.support.processes import HANG_SECONDS
 from tests.support.training import Overrides, tiny_config
 from tests.support.world import World
@@ -25,8 +22,6 @@ pytestmark = pytest.mark.parallel
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, INTERVAL, BATCH = 6, 2, 8
-WORK_SECONDS = (1.0, 3.0)
-"""What a forward pass of a layer takes on each rank, by the clock that the test gives it."""
 
 # Of the public contract, but for those of a GPU.
 CONTRACT = {
@@ -43,44 +38,6 @@ MORE = {
     *("perf/straggler_rank", "perf/straggler_seconds", "perf/straggler_spread"),
     *(f"val/nelbo_diffusion_by_t/{t}" for t in ("0.05", "0.55", "0.95")),
 }
-
-
-def run_with_a_slow_rank(run: Path, data: Path, overrides: Overrides) -> str | None:
-    """Train by a clock that moves with the forward passes, three times as far on rank 1."""
-    import torch.distributed as dist
-    from megatron.core.utils import unwrap_model
-
-    seconds = 0.0
-
-    def work(*_: Any) -> None:
-        nonlocal seconds
-        seconds += WORK_SECONDS[dist.get_rank()]
-
-    def watch(trainer: Any, _gathered: list[Any]) -> None:
-        layer = next(iter(unwrap_model(trainer.state.chunks[0]).decoder.layers))
-        layer.register_forward_hook(work)
-
-    clock = SimpleNamespace(perf_counter=lambda: seconds)
-    with mock.patch("megatron_eso.training.guards.stragglers.time", clock):
-        return run_loop(run, data, overrides, watch).error
-
-
-def stop_at_step_3(trainer: Any, _gathered: list[Any]) -> None:
-    import torch.distributed as dist
-    from megatron.core.utils import unwrap_model
-
-    def ask(*_: Any) -> None:
-        if trainer.state.counters.step == 2 and dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    next(iter(unwrap_model(trainer.state.chunks[0]).decoder.layers)).register_forward_hook(ask)
-
-
-def never_finite(trainer: Any, _gathered: list[Any]) -> None:
-    from megatron.core.utils import unwrap_model
-
-    layer = next(iter(unwrap_model(trainer.state.chunks[0]).decoder.layers))
-    layer.mlp.register_forward_hook(lambda _module, _inputs, output: (output[0] * np.nan, None))
 
 
 def overrides_for(data: Path) -> Overrides:

@@ -3,7 +3,7 @@
 Importing torch and megatron costs seconds per process, so a `World` spawns its workers when they
 are first needed and keeps them. Each `run` gives them a process group of their own:
 
-    def add_up(start):  # at the top of a test module: the workers import it
+    def add_up(start):  # in a module of tests/ranks, which the workers import
         tensor = torch.tensor(start + dist.get_rank())
         dist.all_reduce(tensor)
         return int(tensor)
@@ -11,8 +11,9 @@ are first needed and keeps them. Each `run` gives them a process group of their 
     def test_sum(world):
         assert world.run(add_up, 2, 5) == [11, 11]
 
-Functions, arguments and results travel by pickle. A function that uses megatron installs the CPU
-backend itself; megatron's parallel state is destroyed after each call. A call that hangs, or a
+Functions, arguments and results travel by pickle. The workers install the CPU backend before they
+import a function's module, so that those of tests/ranks import megatron at their top; megatron's
+parallel state is destroyed after each call. A call that hangs, or a
 worker that dies, fails that call only: the workers are killed and the next call starts others.
 """
 
@@ -250,6 +251,10 @@ def receive(link: Connection) -> bytes:
 
 def serve(link: Connection) -> None:
     """A worker's life: calls in, outcomes out, until the pipe is closed."""
+    # Seconds, for workers only.
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
+
+    install_cpu_backend()
     while True:
         try:
             call = link.recv_bytes()
