@@ -1,7 +1,8 @@
 """Ranks for tests: worker processes over gloo that stay alive from one test to the next.
 
-Importing torch and megatron costs seconds per process, so a `World` spawns its workers when they
-are first needed and keeps them. Each `run` gives them a process group of their own:
+Importing torch and megatron costs seconds per process. A `World` imports them once, forks workers
+from there when they are first needed, and keeps these. Each `run` gives them a process group of
+their own:
 
     def add_up(start):  # in a module of tests/ranks, which the workers import
         tensor = torch.tensor(start + dist.get_rank())
@@ -11,12 +12,13 @@ are first needed and keeps them. Each `run` gives them a process group of their 
     def test_sum(world):
         assert world.run(add_up, 2, 5) == [11, 11]
 
-Functions, arguments and results travel by pickle. The workers install the CPU backend before they
-import a function's module, so that those of tests/ranks import megatron at their top; megatron's
-parallel state is destroyed after each call. A call that hangs, or a
-worker that dies, fails that call only: the workers are killed and the next call starts others.
+Functions, arguments and results travel by pickle. Workers install the CPU backend before they
+import a function's module, so that the modules of tests/ranks import megatron at their top;
+megatron's parallel state is destroyed after each call. A call that hangs, or a worker that dies,
+fails that call only: the workers are killed and the next call starts others.
 """
 
+import importlib
 import math
 import multiprocessing
 import os
@@ -39,6 +41,7 @@ MAX_RANKS = 4
 GRACE_SECONDS = 60.0  # for the other ranks once one has failed, and for a worker to leave
 JOIN_SECONDS = 60.0  # imports are done; now and then gloo loses a connection and does not notice
 JOIN_TRIES = 3
+WORKER_IMPORTS = "tests.support.worker_imports"
 LOADED, JOINED = b"loaded", b"joined"
 
 
@@ -77,7 +80,9 @@ class World:
     """A pool of at most `MAX_RANKS` worker processes; tests get it from the fixture `world`."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        # A process that has imported torch and megatron once is forked for each worker.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([WORKER_IMPORTS])
         self._workers: list[tuple[BaseProcess, Connection]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="world_")
         self._num_calls = 0
@@ -251,10 +256,7 @@ def receive(link: Connection) -> bytes:
 
 def serve(link: Connection) -> None:
     """A worker's life: calls in, outcomes out, until the pipe is closed."""
-    # Seconds, for workers only.
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
+    importlib.import_module(WORKER_IMPORTS)  # it is there, unless the fork server has failed to
     while True:
         try:
             call = link.recv_bytes()
