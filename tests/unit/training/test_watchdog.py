@@ -6,7 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.support.processes import HANG_SECONDS
 
@@ -73,25 +76,42 @@ with watchdog:
 """
 
 
+Job = tuple[Path, subprocess.Popen[str]]
+
+
 def start(folder: Path, rank: int, work: str) -> subprocess.Popen[str]:
     arguments = [sys.executable, "-c", PROGRAM, str(folder), str(rank), work]
     with (folder / f"stderr_{rank}").open("w") as stderr:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True
         )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
+    """A folder and a process for each kind of work; they import and wait at the same time."""
+    started: dict[str, Job] = {}
+    for work in ("looks", "steps", "stuck", "no log", "rendezvous"):
+        folder = tmp_path_factory.mktemp("watchdog")
+        if work == "no log":
+            os.mkfifo(folder / "rank_0.log")
+        started[work] = folder, start(folder, 0, work)
+    yield started
+    for _, process in started.values():
+        process.kill()
+        process.communicate()
 
 
 def test_a_frozen_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
     frozen = start(tmp_path, 1, "wait")
     try:
+        assert frozen.stdout is not None
+        assert frozen.stdout.readline() == "ready\n"
         frozen.send_signal(signal.SIGSTOP)
         assert start(tmp_path, 0, "wait").wait(HANG_SECONDS) == 1
     finally:
         frozen.kill()
-        frozen.wait()
+        frozen.communicate()
     report = (tmp_path / "rank_0.log").read_text()
     found = re.search(r"watchdog: rank 0 on .* in phase 'train step 7' for (\d+) s", report)
     assert found is not None
@@ -102,36 +122,39 @@ def test_a_frozen_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "stderr_0").read_text() == report
 
 
-def test_a_hang_ends_at_the_first_look_after_the_deadline(tmp_path: Path) -> None:
+def test_a_hang_ends_at_the_first_look_after_the_deadline(jobs: dict[str, Job]) -> None:
     """By a clock that each look moves on by a second."""
-    assert start(tmp_path, 0, "looks").wait(HANG_SECONDS) == 1
-    assert "in phase 'train step 7' for 3 s" in (tmp_path / "rank_0.log").read_text()
-
-
-def test_a_working_rank_is_left_alone(tmp_path: Path) -> None:
-    """Each step is looked at within its deadline, and all of them take longer than that."""
-    assert start(tmp_path, 0, "steps").wait(HANG_SECONDS) == 0
-    assert not (tmp_path / "rank_0.log").exists()
-    assert (tmp_path / "stderr_0").read_text() == ""
-
-
-def test_a_stuck_interpreter_is_ended_with_its_stack(tmp_path: Path) -> None:
-    assert start(tmp_path, 0, "stuck").wait(HANG_SECONDS) == 1
-    assert "in hold_the_lock" in (tmp_path / "stderr_0").read_text()
-
-
-def test_a_log_that_cannot_be_written_keeps_nobody_alive(tmp_path: Path) -> None:
-    """As on a file system that hangs: opening a pipe that nobody reads does not return."""
-    os.mkfifo(tmp_path / "rank_0.log")
-    assert start(tmp_path, 0, "no log").wait(HANG_SECONDS) == 1
-    assert "in wait_for_the_other" in (tmp_path / "stderr_0").read_text()
-
-
-def test_a_store_that_is_busy_does_not_hide_a_hang(tmp_path: Path) -> None:
-    """A rank waits in the store, whose connection it holds, for one that never comes."""
-    process = start(tmp_path, 0, "rendezvous")
+    folder, process = jobs["looks"]
     assert process.wait(HANG_SECONDS) == 1
-    report = (tmp_path / "rank_0.log").read_text()
+    assert "in phase 'train step 7' for 3 s" in (folder / "rank_0.log").read_text()
+
+
+def test_a_working_rank_is_left_alone(jobs: dict[str, Job]) -> None:
+    """Each step is looked at within its deadline, and all of them take longer than that."""
+    folder, process = jobs["steps"]
+    assert process.wait(HANG_SECONDS) == 0
+    assert not (folder / "rank_0.log").exists()
+    assert (folder / "stderr_0").read_text() == ""
+
+
+def test_a_stuck_interpreter_is_ended_with_its_stack(jobs: dict[str, Job]) -> None:
+    folder, process = jobs["stuck"]
+    assert process.wait(HANG_SECONDS) == 1
+    assert "in hold_the_lock" in (folder / "stderr_0").read_text()
+
+
+def test_a_log_that_cannot_be_written_keeps_nobody_alive(jobs: dict[str, Job]) -> None:
+    """As on a file system that hangs: opening a pipe that nobody reads does not return."""
+    folder, process = jobs["no log"]
+    assert process.wait(HANG_SECONDS) == 1
+    assert "in wait_for_the_other" in (folder / "stderr_0").read_text()
+
+
+def test_a_store_that_is_busy_does_not_hide_a_hang(jobs: dict[str, Job]) -> None:
+    """A rank waits in the store, whose connection it holds, for one that never comes."""
+    folder, process = jobs["rendezvous"]
+    assert process.wait(HANG_SECONDS) == 1
+    report = (folder / "rank_0.log").read_text()
     assert "watchdog: rank 0 on " in report
     assert "in meet_the_other" in report
     assert "watchdog: rank 1: never heard of" in report
