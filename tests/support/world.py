@@ -40,6 +40,7 @@ from tests.support.processes import HANG_SECONDS
 MAX_RANKS = 4
 GRACE_SECONDS = 60.0  # for the other ranks once one has failed, and for a worker to leave
 JOIN_SECONDS = 60.0  # imports are done; now and then gloo loses a connection and does not notice
+COLLECTIVE_SECONDS = 2 * HANG_SECONDS  # no rank gives up before the call has ended
 JOIN_TRIES = 3
 WORKER_IMPORTS = "tests.support.worker_imports"
 LOADED, JOINED = b"loaded", b"joined"
@@ -62,7 +63,6 @@ class Call:
     rank: int
     num_ranks: int
     store: str
-    timeout_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +112,7 @@ class World:
         if not 1 <= num_ranks <= MAX_RANKS:
             raise ValueError(f"num_ranks is {num_ranks}, must be 1 .. {MAX_RANKS}")
         try:
-            early = self._send(function, num_ranks, args, timeout_seconds)
+            early = self._send(function, num_ranks, args)
             outcomes = self._collect(num_ranks, timeout_seconds, early)
         except BaseException:  # an interrupt, or the test's own time limit
             self.kill()
@@ -175,7 +175,6 @@ class World:
         function: Callable[..., Any],
         num_ranks: int,
         args: tuple[Any, ...],
-        timeout_seconds: float,
     ) -> dict[int, bytes]:
         """Have the ranks begin a call, in a process group that all have joined.
 
@@ -192,7 +191,6 @@ class World:
                     rank=rank,
                     num_ranks=num_ranks,
                     store=os.path.join(self._folder.name, f"store_{self._num_calls}"),
-                    timeout_seconds=timeout_seconds,
                 )
                 link.send_bytes(pickle.dumps(call))
             early = self._receive_all(num_ranks, LOADED, HANG_SECONDS)
@@ -292,7 +290,7 @@ def execute(call: Call, link: Connection) -> Any:
         store=dist.FileStore(call.store, call.num_ranks),
         rank=call.rank,
         world_size=call.num_ranks,
-        timeout=timedelta(seconds=call.timeout_seconds),
+        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
     )
     link.send_bytes(JOINED)
     try:
