@@ -1,4 +1,4 @@
-"""However a run is told to stop: all ranks save the same step, say so, and go on bitwise."""
+"""Whatever stops a run: all ranks save the same step, report it, and go on bitwise."""
 
 import os
 import signal

@@ -15,7 +15,7 @@ from pretrain.initial_weights import convert_initial_weights
 from tests.ranks.checkpoints import (
     restore_each,
     run_with_quick_retries,
-    save_beside_a_step,
+    save_during_a_step,
     save_in_trouble,
     save_many,
     stumble,
@@ -76,7 +76,7 @@ def test_a_save_beside_the_steps_is_the_state_of_its_step(
     world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
     overrides: Overrides = DISTRIBUTED | {"train.precision": '"bf16"', "checkpoint.interval": 1}
-    world.run(save_beside_a_step, 2, tmp_path, tiny_data, overrides)
+    world.run(save_during_a_step, 2, tmp_path, tiny_data, overrides)
     written = list_checkpoints(tmp_path / "checkpoints")
     assert len(written) == 3
     for checkpoint in written:

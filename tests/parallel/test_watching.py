@@ -1,4 +1,4 @@
-"""What a run tells of itself while it goes on: its curves, its status, its slow ranks."""
+"""What a run reports while it trains: its curves, its status, its slow ranks."""
 
 import json
 import re

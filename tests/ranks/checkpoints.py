@@ -62,19 +62,19 @@ def write_and_tell(run: Path, data: Path, overrides: Overrides) -> Saved:
     return Saved(state=found)
 
 
-def save_beside_a_step(run: Path, data: Path, overrides: Overrides) -> None:
-    """Save at once and beside the next step, twice: the second time into memory that is in use."""
+def save_during_a_step(run: Path, data: Path, overrides: Overrides) -> None:
+    """Save at once and during the next step, twice: the second time into memory that is in use."""
     with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
-        config, batches, state, beside = build(run, data, overrides, groups)
+        config, batches, state, background = build(run, data, overrides, groups)
         at_once = Checkpoints(run / "at_once", config.checkpoint, batches)
-        beside.prepare(state, groups)
+        background.prepare(state, groups)
         for _ in range(3):
             take_step(config, state, batches, groups)
-            beside.wait()
+            background.wait()
             at_once.save(state, config, groups)
-            beside.save(state, config, groups, in_background=True)
-        beside.wait()
-        assert beside.take_failure() is None
+            background.save(state, config, groups, in_background=True)
+        background.wait()
+        assert background.take_failure() is None
 
 
 def save_many(run: Path, data: Path, overrides: Overrides, what: list[tuple[float, int]]) -> None:

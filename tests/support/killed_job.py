@@ -57,7 +57,7 @@ class Job:
         self.start()
 
     def start(self) -> None:
-        """Start torchrun; its log lies beside the run directory."""
+        """Start torchrun; its log lies next to the run directory."""
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
         launcher.append(f"--max-restarts={MAX_RESTARTS}")
         with self.log.open("ab") as log:

@@ -15,12 +15,12 @@ HANG_SECONDS = 600.0
 def kill_tree(process: subprocess.Popen[bytes]) -> None:
     """`kill -9` of a process and of everything that it has started."""
     root = psutil.Process(process.pid)
-    doomed = [*root.children(recursive=True), root]
-    for each in doomed:
+    processes = [*root.children(recursive=True), root]
+    for each in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             each.kill()
     process.wait()
-    psutil.wait_procs(doomed)
+    psutil.wait_procs(processes)
 
 
 def freeze_when(process: subprocess.Popen[bytes], is_so: Callable[[], object]) -> bool:

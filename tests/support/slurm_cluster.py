@@ -28,7 +28,7 @@ import psutil
 from tests.support.processes import HANG_SECONDS
 
 NODES = ("n1", "n2")
-CPUS_PER_NODE = 4  # on paper: Slurm is told to believe it
+CPUS_PER_NODE = 4  # on paper: Slurm does not count the real ones
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "setpriv")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 STOP_SECONDS = 60.0  # then the processes are killed
@@ -251,8 +251,8 @@ class SlurmCluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        doomed = {process.pid for process, _ in self._all_processes()} | self._find_step_daemons()
-        for pid in doomed:
+        left = {process.pid for process, _ in self._all_processes()} | self._find_step_daemons()
+        for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)
