@@ -39,11 +39,11 @@ from tests.support.processes import HANG_SECONDS
 
 MAX_RANKS = 4
 GRACE_SECONDS = 60.0  # for the other ranks once one has failed, and for a worker to leave
-JOIN_SECONDS = 60.0  # imports are done; now and then gloo loses a connection and does not notice
+JOIN_SECONDS = 60.0  # imports are done; now and then gloo loses a connection on a busy machine
 COLLECTIVE_SECONDS = 2 * HANG_SECONDS  # no rank gives up before the call has ended
 JOIN_TRIES = 3
 WORKER_IMPORTS = "tests.support.worker_imports"
-LOADED, JOINED = b"loaded", b"joined"
+LOADED, JOINED, GO = b"loaded", b"joined", b"go"
 
 
 class RankError(AssertionError):
@@ -77,7 +77,11 @@ class Outcome:
 
 
 class World:
-    """A pool of at most `MAX_RANKS` worker processes; tests get it from the fixture `world`."""
+    """A pool of at most `MAX_RANKS` worker processes; tests get it from the fixture `world`.
+
+    Attributes:
+        num_rejoins: How often workers were started anew because they could not meet.
+    """
 
     def __init__(self) -> None:
         # A process that has imported torch and megatron once is forked for each worker.
@@ -86,6 +90,7 @@ class World:
         self._workers: list[tuple[BaseProcess, Connection]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="world_")
         self._num_calls = 0
+        self.num_rejoins = 0
 
     def run(
         self,
@@ -194,10 +199,13 @@ class World:
                 )
                 link.send_bytes(pickle.dumps(call))
             early = self._receive_all(num_ranks, LOADED, HANG_SECONDS)
-            if not early:
-                early = self._receive_all(num_ranks, JOINED, JOIN_SECONDS)
-            if early is not None:
+            if early:
                 return early
+            if early is not None and self._receive_all(num_ranks, JOINED, JOIN_SECONDS) == {}:
+                for _, link in self._workers[:num_ranks]:
+                    link.send_bytes(GO)
+                return early
+            self.num_rejoins += 1
             self.kill()
         raise WorldTimeoutError(f"{num_ranks} ranks could not meet in {JOIN_TRIES} tries")
 
@@ -233,7 +241,7 @@ class World:
             for link in wait(list(waiting), timeout=left):
                 assert isinstance(link, Connection)
                 message = receive(link)
-                if message in (LOADED, JOINED):  # of a rank whose neighbour could not
+                if message in (LOADED, JOINED):  # of a rank whose neighbour could not load
                     continue
                 rank = waiting.pop(link)
                 outcomes[rank] = pickle.loads(message)
@@ -294,6 +302,7 @@ def execute(call: Call, link: Connection) -> Any:
     )
     link.send_bytes(JOINED)
     try:
+        assert link.recv_bytes() == GO
         value = call.function(*call.args)
         dist.barrier()  # nobody takes the group away from a rank that still uses it
     except Exception as error:
