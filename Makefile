@@ -3,6 +3,7 @@
 #
 #   make quickstart   train, convert and sample a small Eso-LM
 #   make test         the test suite; make test PYTEST="tests/unit -k rows" a part of it
+#   make quick        the tests that start no ranks, launchers or Slurm; under two minutes
 #   make lint         format, lint and types, as CI checks them
 #   make soak, bench  the long fault tests, the benchmarks
 
@@ -24,7 +25,7 @@ DEV := .venv/dev-$(KEY)
 INTEROP := .venv-interop/$(shell cksum < requirements/interop.txt | cut -d ' ' -f 1)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: help quickstart test lint soak bench
+.PHONY: help quickstart test quick lint soak bench
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -33,8 +34,26 @@ quickstart: $(BASE)
 	@$(BIN)/python -m pretrain.quickstart
 	@echo "run: $$SECONDS s"
 
+# The whole suite runs in two processes: tests/unit needs one core, the rest starts processes and
+# waits for them. What the first one says is printed at the end.
 test: $(DEV) $(INTEROP)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST)
+	@export OMP_NUM_THREADS=1
+	if [[ "$(PYTEST)" != tests ]]; then
+		$(BIN)/python -m pytest $(PYTEST)
+	else
+		log=$$(mktemp)
+		$(BIN)/python -m pytest tests/unit &> "$$log" &
+		failed=0
+		$(BIN)/python -m pytest tests --ignore=tests/unit || failed=1
+		wait $$! || failed=1
+		cat "$$log"
+		rm "$$log"
+		(( ! failed ))
+	fi
+	echo "run: $$SECONDS s"
+
+quick: $(DEV) $(INTEROP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
 	@echo "run: $$SECONDS s"
 
 lint: $(DEV)

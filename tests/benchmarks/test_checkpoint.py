@@ -5,18 +5,14 @@ between two steps: the list of what is to be saved, the copy, and the slowest ra
 gathered, with the distributed optimizer neither.
 """
 
-import os
-import statistics
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.parallel.test_checkpoints import build
-from tests.support.training import DISTRIBUTED, Overrides, take_step
+from tests.ranks.benchmarks import measure, resume
+from tests.support.training import DISTRIBUTED, Overrides
 from tests.support.world import World
 
-NUM_REPEATS = 3
 LIMIT_SECONDS = 900.0
 LARGE: Overrides = {
     "model.num_layers": 6,
@@ -28,75 +24,6 @@ LARGE: Overrides = {
     "checkpoint.keep_last": 1,
     "checkpoint.keep_best": "false",
 }
-
-
-def measure(run: Path, data: Path, overrides: Overrides) -> dict[str, float]:
-    """Medians over several saves of each kind, in seconds, and the size of a checkpoint."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    import torch.distributed as dist
-
-    from megatron_eso.training.checkpointing.staleness import refuse_stale, take_sample
-    from megatron_eso.training.checkpointing.state import list_parts
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from tests.support.training import tiny_config
-
-    with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
-        config, batches, state, checkpoints = build(run, data, overrides, groups)
-        names = ("step", "at once", "held", "step beside", "check")
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-
-        def timed(what, action) -> None:  # type: ignore[no-untyped-def]
-            dist.barrier()
-            began = time.perf_counter()
-            action()
-            dist.barrier()
-            seconds[what].append(time.perf_counter() - began)
-
-        def step() -> None:
-            take_step(config, state, batches, groups)
-
-        step()
-        checkpoints.prepare(state, groups)
-        for _ in range(NUM_REPEATS):
-            timed("step", step)
-            timed("at once", lambda: checkpoints.save(state, config, groups))
-            timed("step", step)
-            timed("held", lambda: checkpoints.save(state, config, groups, in_background=True))
-            timed("step beside", step)
-            checkpoints.wait()
-            assert checkpoints.take_failure() is None
-        parts = list_parts(state, groups)
-        for _ in range(NUM_REPEATS):
-            timed("check", lambda: refuse_stale(take_sample(state, parts, groups), parts))
-        found = {what: statistics.median(times) for what, times in seconds.items()}
-        (last,) = (run / "checkpoints").glob("step_*")
-        return found | {"bytes": float(sum(file.stat().st_size for file in last.iterdir()))}
-
-
-def resume(run: Path, data: Path, overrides: Overrides) -> float:
-    """Seconds to check and load the newest checkpoint, none of it in the page cache."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    import torch.distributed as dist
-
-    from megatron_eso.training.checkpointing.restore import restore
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from tests.support.training import tiny_config
-
-    with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
-        config, _, state, checkpoints = build(run, data, overrides, groups)
-        for path in (run / "checkpoints").rglob("*.distcp"):
-            with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        dist.barrier()
-        began = time.perf_counter()
-        restore(state, config, checkpoints)
-        dist.barrier()
-        assert state.counters.step > 0
-        return time.perf_counter() - began
 
 
 @pytest.mark.bench

@@ -1,17 +1,15 @@
 """Time and FLOPs of a training step at several alpha_0, and of the diffusion phase alone."""
 
-import statistics
-import time
 from pathlib import Path
 
 import pytest
 
 from megatron_eso.estimates.flops import training_flops_per_token
+from tests.ranks.benchmarks import time_steps
 from tests.support.planning import objective_of
-from tests.support.training import Overrides, open_batches, take_step, tiny_config
+from tests.support.training import Overrides, tiny_config
 from tests.support.world import World
 
-NUM_STEPS = 5
 MODEL: Overrides = {
     "model.num_layers": 4,
     "model.hidden_size": 256,
@@ -20,26 +18,6 @@ MODEL: Overrides = {
     "train.global_batch_size": 8,
     "train.micro_batch_size": 4,
 }
-
-
-def time_steps(run: Path, data: Path, overrides: Overrides) -> float:
-    """Median seconds of a step on one rank, after a first one."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from megatron_eso.training.steps.train_state import build_train_state
-
-    config = tiny_config(run, data, overrides)
-    seconds = []
-    with model_parallel_groups(config.parallel) as groups:
-        state = build_train_state(config, groups)
-        batches = open_batches(config, groups.dp.size())
-        for _ in range(NUM_STEPS + 1):
-            began = time.perf_counter()
-            take_step(config, state, batches, groups)
-            seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
 
 
 @pytest.mark.bench

@@ -1,9 +1,11 @@
 """`build` killed by `kill -9` at random moments and run again: the bytes of a run in peace."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -17,11 +19,10 @@ from data_tools.builds.dataset import merge_parts
 from data_tools.builds.journal import SpanFiles, read_state
 from data_tools.text.embedded_corpus import write_corpus
 from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
-from tests.support.processes import kill_tree
+from tests.support.processes import HANG_SECONDS, freeze_when, kill_tree
 
 NUM_KILLS = 20
 NUM_COPIES = 10
-WAIT_SECONDS = 120.0
 SETTINGS = {
     "validation_share": 0.2,
     "deduplicate": True,
@@ -101,6 +102,19 @@ def start(
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
+def catch_at_work(
+    corpus: Corpus, folder: Path, num_commits: int, num_workers: int = 1
+) -> tuple[subprocess.Popen[bytes], Path]:
+    """A build that is stopped after some commits, and its dataset; one too quick is done again."""
+    for number in itertools.count():
+        out = folder / f"out_{number}"
+        process = start(corpus, out, num_workers)
+        if freeze_when(process, lambda out=out: count_progress(out)[0] >= num_commits):
+            return process, out
+        assert process.returncode == 0, process.stderr and process.stderr.read().decode()
+    raise AssertionError
+
+
 def count_progress(out: Path) -> tuple[int, int]:
     """Lines of all journals, and shards that are packed."""
     building = out.with_name(f"{out.name}.building")
@@ -142,7 +156,7 @@ def test_killed_builds_go_on_and_give_the_same_bytes(corpus: Corpus, tmp_path: P
         for target in targets:
             num_kills += kill_at(corpus, out, target, draw)
         process = start(corpus, out, draw.choice((1, 2)))
-        _, errors = process.communicate(timeout=WAIT_SECONDS)
+        _, errors = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 0, errors.decode()
         assert hash_tree(out) == corpus.hashes
         assert not out.with_name(f"{out.name}.building").exists()
@@ -157,7 +171,7 @@ def kill_at(corpus: Corpus, out: Path, target: int, draw: random.Random) -> bool
     """
     journals, notes = read_journals(out), stat_notes(out)
     process = start(corpus, out, draw.choice((1, 2)))
-    deadline = time.monotonic() + WAIT_SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while process.poll() is None and sum(count_progress(out)) < target:
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -180,16 +194,11 @@ def kill_at(corpus: Corpus, out: Path, target: int, draw: random.Random) -> bool
 
 
 def test_workers_end_with_their_parent(corpus: Corpus, tmp_path: Path) -> None:
-    process = start(corpus, tmp_path / "out", 2)
-    deadline = time.monotonic() + WAIT_SECONDS
-    while count_progress(tmp_path / "out")[0] < 3:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    process, _ = catch_at_work(corpus, tmp_path, 3, num_workers=2)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=HANG_SECONDS)
     assert len(children) >= 2
     assert not alive
 
@@ -198,13 +207,9 @@ def test_a_journal_cut_anywhere_is_read_up_to_its_last_whole_line(
     corpus: Corpus, tmp_path: Path
 ) -> None:
     """A torn write, which a crash of the machine leaves: the same bytes in the end."""
-    out = tmp_path / "out"
-    process = start(corpus, out, 1)
-    while count_progress(out)[0] < 10:
-        assert process.poll() is None
-        time.sleep(0.002)
+    process, out = catch_at_work(corpus, tmp_path, 10)
     kill_tree(process)
-    building = tmp_path / "out.building"
+    building = out.with_name(f"{out.name}.building")
     files = SpanFiles(directory=building / "spans", number=1)
     whole = files.journal.read_bytes()
     units = [json.loads(line)["num_units"] for line in whole.splitlines() if line]
@@ -217,22 +222,19 @@ def test_a_journal_cut_anywhere_is_read_up_to_its_last_whole_line(
     with files.tokens.open("ab") as tokens:
         tokens.write(b"garbage")
     process = start(corpus, out, 1)
-    _, errors = process.communicate(timeout=WAIT_SECONDS)
+    _, errors = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, errors.decode()
     assert hash_tree(out) == corpus.hashes
 
 
 def test_a_live_build_is_not_disturbed(corpus: Corpus, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    process = start(corpus, out, 1)
-    while count_progress(out)[0] < 1:
-        assert process.poll() is None
-        time.sleep(0.002)
+    process, out = catch_at_work(corpus, tmp_path, 1)
     second = start(corpus, out, 1)
-    _, errors = second.communicate(timeout=WAIT_SECONDS)
-    assert process.poll() is None or second.returncode != 0
-    assert b"another process is writing" in errors or b"exists already" in errors
-    assert process.wait(WAIT_SECONDS) == 0
+    _, errors = second.communicate(timeout=HANG_SECONDS)
+    assert second.returncode != 0
+    assert b"another process is writing" in errors
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(HANG_SECONDS) == 0
     assert hash_tree(out) == corpus.hashes
 
 
@@ -245,7 +247,7 @@ def test_parts_that_start_at_once_share_a_build(corpus: Corpus, tmp_path: Path) 
     kill_tree(processes[1])
     processes[1] = start(corpus, out, 1, part={"number": 1, "count": 3})
     for process in processes:
-        _, errors = process.communicate(timeout=WAIT_SECONDS)
+        _, errors = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 0, errors.decode()
     merge_parts(out)
     assert hash_tree(out) == corpus.hashes

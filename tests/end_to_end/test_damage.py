@@ -14,8 +14,10 @@ import pytest
 from megatron_eso.runs.file_index import FILE_INDEX
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import list_checkpoints
-from tests.parallel.test_checkpoints import restore_each
-from tests.support.training import DISTRIBUTED, Overrides, tiny_arguments, train_tiny
+from tests.ranks.checkpoints import restore_each
+from tests.ranks.training import train_tiny
+from tests.support.processes import HANG_SECONDS
+from tests.support.training import DISTRIBUTED, Overrides, tiny_arguments
 from tests.support.world import World
 
 NUM_RANKS = 2
@@ -24,7 +26,6 @@ FILES = (
     *("__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt", "metadata.json"),
     *("config.json", "state.json", FILE_INDEX),
 )
-LIMIT_SECONDS = 120.0
 
 
 def truncate(path: Path) -> None:
@@ -89,7 +90,7 @@ def train(run: Path, data: Path, num_steps: int) -> subprocess.CompletedProcess[
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
-        timeout=LIMIT_SECONDS,
+        timeout=HANG_SECONDS,
         check=False,
     )
 

@@ -16,12 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_eso.runs.file_index import find_damage, read_file_index
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import list_checkpoints, step_number
+from tests.support.processes import HANG_SECONDS
 from tests.support.training import Overrides, tiny_arguments
 
 DISK_BYTES = 24 * 2**20
 STATUS_BYTES = 2**18
 """Room for status.json, not for a checkpoint."""
-LIMIT_SECONDS = 120.0
 
 SETTINGS: Overrides = {
     "train.num_steps": 100_000,
@@ -47,16 +47,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, *, leave: int) -> Path:
-    """Take all space but some."""
+    """Take all space but some; what was taken before stays so."""
     filler = disk / "filler"
     free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-    with filler.open("wb", buffering=0) as file:
-        file.write(bytes(free - leave))
+    with filler.open("ab", buffering=0) as file:
+        file.write(bytes(max(0, free - leave)))
     return filler
 
 
 def wait_for(happened: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + LIMIT_SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while not happened():
         assert process.poll() is None, log.read_text()[-3000:]
         assert time.monotonic() < deadline, log.read_text()[-3000:]
@@ -65,6 +65,10 @@ def wait_for(happened: Callable[[], object], process: subprocess.Popen[bytes], l
 
 def logged_step(log: Path) -> int:
     return max(map(int, re.findall(r"step (\d+)/", log.read_text())), default=0)
+
+
+def count_failures(log: Path) -> int:
+    return log.read_text().count("could not be saved")
 
 
 def saved_steps(run: Path) -> list[int]:
@@ -89,9 +93,13 @@ def test_a_full_disk_loses_nothing(small_disk: Path, tiny_data: Path, tmp_path: 
             assert not list(find_damage(checkpoint, read_file_index(checkpoint)))
         filler.unlink()
         wait_for(lambda: max(saved_steps(run), default=0) > full_at, process, log)
+        # Once a save has failed, nothing is removed any more that could make room for the last one.
+        num_failures = count_failures(log)
+        fill(small_disk, leave=STATUS_BYTES)
+        wait_for(lambda: count_failures(log) > num_failures, process, log)
         fill(small_disk, leave=STATUS_BYTES)
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(LIMIT_SECONDS) == 1
+        assert process.wait(HANG_SECONDS) == 1
     finally:
         process.kill()
         process.wait()

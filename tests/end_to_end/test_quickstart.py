@@ -11,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_eso.runs.run_directory import RunDirectory
+from tests.support.processes import HANG_SECONDS
 from tests.support.training import tiny_arguments
 
 START_TOLERANCE = 0.05  # of the NELBO before training beside that of the uniform distribution
@@ -45,7 +46,7 @@ def run_quickstart(folder: Path) -> str:
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=HANG_SECONDS,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout

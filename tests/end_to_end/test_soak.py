@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.test_kill import MOMENTS, Job, compare_runs, kill, report_restarts
+from tests.support.killed_job import MOMENTS, Job, compare_runs, kill, report_restarts
 from tests.support.training import OVERLAPPED, Overrides
 
 NUM_KILLS = 50

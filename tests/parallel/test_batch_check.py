@@ -16,23 +16,14 @@ from megatron_eso.data.samples.order import SampleOrder
 from megatron_eso.data.shards.format import BLOCK_BYTES, MANIFEST_FILE, numpy_dtype
 from megatron_eso.data.shards.manifest import read_manifest
 from megatron_eso.data.shards.reader import hash_file
-from tests.support.training import (
-    PP2,
-    TINY,
-    TP2,
-    Overrides,
-    open_batches,
-    tiny_arguments,
-    tiny_config,
-)
+from tests.ranks.batches import SAMPLE, STEP, compare_steps
+from tests.support.processes import HANG_SECONDS
+from tests.support.training import PP2, TP2, Overrides, tiny_arguments, tiny_config
 from tests.support.world import World
 
 pytestmark = pytest.mark.parallel
 
-BATCH = TINY["train.global_batch_size"]
-STEP, SAMPLE = 2, 2 * BATCH  # the step's first sample, which data-parallel rank 0 trains on
 WRONG_TOKEN = 7
-SECONDS = 180.0  # as for any start of the command, on a busy machine
 MESSAGE = re.compile(
     rf"step {STEP}: ranks of one copy of the model have different batches: "
     r"ranks 0 hold ([0-9a-f]{16}); ranks 1 hold ([0-9a-f]{16}); "
@@ -87,31 +78,6 @@ def data_by_rank(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def compare_steps(run: Path, data_by_rank: Path, overrides: Overrides) -> list[str]:
-    """What each of the first steps' checks says on this rank."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    import torch.distributed as dist
-
-    from megatron_eso.errors import DataError
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from megatron_eso.training.guards.batch_check import check_batches
-
-    config = tiny_config(run, data_by_rank / str(dist.get_rank()), overrides)
-    messages = []
-    with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups.dp.size())
-        for step in range(STEP + 2):
-            plan = batches.plan_step(batches.step(step, step * BATCH), groups.dp.rank())
-            try:
-                check_batches(step, plan.micro_batches, groups)
-                messages.append("")
-            except DataError as error:
-                messages.append(str(error))
-    return messages
-
-
 @pytest.mark.parametrize(
     ("num_ranks", "overrides"), [(4, TP2), (2, PP2)], ids=["TP=2 DP=2", "PP=2"]
 )
@@ -147,7 +113,7 @@ def test_a_run_on_different_shards_does_not_start(data_by_rank: Path, tmp_path: 
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
-        timeout=SECONDS,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert finished.returncode != 0

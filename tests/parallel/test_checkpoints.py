@@ -1,38 +1,37 @@
 """Checkpoints: what is written is the state, whatever the layout; failures reach every rank."""
 
-import dataclasses
 import json
-import logging
-import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
 from checkpoints_conversion.__main__ import main as convert
-from megatron_eso.errors import CheckpointError, TrainingError
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import list_checkpoints, step_number
 from pretrain.initial_weights import convert_initial_weights
-from tests.parallel.test_conversion import LLAMA
-from tests.parallel.test_resume import resave
-from tests.support.loop import run_loop
+from tests.ranks.checkpoints import (
+    restore_each,
+    run_with_quick_retries,
+    save_during_a_step,
+    save_in_trouble,
+    save_many,
+    stumble,
+    write_and_tell,
+)
+from tests.ranks.loop import run_loop
+from tests.ranks.training import resave, train_tiny
 from tests.support.training import (
     DISTRIBUTED,
     INTERLEAVED,
+    LLAMA,
     PP2,
     TP2,
     Overrides,
-    open_batches,
     read_checkpoint,
-    take_step,
     tiny_arguments,
-    train_tiny,
 )
 from tests.support.world import World
 
@@ -48,52 +47,6 @@ LAYOUTS: dict[str, tuple[int, Overrides]] = {
     "PP=2, DP=2 distributed optimizer": (4, PP2 | DISTRIBUTED),
 }
 VOCAB_SIZE, PADDED = 400, ("embedding.", "output_layer.")
-STEP_BYTES = 4096
-"""A limit on the size of files that every part of a checkpoint exceeds."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Saved:
-    """What the steps of a test left behind on a rank."""
-
-    messages: list[str | None] = dataclasses.field(default_factory=list)
-    state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-
-
-def build(run: Path, data: Path, overrides: Overrides, groups):  # type: ignore[no-untyped-def]
-    """The parts that a training command builds: configuration, batches, state, checkpoints."""
-    from megatron_eso.training.checkpointing.checkpoints import Checkpoints
-    from megatron_eso.training.steps.train_state import build_train_state
-    from tests.support.training import tiny_config
-
-    config = tiny_config(run, data, overrides)
-    batches = open_batches(config, groups.dp.size())
-    state = build_train_state(config, groups)
-    return config, batches, state, Checkpoints(run / "checkpoints", config.checkpoint, batches)
-
-
-def write_and_tell(run: Path, data: Path, overrides: Overrides) -> Saved:
-    """Take two steps on one rank, save, and return the state as it lies in the optimizer."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from tests.support.training import tiny_config
-
-    with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
-        config, batches, state, checkpoints = build(run, data, overrides, groups)
-        for _ in range(2):
-            take_step(config, state, batches, groups)
-        checkpoints.save(state, config, groups)
-        found = {}
-        averages = state.ema.averages
-        for parameter, average in zip(state.parameters, averages, strict=True):
-            key, moments = parameter.sharded.key, parameter.inner.state[parameter.main]
-            found[key] = parameter.main.detach().clone()
-            found[f"ema.{key}"] = average.clone()
-            for name in ("exp_avg", "exp_avg_sq"):
-                found[f"optimizer.state.{name}.{key}"] = moments[name].clone()
-    return Saved(state=found)
 
 
 def test_every_layout_writes_the_same_whole_state(
@@ -119,33 +72,11 @@ def test_every_layout_writes_the_same_whole_state(
             assert torch.equal(found[name], tensor), (overrides, name)
 
 
-def save_beside_a_step(run: Path, data: Path, overrides: Overrides) -> None:
-    """Save at once and beside the next step, twice: the second time into memory that is in use."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    from megatron_eso.training.checkpointing.checkpoints import Checkpoints
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from tests.support.training import tiny_config
-
-    with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
-        config, batches, state, beside = build(run, data, overrides, groups)
-        at_once = Checkpoints(run / "at_once", config.checkpoint, batches)
-        beside.prepare(state, groups)
-        for _ in range(3):
-            take_step(config, state, batches, groups)
-            beside.wait()
-            at_once.save(state, config, groups)
-            beside.save(state, config, groups, in_background=True)
-        beside.wait()
-        assert beside.take_failure() is None
-
-
 def test_a_save_beside_the_steps_is_the_state_of_its_step(
     world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
     overrides: Overrides = DISTRIBUTED | {"train.precision": '"bf16"', "checkpoint.interval": 1}
-    world.run(save_beside_a_step, 2, tmp_path, tiny_data, overrides)
+    world.run(save_during_a_step, 2, tmp_path, tiny_data, overrides)
     written = list_checkpoints(tmp_path / "checkpoints")
     assert len(written) == 3
     for checkpoint in written:
@@ -153,27 +84,6 @@ def test_a_save_beside_the_steps_is_the_state_of_its_step(
         for name, tensor in read_checkpoint(checkpoint).items():
             assert torch.equal(tensor, expected.pop(name)), name
         assert not expected
-
-
-def save_many(run: Path, data: Path, overrides: Overrides, what: list[tuple[float, int]]) -> None:
-    """Save steps 1, 2, ... with the validation and the updates skipped in a row of each."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from tests.support.training import tiny_config
-
-    with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
-        config, _, state, checkpoints = build(run, data, overrides, groups)
-        for val_nelbo, skipped_in_row in what:
-            state.counters = dataclasses.replace(
-                state.counters, step=state.counters.step + 1, skipped_in_row=skipped_in_row
-            )
-            checkpoints.save(state, config, groups, val_nelbo=val_nelbo)
-            if state.counters.step == 2:  # what killed jobs leave, and damage
-                for name in ("step_00000001.tmp", "step_00000009.deleting"):
-                    (checkpoints.directory / name).mkdir()
-                (checkpoints.directory / "step_00000002" / "state.json").write_text("{")
 
 
 @pytest.mark.parametrize(
@@ -199,50 +109,6 @@ def test_retention(
     assert (folder / "latest").read_text() == "step_00000008\n"
 
 
-def save_in_trouble(run: Path, data: Path, overrides: Overrides, rank: int, how: str) -> Saved:
-    """Save where the file system refuses one rank, in the background and not; then where not."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from tests.support.training import tiny_config
-
-    messages: list[str | None] = []
-    with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
-        config, _, state, checkpoints = build(run, data, overrides, groups)
-        checkpoints.save(state, config, groups)
-        state.counters = dataclasses.replace(state.counters, step=1)
-        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-        is_hit = torch.distributed.get_rank() == rank
-        blocked = run / "checkpoints" / "step_00000001.tmp"
-        if is_hit and how == "limit":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (STEP_BYTES, unlimited[1]))
-        elif is_hit:
-            blocked.write_text("not a folder")
-        torch.distributed.barrier()
-        try:
-            with pytest.raises(CheckpointError) as raised:
-                checkpoints.save(state, config, groups)
-            messages.append(str(raised.value))
-            if is_hit and how == "file":
-                blocked.write_text("not a folder")
-            torch.distributed.barrier()
-            checkpoints.save(state, config, groups, in_background=True)
-            checkpoints.wait()
-            messages.append(checkpoints.take_failure())
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-            if blocked.is_file() and is_hit:
-                blocked.unlink()
-        torch.distributed.barrier()
-        messages.append(str([path.name for path in checkpoints.directory.iterdir()]))
-        torch.distributed.barrier()
-        checkpoints.save(state, config, groups, in_background=True)
-        checkpoints.wait()
-        messages.append(checkpoints.take_failure())
-    return Saved(messages=messages)
-
-
 @pytest.mark.parametrize(("rank", "how"), [(0, "limit"), (1, "limit"), (0, "file")])
 def test_a_write_that_fails_on_one_rank_fails_on_all_and_leaves_the_one_before(
     rank: int, how: str, world: World, tiny_data: Path, tmp_path: Path
@@ -260,47 +126,6 @@ def test_a_write_that_fails_on_one_rank_fails_on_all_and_leaves_the_one_before(
     assert answers[0].messages[0] == answers[1].messages[0]
     names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
     assert names == ["step_00000000", "step_00000001"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Restored:
-    """What came of a start: the step it goes on from, and the log of rank 0."""
-
-    step: int
-    log: str
-
-
-class Lines(logging.Handler):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-def restore_each(runs: list[Path], data: Path, overrides: Overrides) -> list[Restored]:
-    """Restore one run after the other, in one process group."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    from megatron_eso.training.checkpointing.restore import restore
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from tests.support.training import tiny_config
-
-    answers = []
-    with model_parallel_groups(tiny_config(runs[0], data, overrides).parallel) as groups:
-        for run in runs:
-            lines = Lines()
-            logging.getLogger("megatron_eso").addHandler(lines)
-            logging.getLogger("megatron_eso").setLevel(logging.INFO)
-            config, _, state, checkpoints = build(run, data, overrides, groups)
-            restore(state, config, checkpoints)
-            logging.getLogger("megatron_eso").removeHandler(lines)
-            answers.append(Restored(step=state.counters.step, log="\n".join(lines.lines)))
-    return answers
 
 
 def test_a_new_run_starts_from_weights(world: World, tiny_data: Path, tmp_path: Path) -> None:
@@ -354,23 +179,6 @@ def test_what_changes_on_resume_is_told(world: World, tiny_data: Path, tmp_path:
         assert line in told
 
 
-def stumble(trainer, _gathered: list[None]) -> None:  # type: ignore[no-untyped-def]
-    """Have the third step fail on every rank, while the checkpoint of the second is written."""
-    take, write = trainer.prefetcher.take, trainer.saves.checkpoints._write
-
-    def fail_after_two(step: object) -> object:
-        if trainer.state.counters.step == 2:
-            raise TrainingError("no third step")
-        return take(step)
-
-    def write_slowly(*arguments: object) -> None:
-        time.sleep(1.0)
-        write(*arguments)
-
-    trainer.prefetcher.take = fail_after_two
-    trainer.saves.checkpoints._write = write_slowly
-
-
 def test_a_run_that_fails_ends_the_save_in_the_background(
     world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -380,28 +188,12 @@ def test_a_run_that_fails_ends_the_save_in_the_background(
     assert names == ["latest", "step_00000002"]
 
 
-def stumble_once(trainer, _gathered: list[None]) -> None:  # type: ignore[no-untyped-def]
-    """Have the first save fail, as a full disk makes it."""
-    write = trainer.saves.checkpoints._write
-
-    def fail(*_: object) -> None:
-        trainer.saves.checkpoints._write = write
-        raise CheckpointError("no room")
-
-    trainer.saves.checkpoints._write = fail
-
-
-def run_with_quick_retries(run: Path, data: Path, overrides: Overrides) -> str | None:
-    with mock.patch("megatron_eso.training.checkpointing.saves.RETRY_SECONDS", 0.0):
-        return run_loop(run, data, overrides, stumble_once).error
-
-
 def test_a_save_that_failed_is_tried_again(world: World, tiny_data: Path, tmp_path: Path) -> None:
     """Long before the next one is due by steps."""
     overrides: Overrides = {"train.num_steps": 30, "checkpoint.interval": 20}
     assert world.run(run_with_quick_retries, 1, tmp_path, tiny_data, overrides) == [None]
     again, last = (step_number(path) for path in list_checkpoints(tmp_path / "checkpoints"))
-    assert 20 < again < 30
+    assert again == 21
     assert last == 30
 
 

@@ -2,23 +2,22 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from checkpoints_conversion.__main__ import main as convert
 from megatron_eso.sampler import EsoLM
-from tests.parallel.test_resume import resave
+from tests.ranks.network import compute_logits
+from tests.ranks.training import resave, train_tiny
 from tests.support.training import (
     DISTRIBUTED,
+    GATED,
     INTERLEAVED,
+    LLAMA,
     PP2,
     TP2,
     Overrides,
-    open_batches,
     read_checkpoint,
-    train_tiny,
 )
 from tests.support.world import World
 
@@ -27,20 +26,6 @@ pytestmark = pytest.mark.parallel
 LOGITS_TOLERANCE = 1e-5  # absolute
 NUM_STEPS = 3
 
-LLAMA: Overrides = {
-    "model.normalization": '"RMSNorm"',
-    "model.activation": '"swiglu"',
-    "model.num_query_groups": 2,
-    "model.qk_layernorm": "true",
-    "model.add_bias_linear": "false",
-    "model.share_embeddings_and_output_weights": "true",
-    "model.rotary_base": 500,
-}
-GATED: Overrides = {
-    "model.residual_gates": "true",
-    "model.zero_init_head": "true",
-    "model.head_bias": "true",
-}
 CASES: dict[str, tuple[Overrides, str]] = {
     "plain, TP=2, raw": (TP2, "raw"),
     "plain, TP=2, EMA": (TP2, "ema"),
@@ -52,79 +37,6 @@ CASES: dict[str, tuple[Overrides, str]] = {
     "gates, head bias, DP=2 distributed optimizer": (GATED | DISTRIBUTED, "raw"),
     "gates, head bias, PP=2": (GATED | PP2, "ema"),
 }
-
-
-def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) -> list[Tensor]:
-    """Inputs, orders and the Megatron model's logits of loss rows, diffusion then sequential.
-
-    Returns:
-        On the last pipeline stage x_0, is_masked, permutation of each phase and its logits [E, V].
-    """
-    from contextlib import nullcontext
-
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    from megatron.core.utils import unwrap_model
-
-    from megatron_eso.data.shards.reader import TokenDataset
-    from megatron_eso.objectives.noise import draw_noise
-    from megatron_eso.objectives.schedule import LogLinearSchedule
-    from megatron_eso.training.checkpointing.checkpoints import Checkpoints
-    from megatron_eso.training.checkpointing.restore import restore
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from megatron_eso.training.steps.evaluation import for_evaluation
-    from megatron_eso.training.steps.step import run_schedule
-    from megatron_eso.training.steps.train_state import build_train_state
-    from tests.support.planning import eso_lm, plan_noise
-    from tests.support.training import tiny_config
-
-    config = tiny_config(run, data, overrides)
-    dataset = TokenDataset.open(data / "train")
-    length, alpha_0 = config.data.sequence_length, config.objective.alpha_0
-    answers: list[Tensor] = []
-    micro_batches = []
-    for is_sequential in (False, True):
-        indices = np.arange(4)
-        x_0 = dataset.rows(indices, length)
-        times = np.array([0.1, 0.4, 0.7, 1.0])
-        noise = draw_noise(
-            7, indices, np.full(4, is_sequential), times, LogLinearSchedule(alpha_0), length
-        )
-        objective = eso_lm(dataset.mask_token_id, alpha_0=alpha_0)
-        micro_batches.append(
-            plan_noise(objective, x_0, noise, row_multiple=config.parallel.row_multiple)
-        )
-        answers += map(torch.from_numpy, (x_0, noise.is_masked_BT, noise.permutation_BT))
-
-    with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups.dp.size())
-        state = build_train_state(config, groups)
-        restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
-        captured: list[Tensor] = []
-        head = unwrap_model(state.chunks[-1])
-        if head.post_process:
-            head.output_layer.register_forward_hook(
-                lambda _module, _inputs, output: captured.append(output[0].detach().clone())
-            )
-
-        def step(iterator, model):  # type: ignore[no-untyped-def]
-            batch = next(iterator)
-            return model(batch.rows, batch.loss.targets_E), lambda nll_E: (nll_E.sum(), nll_E)
-
-        assert state.ema is not None
-        average = state.ema.applied(state.chunks, state.optimizer)
-        with (
-            torch.no_grad(),
-            for_evaluation(state.chunks),
-            average if weights == "ema" else nullcontext(),
-        ):
-            run_schedule(step, state, micro_batches, groups, forward_only=True)
-        for logits, micro_batch in zip(captured, micro_batches, strict=False):
-            parts = [torch.empty_like(logits) for _ in range(groups.tp.size())]
-            torch.distributed.all_gather(parts, logits.contiguous(), group=groups.tp)
-            answers.append(torch.cat(parts, dim=-1)[: micro_batch.loss.num_real, 0])
-    return answers
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -7,14 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.training import (
-    LAYOUTS,
-    OVERLAPPED,
-    Overrides,
-    open_batches,
-    take_step,
-    tiny_config,
-)
+from tests.ranks.batches import raise_shortage, run_dry
+from tests.ranks.training import open_batches
+from tests.support.training import LAYOUTS, OVERLAPPED, Overrides, tiny_config
 from tests.support.world import World
 
 pytestmark = pytest.mark.parallel
@@ -66,40 +61,6 @@ def test_no_micro_batch_is_larger(case: str, tiny_data: Path, tmp_path: Path) ->
         assert largest["rows"] == largest["loss rows"] == size * length
 
 
-def run_dry(run: Path, data: Path, overrides: Overrides, tries: bool) -> tuple[Any, ...]:
-    """The state before and after a dry batch, and after two steps more."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from megatron_eso.training.guards.dry_batch import run_largest_batch
-    from megatron_eso.training.steps.train_state import build_train_state
-
-    def copy(state: Any) -> list[torch.Tensor]:
-        tensors = [parameter.model for parameter in state.parameters]
-        tensors += [p.main for p in state.parameters if p.main is not None]
-        tensors += [each for each in state.ema.averages if each is not None]
-        tensors += [p.model.main_grad for p in state.parameters if hasattr(p.model, "main_grad")]
-        for p in state.parameters:
-            if p.main is not None:
-                tensors += list(p.inner.state[p.main].values())
-        return [tensor.detach().clone() for tensor in tensors]
-
-    config = tiny_config(run, data, overrides)
-    with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups.dp.size())
-        state = build_train_state(config, groups)
-        before, counters = copy(state), state.counters
-        if tries:
-            run_largest_batch(state, batches, groups, dropout_seed=config.run.seed)
-        assert state.counters == counters
-        after = copy(state)
-        losses = []
-        for _ in range(2):
-            losses.append(take_step(config, state, batches, groups).loss)
-        return before, after, losses, copy(state)
-
-
 @pytest.mark.parametrize("layout", [*LAYOUTS, "DP=2 overlapped", "DP=2 bf16, dropout"])
 def test_it_leaves_no_trace(layout: str, world: World, tiny_data: Path, tmp_path: Path) -> None:
     others = {
@@ -118,20 +79,6 @@ def test_it_leaves_no_trace(layout: str, world: World, tiny_data: Path, tmp_path
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert losses == expected_losses
         assert all(torch.equal(a, b) for a, b in zip(end, expected, strict=True))
-
-
-def raise_shortage(run: Path, data: Path, overrides: Overrides) -> str:
-    """What a rank says whose memory does not suffice."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from megatron_eso.training.guards.dry_batch import explain_shortage
-
-    config = tiny_config(run, data, overrides)
-    with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups.dp.size())
-        return str(explain_shortage(batches, config.train, config.parallel, 2**32))
 
 
 def test_the_error_names_the_levers(world: World, tiny_data: Path, tmp_path: Path) -> None:

@@ -2,29 +2,21 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from checkpoints_conversion.__main__ import main as convert
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.objectives.noise import draw_noise, validation_times
 from megatron_eso.objectives.objective import VALIDATION_SEED
 from megatron_eso.objectives.schedule import LogLinearSchedule
 from megatron_eso.sampler import EsoLM
+from tests.ranks.evaluation import evaluate_tiny
+from tests.ranks.training import train_tiny
 from tests.support.dense_oracle import OracleConfig, dense_losses
-from tests.support.training import (
-    LAYOUTS,
-    OVERLAPPED,
-    Overrides,
-    open_batches,
-    open_held_out,
-    read_checkpoint,
-    take_step,
-    tiny_config,
-    train_tiny,
-)
+from tests.support.training import LAYOUTS, OVERLAPPED, Overrides, read_checkpoint, tiny_config
 from tests.support.world import World
 
 pytestmark = pytest.mark.parallel
@@ -34,31 +26,6 @@ NUM_STEPS = 2
 # Does not divide by two data-parallel ranks or by the micro-batch.
 SAMPLES: Overrides = {"validation.num_samples": 7, "validation.micro_batch_size": 2}
 FEW: Overrides = {"validation.num_samples": 1}
-
-
-def evaluate_tiny(run: Path, data: Path, overrides: Overrides) -> tuple[Any, Any, Path]:
-    """Evaluate average and weights of the newest checkpoint, save the state again elsewhere."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    from megatron_eso.training.checkpointing.checkpoints import Checkpoints
-    from megatron_eso.training.checkpointing.restore import restore
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from megatron_eso.training.steps.evaluation import evaluate
-    from megatron_eso.training.steps.train_state import build_train_state
-
-    config = tiny_config(run, data, overrides)
-    with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups.dp.size())
-        state = build_train_state(config, groups)
-        restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
-        held_out = open_held_out(config)
-        ema = evaluate(state, held_out, groups, use_ema=True)
-        raw = evaluate(state, held_out, groups, use_ema=False)
-        take_step(config, state, batches, groups)
-        evaluated = Checkpoints(run / "evaluated", config.checkpoint, batches)
-        after = evaluated.save(state, config, groups)
-    return ema, raw, after
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +98,6 @@ def test_validation_leaves_the_state_as_it_was(
 def test_validation_is_the_oracles(
     trained: Path, world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
-    from checkpoints_conversion.__main__ import main as convert
-
     run = copy_run(trained, tmp_path / "run")
     _, raw, _ = world.run(evaluate_tiny, 1, run, tiny_data, SAMPLES)[0]
     convert(["to-sampler", str(trained), str(tmp_path / "sampler"), "--weights", "raw"])

@@ -6,14 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.training import (
-    LAYOUTS,
-    OVERLAPPED,
-    Overrides,
-    Trained,
-    read_checkpoint,
-    train_tiny,
-)
+from tests.ranks.training import Trained, train_tiny
+from tests.support.training import LAYOUTS, OVERLAPPED, Overrides, read_checkpoint
 from tests.support.world import World
 
 pytestmark = pytest.mark.parallel

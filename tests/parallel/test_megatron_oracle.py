@@ -2,19 +2,26 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from checkpoints_conversion.network_fields import describe_network
 from checkpoints_conversion.parameter_map import map_to_megatron, map_to_sampler
+from megatron_eso.data.samples.lengths import draw_lengths
+from megatron_eso.data.samples.order import SampleOrder
+from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.objectives.dealing import Dealing
+from megatron_eso.objectives.noise import diffusion_times, draw_noise
+from megatron_eso.objectives.schedule import LogLinearSchedule
+from tests.ranks.network import compute_gradients
 from tests.support.dense_oracle import (
     OracleConfig,
     dense_losses,
     dense_objective,
     draw_parameters,
 )
-from tests.support.training import TP2, Overrides, open_batches, tiny_config
+from tests.support.training import TP2, Overrides, tiny_config
 from tests.support.world import World
 
 pytestmark = pytest.mark.parallel
@@ -41,62 +48,6 @@ CASES: dict[str, tuple[int, Overrides]] = {
     "recomputed": (1, {"train.recompute_granularity": '"full"'}),
     "TP=2 SP": (2, SEQUENCE_PARALLEL | {"model.num_query_groups": 2}),
 }
-
-
-def compute_gradients(
-    run: Path, data: Path, overrides: Overrides, megatron_tensors: dict[str, Tensor]
-) -> tuple[float, dict[str, Tensor]]:
-    """Loss of the first step and the gradients of this rank's shards, by global name and offset."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    from functools import partial
-
-    from megatron.core.utils import unwrap_model
-
-    from megatron_eso.model.sharding import shard_parameters
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from megatron_eso.training.steps.step import (
-        forward_step,
-        reduce_over_world,
-        run_schedule,
-    )
-    from megatron_eso.training.steps.train_state import build_train_state
-
-    config = tiny_config(run, data, overrides)
-    gradients = {}
-    with model_parallel_groups(config.parallel) as groups:
-        state = build_train_state(config, groups)
-        model = unwrap_model(state.chunks[0])
-        for parameter, sharded in shard_parameters(model):
-            index = _index(sharded)
-            parameter.data.copy_(megatron_tensors[sharded.key][index])
-        batches = open_batches(config, groups.dp.size())
-        plan = batches.plan_step(batches.step(0, 0), groups.dp.rank())
-        step = partial(
-            forward_step,
-            objective=batches.objective,
-            tokens=plan.tokens,
-            scale=len(plan.micro_batches),
-            dropout_seed=None,
-            pp_rank=0,
-        )
-        reports = run_schedule(step, state, plan.micro_batches, groups, forward_only=False)
-        losses = reduce_over_world(torch.stack(reports).sum(0), groups)
-        for parameter, sharded in shard_parameters(model):
-            whole = torch.zeros_like(megatron_tensors[sharded.key])
-            whole[_index(sharded)] = parameter.main_grad
-            if whole.shape != parameter.shape:
-                torch.distributed.all_reduce(whole)
-            gradients[sharded.key] = whole
-    return float(batches.objective.combine(losses[: len(losses) // 2])), gradients
-
-
-def _index(sharded):  # type: ignore[no-untyped-def]
-    return tuple(
-        slice(start, start + size)
-        for start, size in zip(sharded.global_offset, sharded.local_shape, strict=True)
-    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -143,15 +94,6 @@ def test_loss_and_gradients_equal_the_oracles(
 
 def oracle_loss(config, oracle, parameters):  # type: ignore[no-untyped-def]
     """The oracle's loss of the first step's samples, each at its own length."""
-    import numpy as np
-
-    from megatron_eso.data.samples.lengths import draw_lengths
-    from megatron_eso.data.samples.order import SampleOrder
-    from megatron_eso.data.shards.reader import TokenDataset
-    from megatron_eso.objectives.dealing import Dealing
-    from megatron_eso.objectives.noise import diffusion_times, draw_noise
-    from megatron_eso.objectives.schedule import LogLinearSchedule
-
     dataset, train, seed = TokenDataset.open(config.data.train), config.train, config.run.seed
     sizes = (train.global_batch_size, train.micro_batch_size, 1)
     dealing = Dealing(*sizes, config.objective.batch_split)

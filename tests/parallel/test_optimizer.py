@@ -7,13 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.training import (
-    LAYOUTS,
-    Overrides,
-    read_checkpoint,
-    tiny_config,
-    train_tiny,
-)
+from tests.ranks.training import list_learning_rates, train_tiny
+from tests.support.training import LAYOUTS, Overrides, read_checkpoint
 from tests.support.world import World
 
 pytestmark = pytest.mark.parallel
@@ -40,27 +35,6 @@ def cosine(step: int) -> float:
 def warm_stable_decay(step: int) -> float:
     done = max(0.0, step - (NUM_STEPS - DECAY)) / DECAY
     return LOW + (HIGH - LOW) * (1 - done)
-
-
-def list_learning_rates(run: Path, data: Path, overrides: Overrides) -> Any:
-    """The rate of every step of a run, and of a run that resumes at the middle."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from megatron_eso.training.optimization.optimizer import build_scheduler
-    from megatron_eso.training.steps.train_state import build_train_state
-
-    config = tiny_config(run, data, overrides)
-    with model_parallel_groups(config.parallel) as groups:
-        state = build_train_state(config, groups)
-        rates = []
-        for _ in range(NUM_STEPS):
-            rates.append(state.optimizer.param_groups[0]["lr"])
-            state.scheduler.step(1)
-        schedule = build_scheduler(config.optimizer, NUM_STEPS, state.optimizer)
-        schedule.step(NUM_STEPS // 2)
-        return rates, state.optimizer.param_groups[0]["lr"]
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import pytest
 from pretrain.preflight.measurement import Measurement
 from pretrain.preflight.node_facts import Facts
 from pretrain.preflight.verdict import Limits, judge_facts, judge_measurements
+from tests.support.processes import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 120.0
 LIMITS = Limits(clock_skew_seconds=2.0, free_gib=1.0, bandwidth=0.0)
 
 
@@ -38,7 +38,7 @@ def fly(
         )
         for rank, (run, root) in enumerate(zip(run_directories, roots, strict=True))
     ]
-    outputs = [rank.communicate(timeout=SECONDS) for rank in ranks]
+    outputs = [rank.communicate(timeout=HANG_SECONDS) for rank in ranks]
     return (
         [rank.returncode for rank in ranks],
         outputs[0][0].splitlines(),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_eso.errors import CheckpointError
+from tests.ranks.training import resave, train_tiny
 from tests.support.training import (
     DISTRIBUTED,
     INTERLEAVED,
@@ -13,9 +14,7 @@ from tests.support.training import (
     PP2,
     TP2,
     Overrides,
-    open_batches,
     read_checkpoint,
-    train_tiny,
 )
 from tests.support.world import RankError, World
 
@@ -93,25 +92,6 @@ def test_checkpoints_do_not_depend_on_the_layout(
         assert expected.keys() == found.keys()
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), name
-
-
-def resave(run: Path, data: Path, overrides: Overrides, to: Path) -> None:
-    """Load the run's newest checkpoint on this layout and write it again."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    from megatron_eso.training.checkpointing.checkpoints import Checkpoints
-    from megatron_eso.training.checkpointing.restore import restore
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from megatron_eso.training.steps.train_state import build_train_state
-    from tests.support.training import tiny_config
-
-    config = tiny_config(run, data, overrides)
-    with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups.dp.size())
-        state = build_train_state(config, groups)
-        restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, batches))
-        Checkpoints(to, config.checkpoint, batches).save(state, config, groups)
 
 
 def test_a_damaged_checkpoint_is_one_line(world: World, tiny_data: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from megatron_eso.data.shards.manifest import read_manifest
 from megatron_eso.errors import ConfigError
-from tests.support.training import TP2, Overrides, train_tiny
+from tests.ranks.training import train_tiny
+from tests.support.training import TP2, Overrides
 from tests.support.world import RankError, World
 
 pytestmark = pytest.mark.parallel

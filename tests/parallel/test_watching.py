@@ -1,12 +1,9 @@
 """What a run reports while it trains: its curves, its status, its slow ranks."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_eso.data.samples.training_data import TrainingData
-from tests.support.loop import Ran, run_loop
+from tests.ranks.loop import Ran, run_loop
+from tests.ranks.watching import WORK_SECONDS, never_finite, run_with_a_slow_rank, stop_at_step_3
+from tests.support.processes import HANG_SECONDS
 from tests.support.training import Overrides, tiny_config
 from tests.support.world import World
 
@@ -23,7 +22,6 @@ pytestmark = pytest.mark.parallel
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, INTERVAL, BATCH = 6, 2, 8
-SLEEP_SECONDS = 0.05
 
 # Of the public contract, but for those of a GPU.
 CONTRACT = {
@@ -40,33 +38,6 @@ MORE = {
     *("perf/straggler_rank", "perf/straggler_seconds", "perf/straggler_spread"),
     *(f"val/nelbo_diffusion_by_t/{t}" for t in ("0.05", "0.55", "0.95")),
 }
-
-
-def sleep_on_rank_1(trainer: Any, _gathered: list[Any]) -> None:
-    import torch.distributed as dist
-    from megatron.core.utils import unwrap_model
-
-    layer = next(iter(unwrap_model(trainer.state.chunks[0]).decoder.layers))
-    if dist.get_rank() == 1:
-        layer.register_forward_hook(lambda *_: time.sleep(SLEEP_SECONDS) or None)
-
-
-def stop_at_step_3(trainer: Any, _gathered: list[Any]) -> None:
-    import torch.distributed as dist
-    from megatron.core.utils import unwrap_model
-
-    def ask(*_: Any) -> None:
-        if trainer.state.counters.step == 2 and dist.get_rank() == 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    next(iter(unwrap_model(trainer.state.chunks[0]).decoder.layers)).register_forward_hook(ask)
-
-
-def never_finite(trainer: Any, _gathered: list[Any]) -> None:
-    from megatron.core.utils import unwrap_model
-
-    layer = next(iter(unwrap_model(trainer.state.chunks[0]).decoder.layers))
-    layer.mlp.register_forward_hook(lambda _module, _inputs, output: (output[0] * np.nan, None))
 
 
 def overrides_for(data: Path) -> Overrides:
@@ -86,8 +57,8 @@ def overrides_for(data: Path) -> Overrides:
 def watched(world: World, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two corpora, whose rank 1 is slow."""
     run = tmp_path_factory.mktemp("watched")
-    ranks = world.run(run_loop, 2, run, tiny_data, overrides_for(tiny_data), sleep_on_rank_1)
-    assert [ran.error for ran in ranks] == [None, None]
+    errors = world.run(run_with_a_slow_rank, 2, run, tiny_data, overrides_for(tiny_data))
+    assert errors == [None, None]
     return run
 
 
@@ -107,7 +78,7 @@ def run_status(run: Path, *options: str) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
         check=False,
     )
 
@@ -138,10 +109,11 @@ def test_the_text_tab_shows_configuration_and_layout(watched: Path) -> None:
 def test_a_slow_rank_is_found(watched: Path) -> None:
     last = [record for record in read_records(watched) if "train/loss" in record][-1]
     assert last["perf/straggler_rank"] == 1
-    assert last["perf/straggler_seconds"] > SLEEP_SECONDS * BATCH / 2 / 2
-    assert 1 < last["perf/straggler_spread"] <= 2  # over the median, the mean of two ranks
+    num_passes = BATCH / 2 / 2  # two ranks, micro-batches of two
+    assert last["perf/straggler_seconds"] == WORK_SECONDS[1] * num_passes
+    assert last["perf/straggler_spread"] == 1.5  # over the median, the mean of two ranks
     log = (watched / "logs" / "rank_00000.log").read_text()
-    assert re.search(r"slow: rank 1 on \S+, 1\.\d\d times the median", log)
+    assert re.search(r"slow: rank 1 on \S+, 1\.50 times the median", log)
 
 
 def test_the_mix_is_that_of_the_samples(watched: Path, tiny_data: Path) -> None:

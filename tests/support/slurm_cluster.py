@@ -25,13 +25,13 @@ from typing import Self
 
 import psutil
 
+from tests.support.processes import HANG_SECONDS
+
 NODES = ("n1", "n2")
-CPUS_PER_NODE = 4  # on paper: Slurm is told to believe it
+CPUS_PER_NODE = 4  # on paper: Slurm does not count the real ones
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "setpriv")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-START_SECONDS = 60.0
-JOB_SECONDS = 300.0  # generous for two busy cores
-STOP_SECONDS = 20.0
+STOP_SECONDS = 60.0  # then the processes are killed
 POLL_SECONDS = 0.1
 LASTING = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
@@ -117,7 +117,7 @@ class SlurmCluster:
             env=self._environment | environment,
             capture_output=True,
             text=True,
-            timeout=START_SECONDS,
+            timeout=HANG_SECONDS,
             check=False,
         )
         assert done.returncode == 0, f"{' '.join(words)}: {done.stdout}{done.stderr}"
@@ -136,7 +136,7 @@ class SlurmCluster:
         """Whether the job has ended for good; one that was requeued has not."""
         return self.describe(job)["JobState"] in LASTING
 
-    def wait(self, job: int, seconds: float = JOB_SECONDS) -> str:
+    def wait(self, job: int, seconds: float = HANG_SECONDS) -> str:
         """Wait until the job has ended for good; its state.
 
         Raises:
@@ -229,7 +229,7 @@ class SlurmCluster:
         return False
 
     def _until(self, what: str, is_there: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + HANG_SECONDS
         while not is_there():
             dead = [daemon.args for daemon in self._daemons if daemon.poll() is not None]
             if dead or time.monotonic() > deadline:
@@ -251,8 +251,8 @@ class SlurmCluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        doomed = {process.pid for process, _ in self._all_processes()} | self._find_step_daemons()
-        for pid in doomed:
+        left = {process.pid for process, _ in self._all_processes()} | self._find_step_daemons()
+        for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.folder, ignore_errors=True)

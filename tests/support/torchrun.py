@@ -1,5 +1,6 @@
 """Real training jobs of two ranks under torchrun, to be interrupted."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,10 +11,10 @@ from typing import Any
 
 import psutil
 
+from tests.support.processes import HANG_SECONDS
 from tests.support.training import Overrides, tiny_arguments
 
 NUM_RANKS = 2
-JOB_SECONDS = 180.0  # generous for two busy cores
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}")
 
 
@@ -33,18 +34,26 @@ def launch(
 
 
 def find_rank(launcher: subprocess.Popen[bytes], rank: int) -> psutil.Process:
-    """The process of a rank."""
-    for process in psutil.Process(launcher.pid).children():
-        if process.environ().get("RANK") == str(rank):
-            return process
+    """The process of a rank, waited for."""
+    deadline = time.monotonic() + HANG_SECONDS
+    while time.monotonic() < deadline:
+        assert launcher.poll() is None
+        for process in psutil.Process(launcher.pid).children():
+            with contextlib.suppress(psutil.Error):  # it is starting or has ended
+                if process.environ().get("RANK") == str(rank):
+                    return process
+        time.sleep(0.02)
     raise AssertionError(f"rank {rank} is not there")
 
 
 def until_step(run: Path, launcher: subprocess.Popen[bytes], step: int) -> None:
     """Wait until a step is recorded of a job that goes on."""
-    deadline = time.monotonic() + JOB_SECONDS
-    while not any(record["step"] >= step for record in read_records(run)):
-        assert launcher.poll() is None, read_log(run)[-3000:]
+    deadline = time.monotonic() + HANG_SECONDS
+    while True:
+        code = launcher.poll()  # before the look: a job may record the step and end after it
+        if any(record["step"] >= step for record in read_records(run)):
+            return
+        assert code is None, read_log(run)[-3000:]
         assert time.monotonic() < deadline, read_log(run)[-3000:]
         time.sleep(0.02)
 

@@ -1,21 +1,18 @@
-"""Small training runs inside a process group, for the tests of the parallel parts.
+"""Small training runs: their configurations, layouts and models, and what they leave on disk."""
 
-The functions at the end run on every rank of `world.run`; they import megatron themselves.
-"""
-
-import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from megatron_eso.config.combinations import with_vocabulary
 from megatron_eso.config.loading import load_config
 from megatron_eso.config.sections import Config
-from megatron_eso.data.samples.training_data import TrainingData
-from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.reader import TokenDataset
-from tests.support.planning import objective_of
 
 PARALLEL = "parallel."
 TP2 = {"parallel.tensor_model_parallel_size": 2}
@@ -44,6 +41,21 @@ LAYOUTS: dict[str, tuple[int, Overrides]] = {
     "TP=2 PP=2": (4, TP2 | PP2),
 }
 
+LLAMA: Overrides = {
+    "model.normalization": '"RMSNorm"',
+    "model.activation": '"swiglu"',
+    "model.num_query_groups": 2,
+    "model.qk_layernorm": "true",
+    "model.add_bias_linear": "false",
+    "model.share_embeddings_and_output_weights": "true",
+    "model.rotary_base": 500,
+}
+GATED: Overrides = {
+    "model.residual_gates": "true",
+    "model.zero_init_head": "true",
+    "model.head_bias": "true",
+}
+
 TINY: Overrides = {
     "model.num_layers": 4,
     "model.hidden_size": 32,
@@ -59,15 +71,6 @@ TINY: Overrides = {
     "optimizer.adam_eps": 1e-6,
     "optimizer.ema_decay": 0.99,
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What a run gave: numbers of every step, and the folder of its last checkpoint."""
-
-    losses: list[float]
-    grad_norms: list[float]
-    checkpoint: Path
 
 
 def tiny_arguments(run: Path, data: Path, overrides: Overrides) -> list[str]:
@@ -92,81 +95,8 @@ def tiny_config(run: Path, data: Path, overrides: Overrides) -> Config:
     )
 
 
-def train_tiny(run: Path, data: Path, overrides: Overrides, num_steps: int) -> Trained:
-    """Train until `num_steps` steps are taken, from the newest checkpoint if there is one; save."""
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    from megatron_eso.training.checkpointing.checkpoints import Checkpoints
-    from megatron_eso.training.checkpointing.restore import restore
-    from megatron_eso.training.distributed.parallel import model_parallel_groups
-    from megatron_eso.training.steps.prefetch import StepPrefetcher
-    from megatron_eso.training.steps.train_state import build_train_state
-
-    config = tiny_config(run, data, overrides)
-    losses, grad_norms = [], []
-    with model_parallel_groups(config.parallel) as groups:
-        batches = open_batches(config, groups.dp.size())
-        state = build_train_state(config, groups)
-        checkpoints = Checkpoints(run / "checkpoints", config.checkpoint, batches)
-        restore(state, config, checkpoints)
-        prefetcher = StepPrefetcher(batches, groups.dp.rank(), config.data.prefetch_steps)
-        with prefetcher:
-            while state.counters.step < num_steps:
-                result = take_step(config, state, batches, groups, prefetcher)
-                losses.append(result.loss)
-                grad_norms.append(result.grad_norm)
-        checkpoint = checkpoints.save(state, config, groups)
-    return Trained(losses=losses, grad_norms=grad_norms, checkpoint=checkpoint)
-
-
-def open_batches(config: Config, data_parallel_size: int) -> Any:
-    """The batches of a small run, with its objective."""
-    from megatron_eso.training.steps.batches import TrainingBatches
-
-    data = TrainingData.open(config.data, config.run.seed)
-    return TrainingBatches(
-        objective_of(config),
-        data,
-        config.train,
-        data_parallel_size=data_parallel_size,
-        row_multiple=config.parallel.row_multiple,
-    )
-
-
-def open_held_out(config: Config) -> Any:
-    """The validation batches of a small run."""
-    from megatron_eso.training.steps.batches import ValidationBatches
-
-    data = ValidationData.open(config.data)
-    assert data is not None
-    objective, multiple = objective_of(config), config.parallel.row_multiple
-    return ValidationBatches(objective, data, config.validation, row_multiple=multiple)
-
-
-def take_step(config: Config, state: Any, batches: Any, groups: Any, prefetcher: Any = None) -> Any:
-    """One training step from where the state stands; its batch is planned now, or taken."""
-    from megatron_eso.training.steps.step import train_step
-
-    step = batches.step(state.counters.step, state.counters.consumed_samples)
-    return train_step(
-        state,
-        prefetcher.take(step) if prefetcher else batches.plan_step(step, groups.dp.rank()),
-        batches.objective,
-        config.train,
-        groups,
-        flops_per_token=1.0,
-        dropout_seed=config.run.seed if config.model.hidden_dropout > 0 else None,
-    )
-
-
 def read_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
     """Every tensor of a distributed checkpoint, whole, by its global name."""
-    import torch
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
     reader = FileSystemReader(checkpoint)
     entries = reader.read_metadata().state_dict_metadata
     tensors = {

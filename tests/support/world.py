@@ -1,9 +1,10 @@
 """Ranks for tests: worker processes over gloo that stay alive from one test to the next.
 
-Importing torch and megatron costs seconds per process, so a `World` spawns its workers when they
-are first needed and keeps them. Each `run` gives them a process group of their own:
+Importing torch and megatron costs seconds per process. A `World` imports them once, forks workers
+from there when they are first needed, and keeps these. Each `run` gives them a process group of
+their own:
 
-    def add_up(start):  # at the top of a test module: the workers import it
+    def add_up(start):  # in a module of tests/ranks, which the workers import
         tensor = torch.tensor(start + dist.get_rank())
         dist.all_reduce(tensor)
         return int(tensor)
@@ -11,11 +12,13 @@ are first needed and keeps them. Each `run` gives them a process group of their 
     def test_sum(world):
         assert world.run(add_up, 2, 5) == [11, 11]
 
-Functions, arguments and results travel by pickle. A function that uses megatron installs the CPU
-backend itself; megatron's parallel state is destroyed after each call. A call that hangs, or a
-worker that dies, fails that call only: the workers are killed and the next call starts others.
+Functions, arguments and results travel by pickle. Workers install the CPU backend before they
+import a function's module, so that the modules of tests/ranks import megatron at their top;
+megatron's parallel state is destroyed after each call. A call that hangs, or a worker that dies,
+fails that call only: the workers are killed and the next call starts others.
 """
 
+import importlib
 import math
 import multiprocessing
 import os
@@ -32,12 +35,15 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Self
 
+from tests.support.processes import HANG_SECONDS
+
 MAX_RANKS = 4
-CALL_SECONDS = 120.0  # generous for four ranks on two slow cores
-GRACE_SECONDS = 5.0  # for the other ranks once one has failed, and for a worker to leave
-JOIN_SECONDS = 40.0  # imports included; gloo now and then loses a connection and waits for ever
+GRACE_SECONDS = 60.0  # for the other ranks once one has failed, and for a worker to leave
+JOIN_SECONDS = 60.0  # imports are done; now and then gloo loses a connection on a busy machine
+COLLECTIVE_SECONDS = 2 * HANG_SECONDS  # no rank gives up before the call has ended
 JOIN_TRIES = 3
-JOINED = b"joined"
+WORKER_IMPORTS = "tests.support.worker_imports"
+LOADED, JOINED, GO = b"loaded", b"joined", b"go"
 
 
 class RankError(AssertionError):
@@ -57,7 +63,6 @@ class Call:
     rank: int
     num_ranks: int
     store: str
-    timeout_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,20 +77,27 @@ class Outcome:
 
 
 class World:
-    """A pool of at most `MAX_RANKS` worker processes; tests get it from the fixture `world`."""
+    """A pool of at most `MAX_RANKS` worker processes; tests get it from the fixture `world`.
+
+    Attributes:
+        num_rejoins: How often workers were started anew because they could not meet.
+    """
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        # A process that has imported torch and megatron once is forked for each worker.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([WORKER_IMPORTS])
         self._workers: list[tuple[BaseProcess, Connection]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="world_")
         self._num_calls = 0
+        self.num_rejoins = 0
 
     def run(
         self,
         function: Callable[..., Any],
         num_ranks: int,
         *args: Any,
-        timeout_seconds: float = CALL_SECONDS,
+        timeout_seconds: float = HANG_SECONDS,
     ) -> list[Any]:
         """Run `function(*args)` on ranks 0 .. num_ranks-1 of a fresh gloo process group.
 
@@ -105,7 +117,7 @@ class World:
         if not 1 <= num_ranks <= MAX_RANKS:
             raise ValueError(f"num_ranks is {num_ranks}, must be 1 .. {MAX_RANKS}")
         try:
-            early = self._send(function, num_ranks, args, timeout_seconds)
+            early = self._send(function, num_ranks, args)
             outcomes = self._collect(num_ranks, timeout_seconds, early)
         except BaseException:  # an interrupt, or the test's own time limit
             self.kill()
@@ -168,7 +180,6 @@ class World:
         function: Callable[..., Any],
         num_ranks: int,
         args: tuple[Any, ...],
-        timeout_seconds: float,
     ) -> dict[int, bytes]:
         """Have the ranks begin a call, in a process group that all have joined.
 
@@ -185,22 +196,35 @@ class World:
                     rank=rank,
                     num_ranks=num_ranks,
                     store=os.path.join(self._folder.name, f"store_{self._num_calls}"),
-                    timeout_seconds=timeout_seconds,
                 )
                 link.send_bytes(pickle.dumps(call))
-            early, deadline = {}, time.monotonic() + JOIN_SECONDS
-            for rank, (_, link) in enumerate(self._workers[:num_ranks]):
-                if not link.poll(max(0.0, deadline - time.monotonic())):
-                    break
-                message = receive(link)
-                if message != JOINED:
-                    early[rank] = message
-            else:
-                return early
+            early = self._receive_all(num_ranks, LOADED, HANG_SECONDS)
             if early:
                 return early
+            if early is not None and self._receive_all(num_ranks, JOINED, JOIN_SECONDS) == {}:
+                for _, link in self._workers[:num_ranks]:
+                    link.send_bytes(GO)
+                return early
+            self.num_rejoins += 1
             self.kill()
         raise WorldTimeoutError(f"{num_ranks} ranks could not meet in {JOIN_TRIES} tries")
+
+    def _receive_all(
+        self, num_ranks: int, expected: bytes, seconds: float
+    ) -> dict[int, bytes] | None:
+        """Have every rank say what is expected of it.
+
+        Returns:
+            What ranks said instead, by rank; None where one was silent and none said else.
+        """
+        others, deadline = {}, time.monotonic() + seconds
+        for rank, (_, link) in enumerate(self._workers[:num_ranks]):
+            if not link.poll(max(0.0, deadline - time.monotonic())):
+                return others or None
+            message = receive(link)
+            if message != expected:
+                others[rank] = message
+        return others
 
     def _collect(
         self, num_ranks: int, timeout_seconds: float, early: dict[int, bytes]
@@ -217,10 +241,12 @@ class World:
             for link in wait(list(waiting), timeout=left):
                 assert isinstance(link, Connection)
                 message = receive(link)
-                if message == JOINED:  # of a rank whose neighbour could not
+                if message in (LOADED, JOINED):  # of a rank whose neighbour could not load
                     continue
                 rank = waiting.pop(link)
                 outcomes[rank] = pickle.loads(message)
+                if outcomes[rank].failed_at == -math.inf:
+                    return outcomes  # it died, which the others' collectives need not notice
                 if outcomes[rank].failure is not None:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         return outcomes
@@ -236,6 +262,7 @@ def receive(link: Connection) -> bytes:
 
 def serve(link: Connection) -> None:
     """A worker's life: calls in, outcomes out, until the pipe is closed."""
+    importlib.import_module(WORKER_IMPORTS)  # it is there, unless the fork server has failed to
     while True:
         try:
             call = link.recv_bytes()
@@ -247,7 +274,8 @@ def serve(link: Connection) -> None:
 def answer(call: bytes, link: Connection) -> bytes:
     """Run a pickled call and pickle its outcome, whichever of these fails."""
     try:
-        return pickle.dumps(Outcome(value=execute(pickle.loads(call), link)))
+        loaded = pickle.loads(call)  # it imports the function's module
+        return pickle.dumps(Outcome(value=execute(loaded, link)))
     except Exception as error:
         failure, failed_at = traceback.format_exc(), getattr(error, "failed_at", math.inf)
         try:
@@ -259,20 +287,22 @@ def answer(call: bytes, link: Connection) -> bytes:
 
 
 def execute(call: Call, link: Connection) -> Any:
-    """Run one call inside its process group; say on the link that it was joined."""
+    """Run one call inside its process group; say on the link when it may be joined, and was."""
     import torch
     import torch.distributed as dist
 
+    link.send_bytes(LOADED)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(call.store, call.num_ranks),
         rank=call.rank,
         world_size=call.num_ranks,
-        timeout=timedelta(seconds=call.timeout_seconds),
+        timeout=timedelta(seconds=COLLECTIVE_SECONDS),
     )
     link.send_bytes(JOINED)
     try:
+        assert link.recv_bytes() == GO
         value = call.function(*call.args)
         dist.barrier()  # nobody takes the group away from a rank that still uses it
     except Exception as error:

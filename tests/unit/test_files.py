@@ -25,6 +25,7 @@ from megatron_eso.files import (
     write_text,
 )
 from megatron_eso.locks import hold_lock
+from tests.support.processes import HANG_SECONDS
 
 
 def list_names(folder: Path) -> list[str]:
@@ -174,7 +175,7 @@ def test_a_live_writer_is_not_disturbed(tmp_path: Path) -> None:
         ):
             pass
         other.stdin.close()
-        assert other.wait(60) == 0
+        assert other.wait(HANG_SECONDS) == 0
     assert list_names(tmp_path) == ["folder", "folder/file"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.structure.modules import PACKAGES, find_imports, find_modules, is_in
+from tests.support.processes import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTSIDE = ("tests", "slurm", "setup")
@@ -198,4 +199,4 @@ def test_parts_import_without(blocked: str, modules: str) -> None:
         f"for name in {blocked.split()!r}: sys.modules[name] = None\n"
         f"for name in {modules.split()!r}: importlib.import_module(name)\n"
     )
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=HANG_SECONDS)

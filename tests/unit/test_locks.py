@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_eso.locks import hold_lock, try_lock
+from tests.support.processes import HANG_SECONDS
 
 PROGRAM = """
 import pathlib, sys
@@ -78,7 +79,7 @@ def test_a_waiting_thread_gets_the_lock_when_it_is_free(tmp_path: Path) -> None:
         thread.start()
         thread.join(0.3)
         assert thread.is_alive()
-    thread.join(60)
+    thread.join(HANG_SECONDS)
     assert found == [True]
 
 
@@ -89,7 +90,7 @@ def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path) -> None:
         thread = threading.Thread(target=wait_and_write, args=(path,))
         thread.start()
         path.unlink()
-    thread.join(60)
+    thread.join(HANG_SECONDS)
     assert path.read_text() == "mine"
 
 

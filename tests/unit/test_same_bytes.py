@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed import checkpoint
 
 from tests.structure.same_bytes import compare
 
@@ -81,8 +82,6 @@ def test_a_bit_of_a_tensor_is_found(tmp_path: Path) -> None:
 
 
 def test_checkpoints_are_compared_by_their_tensors(tmp_path: Path) -> None:
-    from torch.distributed import checkpoint
-
     changed = {**TENSORS, "b.weight": torch.zeros(2)}
     sides = {"old": TENSORS, "same": TENSORS, "other": changed}
     for side, tensors in sides.items():

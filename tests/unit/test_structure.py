@@ -1,5 +1,6 @@
 """The tree stays a house: narrow folders, short files and functions, imports without a circle."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -60,6 +61,33 @@ def test_documents_name_files_that_exist(document: str) -> None:
     names = {name for name in re.findall(r"`([\w/]+\.py)`", text) if "NAME" not in name}
     missing = [name for name in names if not any((f / name).is_file() for f in folders)]
     assert [name for name in missing if name not in FILES_OF_OTHERS] == []
+
+
+def list_imports(path: Path) -> list[tuple[str, bool]]:
+    """The modules that a file imports, and whether a function does it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found.append((node.module or "", node not in tree.body))
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, node not in tree.body) for alias in node.names]
+    return found
+
+
+def test_no_test_module_imports_another() -> None:
+    found = {
+        path.relative_to(ROOT).as_posix(): module
+        for path in (ROOT / "tests").rglob("*.py")
+        for module, _ in list_imports(path)
+        if re.match(r"tests\.(.+\.)?test_", module)
+    }
+    assert found == {}
+
+
+def test_functions_of_ranks_import_nothing() -> None:
+    for path in [*(ROOT / "tests/ranks").glob("*.py"), *(ROOT / "tests/parallel").glob("*.py")]:
+        assert [module for module, in_function in list_imports(path) if in_function] == [], path
 
 
 def write(root: Path, files: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ import pytest
 from megatron_eso.config.keys import describe_keys
 from megatron_eso.config.reference import format_reference, read_meanings
 from megatron_eso.config.sections import KEYS, SECTIONS
+from tests.support.processes import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[3]
 REMEDY = "python -m megatron_eso.config.reference > docs/configuration.md"
@@ -43,7 +44,7 @@ def test_the_reference_is_the_output_of_the_code() -> None:
     written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert written == format_reference(), f"run {REMEDY}"
     command = [sys.executable, "-m", "megatron_eso.config.reference"]
-    assert subprocess.check_output(command, text=True, cwd=ROOT, timeout=60) == written
+    assert subprocess.check_output(command, text=True, cwd=ROOT, timeout=HANG_SECONDS) == written
 
 
 def test_the_reference_says_what_a_line_of_the_code_says() -> None:

@@ -12,11 +12,14 @@ from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import ConfigError, DataError
+from tests.support.processes import HANG_SECONDS
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "data_tools", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+    )
 
 
 @pytest.fixture

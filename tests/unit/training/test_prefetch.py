@@ -19,11 +19,11 @@ from megatron_eso.objectives.objective import Step
 from megatron_eso.training.steps.batches import StepPlan, TrainingBatches
 from megatron_eso.training.steps.prefetch import StepPrefetcher
 from tests.support.planning import objective_of
+from tests.support.processes import HANG_SECONDS
 from tests.support.training import tiny_config
 
 BATCH = 8
 STEPS_AHEAD = 2
-DEADLINE_SECONDS = 30.0
 
 
 class RecordedBatches(TrainingBatches):
@@ -68,7 +68,7 @@ def step_at(number: int) -> Step:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    deadline = time.monotonic() + HANG_SECONDS
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -16,18 +16,19 @@ from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.training.records.metrics import MetricsLog
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from megatron_eso.runs.run_directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])).locked():
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()  # until it is killed
 """
 
 
 def test_a_second_process_is_refused_and_told_who_is_there(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=os.environ | {"SLURM_JOB_ID": "4711"},
     )

@@ -15,6 +15,7 @@ from megatron_eso.runs.counters import Counters
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.training.records.metrics import MetricsLog
 from megatron_eso.training.records.wandb_log import WandbLog
+from tests.support.processes import HANG_SECONDS
 from tests.support.training import tiny_arguments
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,7 +53,7 @@ def test_a_missing_package_is_one_line(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
         check=False,
     )
     assert said.returncode == 2

@@ -1,110 +1,160 @@
 """The watchdog ends a process that hangs, and says where it and every other rank are."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from tests.support.processes import HANG_SECONDS
+
 ROOT = Path(__file__).resolve().parents[3]
-DEADLINE_SECONDS = 2.0
+DEADLINE_SECONDS, LOOK_SECONDS = 2.0, 0.2
+NUM_STEPS = 5
+GRACE_SECONDS = 1.0
+"""For what cannot report. What can report gets so long that only a hang reaches the end."""
 
 PROGRAM = f"""
-import sys, time
+import sys, threading, time
+from types import SimpleNamespace
 from pathlib import Path
 from datetime import timedelta
 from torch.distributed import FileStore, TCPStore
-from megatron_eso.training.guards.watchdog import Watchdog
+from megatron_eso.training.guards import watchdog as module
 
 folder, rank, work = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+hang = timedelta(seconds={HANG_SECONDS})
 def wait_for_the_other():
-    time.sleep(60)
+    with watchdog.deadline("train step", "7"):
+        threading.Event().wait(hang.total_seconds())
 def hold_the_lock():
+    # The interpreter's lock is held: no other thread of this process runs.
     import re
-    re.match("(a*)*b", "a" * 40)
+    with watchdog.deadline("train step", "7"):
+        re.match("(a*)*b", "a" * 40)
 def meet_the_other():
-    store.wait(["the other"], timedelta(seconds=60))
+    with watchdog.deadline("train step", "7"):
+        store.wait(["the other"], hang)
+class CountedClock:
+    # It moves with the looks of the watchdog and with the steps, by no time that passes.
+    def __init__(self):
+        self.now, self.look = 0.0, threading.Event()
+    def time(self):
+        return self.now
+    def monotonic(self):
+        if threading.current_thread().name == "watchdog":
+            if work == "looks":
+                self.now += 1.0
+            self.look.set()
+        return self.now
+def take_steps():
+    for _ in range({NUM_STEPS}):
+        with watchdog.deadline("train step", "7"):
+            clock.now += 0.4 * {DEADLINE_SECONDS}
+            clock.look.clear()
+            clock.look.wait()
 store = FileStore(str(folder / "store"), 2)
 if work == "rendezvous":
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-watchdog = Watchdog(folder / f"rank_{{rank}}.log", {{"train step": {DEADLINE_SECONDS}}},
-    interval_seconds=0.2, grace_seconds=1.0, rank=rank, num_ranks=2,
-    store=store)
+if work in ("steps", "looks"):
+    module.time = clock = CountedClock()
+grace = {GRACE_SECONDS} if work in ("stuck", "no log") else hang.total_seconds()
+watchdog = module.Watchdog(folder / f"rank_{{rank}}.log", {{"train step": {DEADLINE_SECONDS}}},
+    interval_seconds={LOOK_SECONDS}, grace_seconds=grace, rank=rank, num_ranks=2, store=store)
 with watchdog:
     print("ready", flush=True)
-    while work == "steps":
-        with watchdog.deadline("train step", "7"):
-            time.sleep(0.01)
-    if work == "stuck":
-        with watchdog.deadline("train step", "7"):
-            # The interpreter's lock is held: no other thread of this process runs.
-            hold_the_lock()
-    with watchdog.deadline("train step", "7"):
-        meet_the_other() if work == "rendezvous" else wait_for_the_other()
+    match work:
+        case "steps": take_steps()
+        case "stuck": hold_the_lock()
+        case "rendezvous": meet_the_other()
+        case _: wait_for_the_other()
 """
+
+
+Job = tuple[Path, subprocess.Popen[str]]
 
 
 def start(folder: Path, rank: int, work: str) -> subprocess.Popen[str]:
     arguments = [sys.executable, "-c", PROGRAM, str(folder), str(rank), work]
     with (folder / f"stderr_{rank}").open("w") as stderr:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True
         )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
+    """A folder and a process for each kind of work; they import and wait at the same time."""
+    started: dict[str, Job] = {}
+    for work in ("looks", "steps", "stuck", "no log", "rendezvous"):
+        folder = tmp_path_factory.mktemp("watchdog")
+        if work == "no log":
+            os.mkfifo(folder / "rank_0.log")
+        started[work] = folder, start(folder, 0, work)
+    yield started
+    for _, process in started.values():
+        process.kill()
+        process.communicate()
 
 
 def test_a_frozen_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
-    frozen = start(tmp_path, 1, "steps")
+    frozen = start(tmp_path, 1, "wait")
     try:
-        time.sleep(1.0)  # some heartbeats
+        assert frozen.stdout is not None
+        assert frozen.stdout.readline() == "ready\n"
         frozen.send_signal(signal.SIGSTOP)
-        waiting = start(tmp_path, 0, "wait")
-        began = time.monotonic()
-        assert waiting.wait(timeout=60) == 1
-        assert time.monotonic() - began > DEADLINE_SECONDS / 2
+        assert start(tmp_path, 0, "wait").wait(HANG_SECONDS) == 1
     finally:
         frozen.kill()
-        frozen.wait()
+        frozen.communicate()
     report = (tmp_path / "rank_0.log").read_text()
-    assert "watchdog: rank 0 on " in report
-    assert "in phase 'train step 7'" in report
+    found = re.search(r"watchdog: rank 0 on .* in phase 'train step 7' for (\d+) s", report)
+    assert found is not None
+    assert int(found[1]) >= DEADLINE_SECONDS
     assert "in wait_for_the_other" in report
     assert f"watchdog: rank 1 on {socket.gethostname()} (process {frozen.pid})" in report
     assert "SILENT" in report.splitlines()[-1]
     assert (tmp_path / "stderr_0").read_text() == report
 
 
-def test_a_working_rank_is_left_alone(tmp_path: Path) -> None:
-    process = start(tmp_path, 0, "steps")
-    time.sleep(DEADLINE_SECONDS + 1)
-    assert process.poll() is None
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "rank_0.log").exists()
-    assert (tmp_path / "stderr_0").read_text() == ""
+def test_a_hang_ends_at_the_first_look_after_the_deadline(jobs: dict[str, Job]) -> None:
+    """By a clock that each look moves on by a second."""
+    folder, process = jobs["looks"]
+    assert process.wait(HANG_SECONDS) == 1
+    assert "in phase 'train step 7' for 3 s" in (folder / "rank_0.log").read_text()
 
 
-def test_a_stuck_interpreter_is_ended_with_its_stack(tmp_path: Path) -> None:
-    assert start(tmp_path, 0, "stuck").wait(timeout=60) == 1
-    assert "in hold_the_lock" in (tmp_path / "stderr_0").read_text()
+def test_a_working_rank_is_left_alone(jobs: dict[str, Job]) -> None:
+    """Each step is looked at within its deadline, and all of them take longer than that."""
+    folder, process = jobs["steps"]
+    assert process.wait(HANG_SECONDS) == 0
+    assert not (folder / "rank_0.log").exists()
+    assert (folder / "stderr_0").read_text() == ""
 
 
-def test_a_log_that_cannot_be_written_keeps_nobody_alive(tmp_path: Path) -> None:
-    """Stand in for a file system that hangs: to open a pipe that nobody reads never returns."""
-    os.mkfifo(tmp_path / "rank_0.log")
-    assert start(tmp_path, 0, "wait").wait(timeout=60) == 1
-    assert "in wait_for_the_other" in (tmp_path / "stderr_0").read_text()
+def test_a_stuck_interpreter_is_ended_with_its_stack(jobs: dict[str, Job]) -> None:
+    folder, process = jobs["stuck"]
+    assert process.wait(HANG_SECONDS) == 1
+    assert "in hold_the_lock" in (folder / "stderr_0").read_text()
 
 
-def test_a_store_that_is_busy_does_not_hide_a_hang(tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_keeps_nobody_alive(jobs: dict[str, Job]) -> None:
+    """As on a file system that hangs: opening a pipe that nobody reads does not return."""
+    folder, process = jobs["no log"]
+    assert process.wait(HANG_SECONDS) == 1
+    assert "in wait_for_the_other" in (folder / "stderr_0").read_text()
+
+
+def test_a_store_that_is_busy_does_not_hide_a_hang(jobs: dict[str, Job]) -> None:
     """A rank waits in the store, whose connection it holds, for one that never comes."""
-    process = start(tmp_path, 0, "rendezvous")
-    assert process.wait(timeout=60) == 1
-    report = (tmp_path / "rank_0.log").read_text()
+    folder, process = jobs["rendezvous"]
+    assert process.wait(HANG_SECONDS) == 1
+    report = (folder / "rank_0.log").read_text()
     assert "watchdog: rank 0 on " in report
     assert "in meet_the_other" in report
     assert "watchdog: rank 1: never heard of" in report

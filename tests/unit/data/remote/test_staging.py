@@ -31,6 +31,7 @@ from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError, DataError, UserError
 from tests.support.file_server import Fault, FileServer, serve_folder
+from tests.support.processes import HANG_SECONDS
 
 ROOT = Path(__file__).resolve().parents[4]
 INTEROP = ROOT / ".venv-interop/bin/python"
@@ -364,7 +365,7 @@ def start_worker(server: FileServer, cache: ShardCache) -> Iterator[Callable[[st
 
 
 def finish_worker(worker: Worker) -> str:
-    output, _ = worker.communicate(timeout=60)
+    output, _ = worker.communicate(timeout=HANG_SECONDS)
     assert worker.returncode == 0
     return output.split()[-1]
 
@@ -402,7 +403,7 @@ def test_a_killed_download_holds_nobody_up(
     assert victim.stdout is not None
     assert survivor.stdout is not None
     assert victim.stdout.readline() == survivor.stdout.readline() == "open\n"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     # Whoever came first hangs in one shard; the other waits for it, or is about to.
     while sorted(path.suffix for path in list_files(cache.shards)) != [*[""] * 6, ".tmp"]:
         assert time.monotonic() < deadline
@@ -544,7 +545,7 @@ def s3_url(corpora: Path) -> Iterator[str]:
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         with socket.socket() as client:
             if client.connect_ex(("127.0.0.1", port)) == 0:

@@ -14,7 +14,8 @@ from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError
 from megatron_eso.objectives.rows import MicroBatch
-from tests.support.training import Overrides, open_batches, open_held_out, tiny_config
+from tests.ranks.training import open_batches, open_held_out
+from tests.support.training import Overrides, tiny_config
 
 T = 24
 FRAMED: Overrides = {"data.framing": '"bos_eos"', "data.sequence_length": T}

@@ -11,6 +11,7 @@ import pytest
 import webdataset
 
 from megatron_eso.data.shards.reader import TokenDataset
+from tests.support.processes import HANG_SECONDS
 
 MakeDataset = Callable[..., npt.NDArray[np.int64]]
 Tokens = npt.NDArray[np.int64]
@@ -64,7 +65,7 @@ def test_energon_reads_the_same_tokens(tmp_path: Path, make_dataset: MakeDataset
     subprocess.run(
         [INTEROP_PYTHON, ROOT / "tests" / "support" / "read_with_energon.py", *paths],
         check=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
     )
     for dtype in VOCABULARIES:
         with np.load(tmp_path / f"{dtype}.npz") as found:

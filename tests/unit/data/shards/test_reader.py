@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megatron_eso.data.shards.manifest import decode_manifest, read_manifest
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import DataError
+from tests.support.processes import HANG_SECONDS
 
 MakeDataset = Callable[..., npt.NDArray[np.int64]]
 
@@ -174,4 +175,4 @@ def test_reading_needs_no_torch() -> None:
         "import megatron_eso.data.samples.order, megatron_eso.data.shards.reader\n"
         "import data_tools.__main__"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=HANG_SECONDS)

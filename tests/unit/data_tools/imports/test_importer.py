@@ -1,10 +1,10 @@
 """Imported token files: the reader returns what other writers wrote, and damage is reported."""
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from data_tools.imports import interface
 from data_tools.reports.verification import verify_datasets
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError, DataError, UserError
+from tests.support.processes import freeze_when
 
 BOS, EOS, MASK, VOCAB_SIZE = 1, 2, 4, 600
 
@@ -328,10 +329,11 @@ def test_a_killed_import_leaves_no_dataset_and_can_be_repeated(
     command = [sys.executable, "-m", "data_tools", "import-tokens", "--from", "packed", "--input"]
     command += [*map(str, paths), "--tokenizer", str(tokenizer_directory)]
     command += ["--out", str(tmp_path / "out"), "--record-tokens", "1000"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     building = tmp_path / "out.building"
-    while not list(building.glob("shard-*")) and process.poll() is None:
-        time.sleep(0.005)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not freeze_when(process, lambda: list(building.glob("shard-*"))):
+        shutil.rmtree(tmp_path / "out")  # it was too quick
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     process.kill()
     process.wait()
     assert process.returncode == -9

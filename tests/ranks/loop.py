@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch.distributed as dist
+
+from megatron_eso.config.loading import load_config
+from megatron_eso.errors import UserError
+from megatron_eso.training import job
+from megatron_eso.training.guards.stop import StopRequests
+from pretrain.train import open_data
 from tests.support.training import Overrides, tiny_arguments
 
 
@@ -37,17 +44,6 @@ def run_loop(
         hook: Called as `hook(trainer, gathered, *arguments)` before the first step.
         *arguments: For the hook.
     """
-    import torch.distributed as dist
-
-    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-
-    install_cpu_backend()
-    from megatron_eso.config.loading import load_config
-    from megatron_eso.errors import UserError
-    from megatron_eso.training import job
-    from megatron_eso.training.guards.stop import StopRequests
-    from pretrain.train import open_data
-
     config = load_config(tiny_arguments(run, data, overrides))
     train_data, validation, resolved = open_data(config)
     directory = job.locate_run(config.config)
