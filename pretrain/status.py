@@ -134,7 +134,8 @@ def describe_run(report: Report, now: float) -> Iterator[str]:
         yield f"restarts     {status.restarts}"
     if status.hosts is not None:
         yield (
-            f"nodes        {len(status.hosts)}: {', '.join(status.hosts)}; {status.num_ranks} ranks"
+            f"nodes        {len(status.hosts)}: {', '.join(status.hosts)}; {status.num_ranks} "
+            f"{'rank' if status.num_ranks == 1 else 'ranks'}"
         )
 
 
