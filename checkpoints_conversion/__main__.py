@@ -14,7 +14,14 @@ from checkpoints_conversion.conversions import (
     verify_checkpoints,
 )
 from checkpoints_conversion.verify import Comparison
-from megatron_eso.errors import ConfigError, run_command
+from megatron_eso.command_line import (
+    CommandLine,
+    count,
+    existing_path,
+    new_path,
+    real_from_0,
+)
+from megatron_eso.errors import run_command
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
@@ -94,47 +101,55 @@ def report(comparison: Comparison, paths: tuple[Path, Path], tolerance: float) -
     return 0 if same else 1
 
 
-def build_command_line() -> argparse.ArgumentParser:
+def build_command_line() -> CommandLine:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m checkpoints_conversion", description=__doc__)
+    parser = CommandLine(prog="python -m checkpoints_conversion", description=__doc__)
     commands = parser.add_subparsers(required=True)
     kinds = ("ema", "raw")
 
     command = commands.add_parser("to-sampler", help=run_to_sampler.__doc__)
-    command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    command.add_argument("out_dir", type=Path, metavar="OUT_DIR")
-    command.add_argument("--step", type=int, help="default: the newest complete checkpoint")
+    command.add_argument("run_dir", type=existing_path, metavar="RUN_DIR")
+    command.add_argument("out_dir", type=new_path, metavar="OUT_DIR")
+    command.add_argument("--step", type=count(), help="default: the newest complete checkpoint")
     command.add_argument("--weights", choices=kinds, help="default: ema where there is one")
     command.add_argument("--dtype", choices=DTYPES, default="float32")
     command.set_defaults(run=run_to_sampler)
 
     command = commands.add_parser("from-official", help=run_from_official.__doc__)
-    command.add_argument("ckpt", type=Path, metavar="CKPT")
-    command.add_argument("out_dir", type=Path, metavar="OUT_DIR")
+    command.add_argument("ckpt", type=existing_path, metavar="CKPT")
+    command.add_argument("out_dir", type=new_path, metavar="OUT_DIR")
     command.add_argument("--weights", choices=kinds, default="ema")
     command.add_argument(
-        "--tokenizer", type=Path, metavar="PATH", help="file or directory; none by default"
+        "--tokenizer",
+        type=existing_path,
+        metavar="PATH",
+        help="file or directory; none by default",
     )
     command.add_argument(
-        "--mask-token-id", type=int, metavar="N", help="default: the tokenizer's, else the last row"
+        "--mask-token-id",
+        type=count(),
+        metavar="N",
+        help="default: the tokenizer's, else the last row",
     )
     command.set_defaults(run=run_from_official)
 
     command = commands.add_parser("to-megatron", help=run_to_megatron.__doc__)
-    command.add_argument("sampler_dir", type=Path, metavar="SAMPLER_DIR")
-    command.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    command.add_argument("sampler_dir", type=existing_path, metavar="SAMPLER_DIR")
+    command.add_argument("run_dir", type=new_path, metavar="RUN_DIR")
     command.set_defaults(run=run_to_megatron)
 
     command = commands.add_parser("verify", help=run_verify.__doc__)
-    command.add_argument("a", type=Path, metavar="A")
-    command.add_argument("b", type=Path, metavar="B")
-    command.add_argument("--step", type=int, help="of run directories; default: the newest")
+    command.add_argument("a", type=existing_path, metavar="A")
+    command.add_argument("b", type=existing_path, metavar="B")
+    command.add_argument("--step", type=count(), help="of run directories; default: the newest")
     command.add_argument(
         "--weights", choices=kinds, help="default: those of the sampler directory, else ema"
     )
-    command.add_argument("--mask-token-id", type=int, metavar="N", help="of official checkpoints")
     command.add_argument(
-        "--tolerance", type=float, default=1e-4, help="of the logits; default %(default)s"
+        "--mask-token-id", type=count(), metavar="N", help="of official checkpoints"
+    )
+    command.add_argument(
+        "--tolerance", type=real_from_0, default=1e-4, help="of the logits; default %(default)s"
     )
     command.set_defaults(run=run_verify)
     return parser
@@ -144,8 +159,6 @@ def main(argv: list[str] | None = None) -> int | None:
     """Run one command."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     args = build_command_line().parse_args(argv)
-    if getattr(args, "step", None) is not None and args.step < 0:
-        raise ConfigError(f"--step {args.step}: is negative; give the step of a checkpoint")
     code: int | None = args.run(args)
     return code
 

@@ -53,8 +53,9 @@ def convert_to_sampler(
         dtype: In which the weights are stored.
 
     Raises:
-        CheckpointError: There is no such checkpoint, it is damaged, or it is of an objective that
-            the sampler does not know.
+        ConfigError: There is no checkpoint of this step, or `out_dir` holds something else.
+        CheckpointError: There is no checkpoint, it is damaged, or it is of an objective that the
+            sampler does not know.
         DataError: The run's tokenizer is damaged.
     """
     checkpoint = open_checkpoint(run_dir, step)
@@ -123,7 +124,8 @@ def convert_to_megatron(sampler_dir: Path, run_dir: Path) -> Conversion:
         run_dir: Must not exist, or be empty.
 
     Raises:
-        CheckpointError: The one is no sampler directory or damaged, or the other exists.
+        ConfigError: The run directory exists.
+        CheckpointError: The sampler directory is none, or damaged.
         DataError: The tokenizer is damaged.
     """
     description = read_description(sampler_dir)

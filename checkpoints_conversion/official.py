@@ -132,7 +132,8 @@ def infer_config(checkpoint: OfficialCheckpoint, mask_token_id: int | None) -> N
     vocab_size, hidden_size = tensors["vocab_embed.embedding"].shape
     layers = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     if layers != set(range(len(layers))) or not layers:
-        raise CheckpointError(f"the checkpoint has the blocks {sorted(layers)}; some are missing")
+        numbers = ", ".join(map(str, sorted(layers))) or "none"
+        raise CheckpointError(f"the checkpoint has the blocks {numbers}; some are missing")
     if hidden_size % checkpoint.head_dim:
         raise CheckpointError(
             f"width {hidden_size} is no multiple of the head dimension {checkpoint.head_dim}"
@@ -224,7 +225,8 @@ def fold_official(checkpoint: OfficialCheckpoint) -> dict[str, Tensor]:
     except KeyError as error:
         raise CheckpointError(f"the checkpoint has no tensor {PREFIX}{error.args[0]}") from None
     if source:
-        raise CheckpointError(f"the checkpoint's tensors {sorted(source)} are of no known use")
+        names = ", ".join(sorted(source))
+        raise CheckpointError(f"the checkpoint's tensors {names} are of no known use")
     return {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
 
 

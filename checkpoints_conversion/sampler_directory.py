@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
-from megatron_eso.errors import CheckpointError
-from megatron_eso.files import new_folder, write_json
+from megatron_eso.errors import CheckpointError, ConfigError
+from megatron_eso.files import is_wrong_place, new_folder, write_json
 from megatron_eso.sampler import network_eso_lm
 from megatron_eso.sampler.directory import FORMAT_VERSION, INDEX_FILE, WEIGHTS_FILE
 
@@ -52,7 +52,8 @@ def write_sampler_directory(
         max_shard_bytes: above it the weights are split, with an index.
 
     Raises:
-        CheckpointError: the directory holds something else, or the tokenizer is not there.
+        ConfigError: the directory holds something else.
+        CheckpointError: the tokenizer is not there.
         DataError: the tokenizer is damaged.
     """
     config = {
@@ -73,6 +74,8 @@ def write_sampler_directory(
         "temperature": 1.0,
         "top_p": 1.0,
     }
+    if is_sampler_directory(directory):
+        logger.warning("%s: is a sampler directory already, and is replaced", directory)
     with new_directory(directory, replaces=is_sampler_directory) as partial:
         copy_tokenizer(tokenizer, partial, description)
         stored = {name: tensors[name].to(dtype).contiguous() for name in sorted(tensors)}
@@ -189,14 +192,16 @@ def new_directory(
         replaces: Whether an existing directory may be replaced; by default none.
 
     Raises:
-        CheckpointError: The directory exists and must not be replaced, or cannot be written.
+        ConfigError: The directory exists and must not be replaced, or is a wrong place to write.
+        CheckpointError: The disk refuses.
     """
     try:
         with new_folder(directory.absolute(), replaces=replaces) as partial:
             yield partial
     except FileExistsError:
-        raise CheckpointError(
+        raise ConfigError(
             f"{directory}: exists and holds something else; name a new directory"
         ) from None
     except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be written ({error})") from None
+        kind = ConfigError if is_wrong_place(error) else CheckpointError
+        raise kind(f"{directory}: cannot be written ({error.strerror or error})") from None

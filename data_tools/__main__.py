@@ -1,9 +1,8 @@
 """`python -m data_tools`: text to tokenizers and token shards, and looking at them."""
 
-import argparse
-
 from data_tools.reading_commands import add_reading_commands
 from data_tools.writing_commands import add_writing_commands
+from megatron_eso.command_line import CommandLine
 from megatron_eso.errors import run_command
 
 
@@ -14,7 +13,7 @@ def main(argv: list[str] | None = None) -> None:
         ConfigError: the command line does not fit what is on the disk.
         DataError: text, tokenizer or shards are missing or damaged.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m data_tools",
         description="Text to tokenizers and token shards, and looking at them.",
     )

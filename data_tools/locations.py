@@ -2,14 +2,18 @@
 
 import argparse
 
+from megatron_eso.command_line import positive_real
 from megatron_eso.data.remote.cache import ShardCache
+from megatron_eso.data.remote.datasets import existing_location
 
 
-def add_location(command: argparse.ArgumentParser) -> None:
+def add_location(command: argparse.ArgumentParser, *, nargs: str | None = None) -> None:
     """Add the arguments that name datasets and the cache for those behind a URL."""
     command.add_argument(
         "location",
         metavar="DIR|URL",
+        type=existing_location,
+        nargs=nargs,
         help="of a dataset, or of train and validation; s3://, gs://, https://",
     )
     command.add_argument(
@@ -19,7 +23,7 @@ def add_location(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--cache-gib",
-        type=float,
+        type=positive_real,
         default=100.0,
         metavar="N",
         help="largest size of these copies together (default: 100)",

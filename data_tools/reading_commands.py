@@ -9,23 +9,25 @@ from data_tools.reports.inspection import inspect_datasets
 from data_tools.reports.order import report_order
 from data_tools.reports.reader_speed import bench_reader
 from data_tools.reports.verification import verify_datasets
-from megatron_eso.quantities import parse_count
+from megatron_eso.command_line import count
 
 
 def add_reading_commands(commands: Any) -> None:
     """Add the subcommands to argparse's; each sets `run`, which takes the parsed arguments."""
-    verify = commands.add_parser("verify", help="check every byte of a dataset")
-    add_location(verify)
+    verify = commands.add_parser("verify", help="check every byte of datasets")
+    add_location(verify, nargs="+")
     verify.set_defaults(
-        run=lambda found: verify_datasets(found.location, found.json, open_cache(found))
+        run=lambda found: verify_datasets(
+            *found.location, as_json=found.json, cache=open_cache(found)
+        )
     )
 
     inspect = commands.add_parser(
         "inspect", help="say what a dataset holds and how long its documents are, or show a row"
     )
     add_location(inspect)
-    inspect.add_argument("--row", type=int, help="print this row as text, and where it lies")
-    inspect.add_argument("--sequence-length", type=_length, default=1024, metavar="T")
+    inspect.add_argument("--row", type=count(), help="print this row as text, and where it lies")
+    inspect.add_argument("--sequence-length", type=count(1), default=1024, metavar="T")
     inspect.set_defaults(
         run=lambda found: inspect_datasets(
             found.location, found.row, found.sequence_length, found.json, open_cache(found)
@@ -38,7 +40,7 @@ def add_reading_commands(commands: Any) -> None:
     _add_run(blend)
     blend.add_argument(
         "--tokens",
-        type=_count,
+        type=count(),
         metavar="N",
         help="budget in tokens; 300e9 is understood (default: the run's)",
     )
@@ -51,7 +53,7 @@ def add_reading_commands(commands: Any) -> None:
     )
     _add_run(order)
     order.add_argument(
-        "--sample", type=_count, nargs="+", required=True, metavar="N", help="samples, from 0"
+        "--sample", type=count(), nargs="+", required=True, metavar="N", help="samples, from 0"
     )
     order.set_defaults(
         run=lambda found: report_order(found.run_or_config, found.sample, found.json)
@@ -59,7 +61,7 @@ def add_reading_commands(commands: Any) -> None:
 
     bench = commands.add_parser("bench", help="measure how fast random rows are read")
     add_location(bench)
-    bench.add_argument("--sequence-length", type=_length, default=1024, metavar="T")
+    bench.add_argument("--sequence-length", type=count(1), default=1024, metavar="T")
     bench.set_defaults(
         run=lambda found: bench_reader(
             found.location, found.sequence_length, found.json, open_cache(found)
@@ -68,21 +70,6 @@ def add_reading_commands(commands: Any) -> None:
 
     for command in (verify, inspect, blend, order, bench):
         command.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _count(text: str) -> int:
-    """A whole number that is not negative; `1e9` is one."""
-    try:
-        return parse_count(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is no count") from error
-
-
-def _length(text: str) -> int:
-    value = _count(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("a sequence holds at least one token")
-    return value
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:

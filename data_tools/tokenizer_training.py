@@ -3,6 +3,7 @@
 import heapq
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -112,7 +113,7 @@ class _Sample:
 
 
 def _sample_text(options: TokenizerOptions) -> list[bytes]:
-    files = find_inputs(options.inputs)
+    files = find_inputs(options.inputs, options.text.standard_input)
     progress = Progress("train-tokenizer: reading", sum(file.num_bytes for file in files))
     sample = _Sample(_SAMPLE_BYTES)
     problems: list[Problem] = []
@@ -172,10 +173,19 @@ def _train_model(sample: Sequence[bytes], options: TokenizerOptions) -> bytes:
         message = str(error).rpartition("] ")[2]
         if "ocabulary size" in message or "vocab_size" in message:
             raise ConfigError(
-                f"--vocab-size {options.vocab_size} does not fit the text: {message}"
+                f"--vocab-size {options.vocab_size} does not fit the text: {_explain_size(message)}"
             ) from error
         raise DataError(f"SentencePiece cannot train on this text: {message}") from error
     return model.getvalue()
+
+
+def _explain_size(message: str) -> str:
+    """What SentencePiece says about a size, with the options of this command."""
+    if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return f"its characters and the special ids are {found[1]}; give that or more"
+    if found := re.search(r"value <= (\d+)", message):
+        return f"it has pieces for {found[1]}; give that or less, or more text"
+    return message
 
 
 def _iterate_lines(sample: Sequence[bytes]) -> Iterator[str]:

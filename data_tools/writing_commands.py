@@ -5,18 +5,27 @@ train-tokenizer, build, merge, import-tokens, corpus.
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
 from data_tools.builds.dataset import BuildOptions, Part, build_dataset, merge_parts
+from data_tools.builds.output import explain_place
 from data_tools.imports.formats import OPTIONS, describe_formats
 from data_tools.imports.importer import ImportOptions, import_tokens
 from data_tools.text.embedded_corpus import write_corpus
+from data_tools.text.formats import STANDARD_INPUT_FORMATS
 from data_tools.text.inputs import parse_separator
 from data_tools.text.interface import TextOptions
 from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
-from megatron_eso.data.shards.format import RECORD_TOKENS, SHARD_RECORDS
+from megatron_eso.command_line import count, existing_path, new_path, quote, share
+from megatron_eso.data.shards.format import (
+    MAX_RECORD_TOKENS,
+    MAX_SHARD_RECORDS,
+    RECORD_TOKENS,
+    SHARD_RECORDS,
+)
 from megatron_eso.errors import ConfigError
+
+MAX_VOCAB_SIZE = 2**31 - 1
 
 
 def add_writing_commands(commands: Any) -> None:
@@ -25,24 +34,32 @@ def add_writing_commands(commands: Any) -> None:
     _add_build(commands)
 
     merge = commands.add_parser("merge", help="make the dataset of a build in parts")
-    merge.add_argument("out", type=Path, metavar="OUT", help="--out of the parts")
+    merge.add_argument("out", type=new_path, metavar="OUT", help="--out of the parts")
     _add_workers(merge)
     merge.set_defaults(run=lambda found: merge_parts(found.out, found.workers))
 
     _add_import_tokens(commands)
 
     corpus = commands.add_parser("corpus", help="write the English text that Python carries")
-    corpus.add_argument("--out", type=Path, required=True, help="JSONL file to make")
-    corpus.set_defaults(run=lambda found: write_corpus(found.out))
+    corpus.add_argument("--out", type=new_path, required=True, help="JSONL file to make")
+    corpus.set_defaults(run=_write_corpus)
+
+
+def _write_corpus(found: argparse.Namespace) -> None:
+    with explain_place(found.out):
+        write_corpus(found.out)
 
 
 def _add_train_tokenizer(commands: Any) -> None:
     train = commands.add_parser("train-tokenizer", help="train a SentencePiece tokenizer")
     _add_input(train)
     train.add_argument(
-        "--vocab-size", type=positive, required=True, help="ids, the mask token among them"
+        "--vocab-size",
+        type=count(1, MAX_VOCAB_SIZE),
+        required=True,
+        help="ids, the mask token among them",
     )
-    train.add_argument("--out", type=Path, required=True, help="directory to make")
+    train.add_argument("--out", type=new_path, required=True, help="directory to make")
     train.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
     train.set_defaults(
         run=lambda found: train_tokenizer(
@@ -67,11 +84,12 @@ def _add_build(commands: Any) -> None:
     _add_input(build)
     build.add_argument(
         "--tokenizer",
+        type=existing_path,
         required=True,
         help="directory of train-tokenizer, SentencePiece model, or Hugging Face tokenizer.json",
     )
     build.add_argument(
-        "--out", type=Path, required=True, help="directory to make; the work is in OUT.building"
+        "--out", type=new_path, required=True, help="directory to make; the work is in OUT.building"
     )
     _add_workers(build)
     build.add_argument(
@@ -83,7 +101,7 @@ def _add_build(commands: Any) -> None:
     )
     build.add_argument(
         "--validation",
-        type=_share,
+        type=share,
         default=0.0,
         metavar="SHARE",
         help="share of the documents, chosen by the hash of their text, for OUT/validation",
@@ -95,16 +113,22 @@ def _add_build(commands: Any) -> None:
     )
     build.add_argument(
         "--shuffle",
-        type=_seed,
+        type=count(0, 2**64 - 1),
         metavar="SEED",
         help="put the documents of the whole input into a random order (16 bytes of disk cache "
         "and a short read per document when merging)",
     )
     build.add_argument(
-        "--record-tokens", type=positive, default=RECORD_TOKENS, help="default: %(default)s"
+        "--record-tokens",
+        type=count(1, MAX_RECORD_TOKENS),
+        default=RECORD_TOKENS,
+        help="default: %(default)s",
     )
     build.add_argument(
-        "--shard-records", type=positive, default=SHARD_RECORDS, help="default: %(default)s"
+        "--shard-records",
+        type=count(1, MAX_SHARD_RECORDS),
+        default=SHARD_RECORDS,
+        help="default: %(default)s",
     )
     build.set_defaults(run=lambda found: build_dataset(_build_options(found)))
 
@@ -112,7 +136,7 @@ def _add_build(commands: Any) -> None:
 def _build_options(found: argparse.Namespace) -> BuildOptions:
     return BuildOptions(
         inputs=found.input,
-        tokenizer=found.tokenizer,
+        tokenizer=str(found.tokenizer),
         out=found.out,
         text=_text_options(found),
         num_workers=found.workers,
@@ -140,28 +164,38 @@ def _add_import_tokens(commands: Any) -> None:
         "--input", nargs="+", required=True, metavar="PATH", help="files, or folders of them"
     )
     command.add_argument(
-        "--tokenizer", required=True, metavar="PATH", help="with which the tokens were made"
+        "--tokenizer",
+        type=existing_path,
+        required=True,
+        metavar="PATH",
+        help="with which the tokens were made",
     )
-    command.add_argument("--out", type=Path, required=True, help="directory to make")
+    command.add_argument("--out", type=new_path, required=True, help="directory to make")
     command.add_argument(
         "--validation",
-        type=_share,
+        type=share,
         default=0.0,
         metavar="SHARE",
         help="share of the documents, chosen by the hash of their tokens, for OUT/validation",
     )
     command.add_argument(
-        "--record-tokens", type=positive, default=RECORD_TOKENS, help="default: %(default)s"
+        "--record-tokens",
+        type=count(1, MAX_RECORD_TOKENS),
+        default=RECORD_TOKENS,
+        help="default: %(default)s",
     )
     command.add_argument(
-        "--shard-records", type=positive, default=SHARD_RECORDS, help="default: %(default)s"
+        "--shard-records",
+        type=count(1, MAX_SHARD_RECORDS),
+        default=SHARD_RECORDS,
+        help="default: %(default)s",
     )
     command.set_defaults(
         run=lambda found: import_tokens(
             ImportOptions(
                 kind=found.kind,
                 inputs=found.input,
-                tokenizer=found.tokenizer,
+                tokenizer=str(found.tokenizer),
                 out=found.out,
                 validation_share=found.validation,
                 record_tokens=found.record_tokens,
@@ -178,7 +212,14 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="PATH",
         help=".jsonl or .parquet files (a document a line or row), .txt files, all but Parquet "
-        "also .gz or .zst; folders of them, quoted globs, or - for JSONL on standard input",
+        "also .gz or .zst; folders of them, quoted globs, or - for standard input, "
+        "which is JSONL (see --format); a .json file may be one array of objects",
+    )
+    parser.add_argument(
+        "--format",
+        choices=STANDARD_INPUT_FORMATS,
+        default=STANDARD_INPUT_FORMATS[0],
+        help="of standard input; files show it by their suffix (default: %(default)s)",
     )
     parser.add_argument(
         "--text-key", default="text", metavar="KEY", help="of the text in JSONL and Parquet"
@@ -201,6 +242,7 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 def _text_options(found: argparse.Namespace) -> TextOptions:
     return TextOptions(
         text_key=found.text_key,
+        standard_input=found.format,
         document_separator=found.document_separator,
         on_error=found.on_error,
     )
@@ -209,46 +251,28 @@ def _text_options(found: argparse.Namespace) -> TextOptions:
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
-        type=positive,
+        type=count(1),
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes; the result does not depend on it (default: one per core)",
     )
 
 
-def positive(text: str) -> int:
-    """A whole number from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**64:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 2^64)")
-    return value
-
-
 def _separator(text: str) -> str:
     try:
         return parse_separator(text)
     except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        raise argparse.ArgumentTypeError(
+            str(error).removeprefix("--document-separator ")
+        ) from error
 
 
 def _part(text: str) -> Part:
-    number, slash, count = text.partition("/")
-    if not slash or not number.isdecimal() or not count.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not of the form I/N")
-    if int(number) >= int(count):
-        raise argparse.ArgumentTypeError(f"{text}: parts are numbered from 0 to N-1")
-    return Part(number=int(number), count=int(count))
+    number, slash, total = text.partition("/")
+    whole = count()
+    if not slash or not number.isdecimal() or not total.isdecimal():
+        raise argparse.ArgumentTypeError(f"{quote(text)} is not of the form I/N")
+    part = Part(number=whole(number), count=whole(total))
+    if part.number >= part.count:
+        raise argparse.ArgumentTypeError(f"{quote(text)}: parts are numbered from 0 to N-1")
+    return part

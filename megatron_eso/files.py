@@ -19,6 +19,10 @@ from megatron_eso.locks import hold_lock
 
 LOCK_FILE = "lock"
 """In an unfinished folder: its writer holds this lock."""
+_WRONG_PLACE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 @contextmanager
@@ -130,6 +134,11 @@ def is_taken(folder: Path) -> bool:
         return False
     except NotADirectoryError:
         return True
+
+
+def is_wrong_place(error: OSError) -> bool:
+    """Whether the path is at fault: it leads nowhere, or this user may not write there."""
+    return error.errno in _WRONG_PLACE
 
 
 def empty_folder(folder: Path) -> None:

@@ -89,12 +89,15 @@ def _open_locked(path: Path, *, shared: bool, wait: bool) -> Iterator[tuple[IO[s
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            if path.parent.exists() and not path.parent.is_dir():
+                raise
+            continue  # another process has just renamed the folder
+        try:
             # Network file systems give exclusive locks only to those that may write, shared ones
             # only to those that may read.
             stream = path.open("a+", encoding="utf-8")
-        except (FileExistsError, FileNotFoundError):
-            if path.parent.exists() and not path.parent.is_dir():
-                raise
+        except FileNotFoundError:
             continue  # another process has just renamed the folder
         with stream:
             is_held = try_lock(stream, shared=shared)

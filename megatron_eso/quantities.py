@@ -1,5 +1,7 @@
 """Sizes, durations and counts as text."""
 
+import math
+
 MIB = 2**20
 GIB = 2**30
 
@@ -28,6 +30,6 @@ def parse_count(text: str) -> int:
         ValueError: The text is no such number.
     """
     value = float(text)
-    if value < 0 or value != int(value):
+    if not 0 <= value < math.inf or value != int(value):
         raise ValueError(f"{text} is no count")
     return int(text) if text.isdecimal() else int(value)

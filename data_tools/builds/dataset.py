@@ -27,7 +27,7 @@ from data_tools.builds.merging import (
     publish_datasets,
     split_directories,
 )
-from data_tools.builds.output import building_path, check_absent
+from data_tools.builds.output import building_path, check_absent, explain_place
 from data_tools.builds.plan import (
     BuildPlan,
     StoredPlan,
@@ -99,9 +99,10 @@ def build_dataset(options: BuildOptions) -> dict[Split, str]:
         DataError: text or tokenizer are damaged or do not fit.
     """
     building = building_path(options.out)
-    if not is_published(building, options.out):
-        check_absent(options.out)
-    files = find_inputs(options.inputs)
+    with explain_place(options.out):
+        if not is_published(building, options.out):
+            check_absent(options.out)
+    files = find_inputs(options.inputs, options.text.standard_input)
     spans = plan_spans(files, options.span_bytes)
     tokenizer = Tokenizer.load(options.tokenizer)
     wanted = _make_plan(options, files, tokenizer)
@@ -134,8 +135,9 @@ def merge_parts(out: Path, num_workers: int = 1) -> dict[Split, str]:
         DataError: parts are missing, or another process is writing.
     """
     building = building_path(out)
-    if not is_published(building, out):
-        check_absent(out)
+    with explain_place(out):
+        if not is_published(building, out):
+            check_absent(out)
     stored = read_plan(building)
     if stored is None:
         raise ConfigError(f"there is no {building} to merge; run build with --part first")
@@ -202,7 +204,10 @@ def _choose_spans(spans: Sequence[Span], options: BuildOptions) -> list[Span]:
 @contextlib.contextmanager
 def _hold_lock(building: Path, *, shared: bool = False) -> Iterator[None]:
     """Keep other processes out of an unfinished build, but for those with a shared lock."""
-    with hold_lock(building / LOCK_FILE, shared=shared) as lock:
+    with contextlib.ExitStack() as stack:
+        with explain_place(building):
+            building.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(hold_lock(building / LOCK_FILE, shared=shared))
         if not lock.is_held:
             raise DataError(f"another process is writing {building}; wait for it")
         yield

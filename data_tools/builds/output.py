@@ -4,8 +4,9 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_eso.command_line import quote
 from megatron_eso.errors import ConfigError
-from megatron_eso.files import is_taken, new_folder
+from megatron_eso.files import is_taken, is_wrong_place, new_folder
 
 
 def building_path(out: Path) -> Path:
@@ -17,10 +18,28 @@ def check_absent(out: Path) -> None:
     """Refuse a place that holds something.
 
     Raises:
-        ConfigError: `out` exists and is no empty directory.
+        ConfigError: `out` exists and is no empty directory, or is no possible path.
     """
-    if is_taken(out):
-        raise ConfigError(f"--out {out} exists already; remove it or give another directory")
+    with explain_place(out):
+        if out.exists() and is_taken(out):
+            raise ConfigError(f"--out {out} exists already; remove it or give another directory")
+
+
+@contextlib.contextmanager
+def explain_place(out: Path) -> Iterator[None]:
+    """Name `--out` where the body cannot write there.
+
+    Raises:
+        ConfigError: The path leads nowhere, or the user may not write there.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not is_wrong_place(error):
+            raise
+        raise ConfigError(
+            f"--out {quote(str(out))}: cannot be written ({error.strerror}); give another place"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -28,9 +47,12 @@ def new_output(out: Path) -> Iterator[Path]:
     """Yield an empty directory to fill; it takes the name `out` at the end; see `new_folder`.
 
     Raises:
-        ConfigError: `out` exists already.
+        ConfigError: `out` exists already, or nothing can be written there.
         UserError: another process is writing it.
     """
     check_absent(out)
-    with new_folder(out, building=building_path(out)) as building:
+    with contextlib.ExitStack() as stack:
+        with explain_place(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            building = stack.enter_context(new_folder(out, building=building_path(out)))
         yield building

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.text.compression import Compression
 from data_tools.text.interface import InputFile
 from data_tools.text.spans import Span, plan_spans
+from megatron_eso.compression import Compression
 from megatron_eso.data.tokenizers.fingerprint import TokenizerFingerprint
 from megatron_eso.errors import ConfigError
 from megatron_eso.files import write_once

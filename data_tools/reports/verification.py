@@ -35,7 +35,7 @@ from megatron_eso.data.shards.format import (
     numpy_dtype,
     record_name,
 )
-from megatron_eso.data.shards.manifest import HashedFile, Manifest, read_manifest
+from megatron_eso.data.shards.manifest import RESTORE, HashedFile, Manifest, read_manifest
 from megatron_eso.data.shards.reader import check_size, hash_file
 from megatron_eso.data.shards.sources import LocalShards, ShardSource
 from megatron_eso.data.shards.writer import hash_blocks
@@ -57,19 +57,21 @@ class Verification:
 
 
 def verify_datasets(
-    location: str | Path, as_json: bool = False, cache: ShardCache | None = None
+    *locations: str | Path, as_json: bool = False, cache: ShardCache | None = None
 ) -> None:
-    """Check every byte of the datasets at a directory or URL; print each problem, a line each.
+    """Check every byte of the datasets at directories or URLs; print each problem, a line each.
 
     Args:
-        location: directory or URL of a dataset, or of a training and a validation split.
+        locations: each of a dataset, or of a training and a validation split.
         as_json: print one JSON object instead.
         cache: holds local copies of what has a URL; None: one in TMPDIR.
 
     Raises:
         DataError: something is wrong.
     """
-    verifications = [verify_dataset(found, cache) for found in find_datasets(location)]
+    verifications = [
+        verify_dataset(found, cache) for location in locations for found in find_datasets(location)
+    ]
     if as_json:
         summaries = [_summarize(verification) for verification in verifications]
         sys.stdout.write(json.dumps({"datasets": summaries}, indent=1) + "\n")
@@ -78,9 +80,12 @@ def verify_datasets(
             sys.stdout.writelines(f"{line}\n" for line in _describe(verification))
     problems = [problem for verification in verifications for problem in verification.problems]
     if problems:
+        broken = next(verification for verification in verifications if verification.problems)
+        # What reading reports names its remedy, which is to be the only one.
+        is_named = broken.manifest is None or RESTORE in problems[0]
         raise DataError(
-            f"{location}: {len(problems)} problems, first: {problems[0]}; "
-            "restore the dataset from its source or build it again"
+            f"{broken.location}: {len(problems)} problem{'s' if len(problems) > 1 else ''}, "
+            f"first: {problems[0]}{'' if is_named else f'; {RESTORE}'}"
         )
 
 

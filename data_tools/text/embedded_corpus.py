@@ -44,10 +44,10 @@ def write_corpus(out: Path) -> int:
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}")
     library = Path(sysconfig.get_path("stdlib"))
-    documents = list(collect_documents(library))
-    if not documents:
-        raise DataError(f"no library in source form at {library}; use a complete Python")
     with new_file(out) as file:
+        documents = list(collect_documents(library))
+        if not documents:
+            raise DataError(f"no library in source form at {library}; use a complete Python")
         for text in documents:
             file.write(json.dumps({"text": text}).encode("ascii") + b"\n")
     size = sum(len(text.encode("utf-8")) for text in documents)

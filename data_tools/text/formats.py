@@ -1,20 +1,24 @@
 """The formats of text files: a new one is a file like the others here, and a line of the table."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from data_tools.text.compression import SUFFIXES
-from data_tools.text.interface import TextFormat
+from data_tools.text.interface import InputFile, TextFormat
+from data_tools.text.json_array import JSON_ARRAY, begins_array
 from data_tools.text.jsonl import JSONL
 from data_tools.text.parquet import PARQUET
 from data_tools.text.plain_text import PLAIN_TEXT
+from megatron_eso.compression import SUFFIXES
 
 FORMATS = {
     JSONL.name: JSONL,
+    JSON_ARRAY.name: JSON_ARRAY,
     PLAIN_TEXT.name: PLAIN_TEXT,
     PARQUET.name: PARQUET,
 }
 
-STANDARD_INPUT_FORMAT = JSONL
+STANDARD_INPUT_FORMATS = (JSONL.name, JSON_ARRAY.name, PLAIN_TEXT.name)
+"""What standard input may be; the first one by default."""
 
 
 def find_format(path: Path) -> TextFormat | None:
@@ -25,6 +29,13 @@ def find_format(path: Path) -> TextFormat | None:
         if suffix in each.suffixes and (each.is_compressible or not is_compressed):
             return each
     return None
+
+
+def look_into(file: InputFile) -> InputFile:
+    """Return a file with its kind by content: a `.json` file that is no array is JSONL."""
+    if file.kind != JSON_ARRAY.name or begins_array(file):
+        return file
+    return replace(file, kind=JSONL.name)
 
 
 def list_suffixes() -> str:

@@ -1,36 +1,41 @@
 """What the user names by `--input`: files, folders of them, globs, standard input."""
 
 import codecs
+import errno
 import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_tools.text.compression import SUFFIXES
-from data_tools.text.formats import STANDARD_INPUT_FORMAT, find_format, list_suffixes
+from data_tools.text.formats import STANDARD_INPUT_FORMATS, find_format, list_suffixes, look_into
 from data_tools.text.interface import InputFile
+from megatron_eso.command_line import quote
+from megatron_eso.compression import SUFFIXES
 from megatron_eso.errors import ConfigError
 
 STANDARD_INPUT = "-"
 
 
-def find_inputs(paths: Sequence[str]) -> list[InputFile]:
+def find_inputs(
+    paths: Sequence[str], standard_input: str = STANDARD_INPUT_FORMATS[0]
+) -> list[InputFile]:
     """The input files in order: as given; those of a folder or glob in the order of their paths.
 
     A path that exists is taken as it is; else it may be a glob, `**` for any depth. Folders are
-    searched through, hidden files and unknown kinds left out. `-` is JSONL on standard input.
+    searched through, hidden files and unknown kinds left out. `-` is standard input, of the format
+    `standard_input`.
 
     Raises:
         ConfigError: a path is missing, of an unknown kind, without text, or named twice.
     """
     inputs: list[InputFile] = []
     for text in paths:
-        path = Path(text)
+        path = _to_path(text)
         if text == STANDARD_INPUT:
             inputs.append(
                 InputFile(
                     path=None,
                     name=text,
-                    kind=STANDARD_INPUT_FORMAT.name,
+                    kind=standard_input,
                     compression=None,
                     num_bytes=0,
                 )
@@ -47,6 +52,23 @@ def find_inputs(paths: Sequence[str]) -> list[InputFile]:
             raise ConfigError(f"--input {text}: there is no such file or folder")
     _check_distinct(inputs)
     return inputs
+
+
+def _to_path(text: str) -> Path:
+    """Return the path.
+
+    Raises:
+        ConfigError: No file can have it.
+    """
+    if not text:
+        raise ConfigError("--input '': names no file; name files or folders")
+    try:
+        Path(text).stat()
+    except OSError as error:
+        # A path that does not exist may be a glob; one that cannot be read fails later.
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(f"--input {quote(text)}: {error.strerror}") from None
+    return Path(text)
 
 
 def parse_separator(text: str) -> str:
@@ -107,9 +129,10 @@ def _describe(path: Path, name: str, argument: str) -> InputFile:
     except OSError as error:
         raise ConfigError(f"{argument}: cannot read {path}: {error.strerror}") from error
     compression = SUFFIXES.get(path.suffix)
-    return InputFile(
+    file = InputFile(
         path=path, name=name, kind=found.name, compression=compression, num_bytes=num_bytes
     )
+    return look_into(file)
 
 
 def _check_distinct(inputs: Sequence[InputFile]) -> None:

@@ -11,8 +11,8 @@ from typing import Literal
 
 import xxhash
 
-from data_tools.text.compression import Compression
 from data_tools.text.problems import Problem
+from megatron_eso.compression import Compression
 from megatron_eso.errors import DataError
 
 OnError = Literal["stop", "skip"]
@@ -23,6 +23,8 @@ class TextOptions:
     """How documents lie in the files, and what to do about those that are broken."""
 
     text_key: str = "text"
+    standard_input: str = "jsonl"
+    """Name of the format of standard input."""
     document_separator: str | None = None
     """Text between the documents of a `.txt` file; None: each file is a document."""
     on_error: OnError = "stop"

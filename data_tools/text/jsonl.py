@@ -16,6 +16,10 @@ from data_tools.text.problems import INVALID_UTF8, Problem, find_invalid_utf8
 from data_tools.text.streams import read_stream
 
 _DECODER = json.JSONDecoder()
+_REMEDY = (
+    "JSONL was expected, one object a line: correct the line, or leave out broken lines by "
+    "--on-error skip"
+)
 
 
 def _read(
@@ -56,9 +60,9 @@ def _explain(line: str | None, text_key: str) -> str | None:
     try:
         record = _DECODER.decode(line)
     except json.JSONDecodeError as error:
-        return f"invalid JSON ({error.msg}, column {error.colno}); correct the line"
+        return f"invalid JSON ({error.msg}, column {error.colno}); {_REMEDY}"
     except (ValueError, RecursionError) as error:
-        return f"invalid JSON ({error}); correct the line"
+        return f"invalid JSON ({error}); {_REMEDY}"
     if not isinstance(record, dict):
         return "not a JSON object; each line must be one"
     if text_key not in record:
@@ -70,7 +74,7 @@ def _explain(line: str | None, text_key: str) -> str | None:
 
 JSONL = TextFormat(
     name="jsonl",
-    suffixes=(".jsonl", ".ndjson", ".json"),
+    suffixes=(".jsonl", ".ndjson"),
     is_compressible=True,
     is_sliceable=True,
     read=_read,

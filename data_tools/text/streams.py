@@ -13,9 +13,9 @@ from typing import BinaryIO
 
 import xxhash
 
-from data_tools.text.compression import DamageError, decompress, find_compression
 from data_tools.text.interface import InputFile, Slice, SourceRead, Unit
 from data_tools.text.problems import Problem
+from megatron_eso.compression import DamageError, decompress, find_compression
 from megatron_eso.data.tokenizers.tokenizer import split_segments
 
 _RAW_BYTES = 2**20

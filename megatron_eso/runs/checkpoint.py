@@ -7,7 +7,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_eso.config.loading import read_config
 from megatron_eso.config.sections import Config
-from megatron_eso.errors import CheckpointError
+from megatron_eso.errors import CheckpointError, ConfigError
 from megatron_eso.runs.checkpoint_state import CheckpointState, read_checkpoint_state
 from megatron_eso.runs.file_index import FILE_INDEX, find_damage, read_file_index
 from megatron_eso.runs.run_directory import CONFIG_FILE, RunDirectory
@@ -61,7 +61,8 @@ def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
 
     Raises:
         CheckpointError: There is none, it is damaged, or its format version is unknown.
-        ConfigError: Its configuration is damaged or of another version.
+        ConfigError: There is none of this step, or its configuration is damaged or of another
+            version.
     """
     directory = _find_checkpoint(path, step)
     if (directory / FILE_INDEX).exists():  # checkpoints of other programs have none
@@ -83,5 +84,7 @@ def _find_checkpoint(path: Path, step: int | None) -> Path:
     if found is None or not is_torch_dist(found):
         wanted = found or (folder if step is None else folder / step_name(step))
         complete = [each.name for each in list_checkpoints(folder) if is_torch_dist(each)]
-        raise CheckpointError(f"{wanted}: no complete checkpoint; there are {complete or 'none'}")
+        there = ", ".join(complete) or "none"
+        kind = CheckpointError if step is None else ConfigError
+        raise kind(f"{wanted}: no complete checkpoint; there are {there}")
     return found

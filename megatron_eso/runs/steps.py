@@ -33,6 +33,11 @@ def newest(folder: Path) -> Path | None:
     return max(list_checkpoints(folder), default=None)
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is that of a complete checkpoint, by its name."""
+    return path.is_dir() and path.resolve() in list_checkpoints(path.resolve().parent)
+
+
 def find_step(folder: Path, step: int | None) -> Path | None:
     """Return the complete checkpoint of a step, by default the newest; None where there is none."""
     if step is None:

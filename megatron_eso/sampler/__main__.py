@@ -6,7 +6,8 @@ import sys
 
 import torch
 
-from megatron_eso.errors import ConfigError, run_command
+from megatron_eso.command_line import CommandLine, count, existing_path, real
+from megatron_eso.errors import run_command
 
 from .texts import TextModel, TextScore
 
@@ -15,7 +16,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 def load_model(args: argparse.Namespace) -> TextModel:
     """The model of the command line, on the chosen device."""
-    return TextModel.load(args.sampler_dir, DTYPES[args.dtype], args.device)
+    return TextModel.load(str(args.sampler_dir), DTYPES[args.dtype], args.device)
 
 
 def run_sample(args: argparse.Namespace) -> None:
@@ -48,39 +49,53 @@ def print_score(score: TextScore) -> None:
         "nats_per_token": score.nats_per_token,
         "perplexity": score.perplexity,
     }
-    sys.stdout.write(json.dumps(record) + "\n")
+    sys.stdout.write(json.dumps(record, allow_nan=False) + "\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandLine:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m megatron_eso.sampler", description=__doc__)
+    parser = CommandLine(prog="python -m megatron_eso.sampler", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
     command = commands.add_parser("sample", help=run_sample.__doc__)
     _add_common(command)
-    command.add_argument("--num-samples", type=int, default=1, metavar="N")
-    command.add_argument("--length", type=int, help="tokens of a sample; default: max_length")
+    command.add_argument("--num-samples", type=count(1), default=1, metavar="N")
+    command.add_argument("--length", type=count(1), help="tokens of a sample; default: max_length")
     command.add_argument("--prompt", metavar="TEXT", help="how each sample begins")
-    command.add_argument("--steps", type=int, help="time steps of the diffusion phase")
-    command.add_argument("--alpha-0", type=float, help="share of tokens that diffusion reveals")
-    command.add_argument("--temperature", type=float)
-    command.add_argument("--top-p", type=float)
-    command.add_argument("--seed", type=int)
+    command.add_argument("--steps", type=count(1), help="time steps of the diffusion phase")
+    command.add_argument("--alpha-0", type=real, help="share of tokens that diffusion reveals")
+    command.add_argument("--temperature", type=real)
+    command.add_argument("--top-p", type=real)
+    command.add_argument("--seed", type=count(0, 2**64 - 1))
     command.set_defaults(run=run_sample)
 
-    command = commands.add_parser("score", help=run_score.__doc__)
+    command = commands.add_parser(
+        "score",
+        help=run_score.__doc__,
+        description=f"{run_score.__doc__} A text that is longer than the model's max_length is cut "
+        "into windows of max_length tokens; each is scored by itself, without what comes before.",
+    )
     _add_common(command)
     command.add_argument(
-        "input", nargs="*", metavar="FILE", help="text, or .jsonl; - or none: text from stdin"
+        "input",
+        type=_text_file,
+        nargs="*",
+        metavar="FILE",
+        help="text, or .jsonl, each also .gz or .zst; - or none: text from stdin",
     )
     command.add_argument("--text-key", default="text", help="of .jsonl; default %(default)s")
-    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--batch-size", type=count(1), default=8)
     command.set_defaults(run=run_score)
     return parser
 
 
+def _text_file(text: str) -> str:
+    """A file that exists, or `-`."""
+    return text if text == "-" else str(existing_path(text))
+
+
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("sampler_dir", metavar="SAMPLER_DIR")
+    command.add_argument("sampler_dir", type=existing_path, metavar="SAMPLER_DIR")
     command.add_argument("--dtype", choices=DTYPES, default="float32")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -88,8 +103,6 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run one command."""
     args = build_parser().parse_args(argv)
-    if getattr(args, "batch_size", 1) < 1:
-        raise ConfigError(f"--batch-size {args.batch_size}: is not 1 or more")
     args.run(args)
 
 

@@ -7,6 +7,7 @@ Shape suffixes: N samples, T slots, R rows of a step (contiguous slots of each s
 reveal in a step, K keys, G key/value groups, D head dimension, C width of the model, V vocabulary.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,19 @@ class SlotCache:
         self.keys[layer][self.samples_N1, self.slots_NR] = key_BRGD
         self.values[layer][self.samples_N1, self.slots_NR] = value_BRGD
         return self.keys[layer][:, : self.num_keys], self.values[layer][:, : self.num_keys]
+
+
+def cache_bytes(config: NetworkConfig, num_samples: int, num_slots: int, element_bytes: int) -> int:
+    """Return the size of a `SlotCache`."""
+    per_slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return num_samples * (num_slots + 1) * per_slot * element_bytes
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return the memory of a device; of a CPU, that of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def reveal_tokens(

@@ -5,6 +5,7 @@ Shape suffixes: B and N samples, T slots, V vocabulary.
 
 import secrets
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor
 
 from .directory import load_network, read_description
-from .generation import Generation, TokenChoice, reveal_tokens
+from .generation import Generation, TokenChoice, cache_bytes, memory_bytes, reveal_tokens
 from .network_eso_lm import EsoNetwork, check_permutation, check_tokens
 from .ordering import RevealPlan, draw_order, plan_ancestral, plan_given
+
+MAX_STEPS = 2**24
+"""A schedule of more steps has no other samples, and takes time and memory."""
 
 Schedule = Sequence[int] | Sequence[Sequence[int]]
 
@@ -157,12 +161,13 @@ class EsoLM:
 
     def _prompt(self, num_samples: int, prompt: Tensor | None, length: int | None) -> Tensor:
         """The prompt on the model's device, all masks without one."""
-        if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}, not 1 or more")
+        if not isinstance(num_samples, Integral) or num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples!r}, not a whole number from 1")
         if prompt is None:
             length = self.config.max_length if length is None else length
-            if length < 1:
-                raise ValueError(f"length is {length}, not 1 or more")
+            if not isinstance(length, Integral) or length < 1:
+                raise ValueError(f"length is {length!r}, not a whole number from 1")
+            self._check_memory(num_samples, min(length, self.config.max_length))
             prompt = torch.full((num_samples, length), self.config.mask_token_id)
         if prompt.dim() != 2 or prompt.shape[0] != num_samples or prompt.shape[1] < 1:
             raise ValueError(
@@ -174,10 +179,21 @@ class EsoLM:
             raise ValueError(
                 f"T = {prompt.shape[1]} is more than max_length = {self.config.max_length}"
             )
+        self._check_memory(num_samples, prompt.shape[1])
         if prompt.dtype != torch.int64:
             raise ValueError(f"prompt is {prompt.dtype}, not torch.int64")
         check_tokens("prompt", prompt, self.config.vocab_size)
         return prompt.to(self.device)
+
+    def _check_memory(self, num_samples: int, num_slots: int) -> None:
+        weight = self.network.embed_tokens.weight
+        needed = cache_bytes(self.config, num_samples, num_slots, weight.element_size())
+        memory = memory_bytes(self.device)
+        if needed > memory:
+            raise ValueError(
+                f"num_samples is {num_samples}: keys and values take {needed / 2**30:.3g} GiB, "
+                f"more than the {memory / 2**30:.3g} GiB of {self.device}; sample fewer at once"
+            )
 
     def _check_gumbel(self, gumbel: Tensor | None, prompt: Tensor) -> None:
         if gumbel is not None and tuple(gumbel.shape) != (*prompt.shape, self.config.vocab_size):
@@ -206,8 +222,8 @@ def _check_ranges(
 ) -> None:
     if not 0 <= alpha_0 <= 1:
         raise ValueError(f"alpha_0 is {alpha_0}, not in [0, 1]")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, not 1 or more")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps is {steps}, not in 1 .. {MAX_STEPS}")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}, not a finite number of 0 or more")
     if not 0 < top_p <= 1:

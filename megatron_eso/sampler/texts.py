@@ -11,11 +11,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from megatron_eso.command_line import quote
+from megatron_eso.compression import SUFFIXES, DamageError, decompress
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
 from megatron_eso.errors import CheckpointError, ConfigError, DataError
 
 from .model import EsoLM
 
+JSONL_SUFFIXES = tuple(f".{kind}{each}" for kind in ("jsonl", "ndjson") for each in ("", *SUFFIXES))
 GENERATION_FILE = "generation_config.json"
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
 
@@ -39,15 +42,15 @@ class TextScore:
     """Natural logarithm, summed over the tokens."""
 
     @property
-    def nats_per_token(self) -> float:
-        """NaN for an empty text."""
-        return -self.log_likelihood / self.num_tokens if self.num_tokens else math.nan
+    def nats_per_token(self) -> float | None:
+        """None for an empty text."""
+        return -self.log_likelihood / self.num_tokens if self.num_tokens else None
 
     @property
-    def perplexity(self) -> float:
-        """Infinite where it is too large for a float."""
+    def perplexity(self) -> float | None:
+        """None for an empty text, and where it is too large for a float."""
         nats = self.nats_per_token
-        return math.exp(nats) if nats < 700 else math.inf
+        return None if nats is None or not nats < 700 else math.exp(nats)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +71,7 @@ class TextModel:
             CheckpointError: a file is missing or damaged.
             DataError: the tokenizer is damaged, or not the model's.
         """
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"--device {device}: no CUDA device is there; use cpu")
+        check_device(device)
         model = EsoLM.from_pretrained(directory, dtype=dtype, device=device)
         return cls(directory=directory, model=model, tokenizer=load_tokenizer(directory, model))
 
@@ -113,10 +115,10 @@ class TextModel:
         return TextSamples(texts=texts, nfe=out.nfe)
 
     def score(self, path: str, text_key: str, batch_size: int) -> Iterator[TextScore]:
-        """Score a whole text file, or each line of a .jsonl file; `-` is the standard input.
+        """Score a whole text file, or each line of JSONL; `-` is the standard input.
 
         Args:
-            path: of the file.
+            path: of the file, which may be compressed (`.gz`, `.zst`).
             text_key: the text's key in a line of .jsonl; ids may stand under `tokens` instead.
             batch_size: windows of `max_length` tokens that the network reads at once.
 
@@ -141,7 +143,7 @@ class TextModel:
                 f"--prompt: has {len(ids)} tokens, more than the {length} of a sample; shorten it"
             )
         row = ids + [self.model.config.mask_token_id] * (length - len(ids))
-        return torch.tensor([row] * num_samples)
+        return torch.tensor(row).expand(num_samples, len(row))
 
     def _decode(self, ids: list[int]) -> str:
         return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(ids)
@@ -155,14 +157,13 @@ class TextModel:
 
     def _read_texts(self, path: str, text_key: str) -> Iterator[tuple[str, list[int]]]:
         """Yield names and token ids."""
-        try:
-            content = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-        if not path.endswith(".jsonl"):
+        content = read_text(path)
+        if not path.endswith(JSONL_SUFFIXES):
             yield path, self._encode(content)
             return
-        for number, line in enumerate(content.splitlines(), start=1):
+        for number, line in enumerate(content.split("\n"), start=1):
+            if not line.strip():
+                continue
             name = f"{path}:{number}"
             try:
                 record = json.loads(line)
@@ -176,6 +177,36 @@ class TextModel:
                     f"({error})"
                 ) from None
             yield name, ids
+
+
+def read_text(path: str) -> str:
+    """Read a text file, perhaps compressed (`.gz`, `.zst`); `-` is the standard input.
+
+    Raises:
+        DataError: It cannot be read, is damaged, or is no UTF-8.
+    """
+    try:
+        if path == "-":
+            return sys.stdin.read()
+        content = Path(path).read_bytes()
+        if compression := SUFFIXES.get(Path(path).suffix):
+            content = b"".join(decompress([content], compression))
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except (OSError, UnicodeDecodeError, DamageError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        ConfigError: torch cannot compute on it.
+    """
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"--device {quote(device)}: {reason[:200]}; use cpu or cuda") from None
 
 
 def load_tokenizer(directory: str, model: EsoLM) -> Tokenizer | None:

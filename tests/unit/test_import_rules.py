@@ -16,8 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 OUTSIDE = ("tests", "slurm", "setup")
 
 ERRORS = ("megatron_eso.errors",)
+COMMAND_LINE = ("megatron_eso.command_line",)
+COMPRESSION = ("megatron_eso.compression",)
 BASE = (
     *ERRORS,
+    *COMMAND_LINE,
+    *COMPRESSION,
     "megatron_eso.files",
     "megatron_eso.locks",
     "megatron_eso.progress",
@@ -48,6 +52,8 @@ SAMPLER = ("megatron_eso.sampler",)
 # Room -> what of ours it may import apart from itself; the longest name that fits a module counts.
 ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.errors": (),
+    "megatron_eso.compression": (),
+    "megatron_eso.command_line": ("megatron_eso.quantities",),
     "megatron_eso.quantities": (),
     "megatron_eso.ranks": (),
     "megatron_eso.retries": (),
@@ -80,7 +86,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     + (ERRORS + RANKS + CONFIG + RUNS + FINGERPRINT + STEPS + GUARDS + RECORDS),
     "megatron_eso.training": ERRORS + RANKS + CONFIG + OBJECTIVES + RUNS + ESTIMATES + SAMPLES,
     "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.schedule",),
-    "megatron_eso.sampler.texts": ERRORS + SAMPLER + TOKENIZERS,
+    "megatron_eso.sampler.__main__": ERRORS + COMMAND_LINE + SAMPLER,
+    "megatron_eso.sampler.texts": ERRORS + COMMAND_LINE + COMPRESSION + SAMPLER + TOKENIZERS,
     "data_tools": BASE + REMOTE + TOKENIZERS,
     "data_tools.text": BASE + TOKENIZERS,
     "data_tools.builds.output": BASE,
@@ -90,6 +97,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data_tools.reports": BASE
     + (CONFIG + RUNS + REMOTE + TOKENIZERS + SAMPLES + ("data_tools.builds.document_order",)),
     "checkpoints_conversion": ERRORS
+    + COMMAND_LINE
     + ("megatron_eso.files",)
     + (CONFIG + RANDOMNESS + RUNS + TOKENIZERS + SAMPLER),
     "checkpoints_conversion.parameter_map": ERRORS + SAMPLER,

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megatron_eso.command_line import existing_path
 from megatron_eso.data.remote.cache import ShardCache
 from megatron_eso.data.remote.folder import RemoteFolder, is_remote
 from megatron_eso.data.remote.shards import RemoteShards, find_parts
@@ -36,6 +37,11 @@ def open_dataset(
     return TokenDataset.open(
         remote.directory, quarantine=quarantine, retry_seconds=retry_seconds, shards=remote
     )
+
+
+def existing_location(text: str) -> str:
+    """A type of argument: a URL, or a path that exists."""
+    return text if is_remote(text) else str(existing_path(text))
 
 
 def find_datasets(location: str | Path) -> list[str]:

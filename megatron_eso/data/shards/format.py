@@ -32,6 +32,10 @@ RECORD_TOKENS = 2**20
 """Tokens of a record by default."""
 SHARD_RECORDS = 256
 """Records of a shard by default: 512 MiB of 16-bit tokens."""
+MAX_RECORD_TOKENS = 2**30
+"""The header of a record in an archive has room for 8 GiB, and a token has up to 4 bytes."""
+MAX_SHARD_RECORDS = 10**8
+"""The name of a record has 8 digits."""
 BLOCK_BYTES = 32 * 1024
 """Bytes that share one hash: the unit in which a read is checked."""
 

@@ -31,6 +31,9 @@ from megatron_eso.errors import DataError
 
 Split = Literal["all", "train", "validation"]
 
+RESTORE = "restore the dataset from its source or build it again"
+"""The remedy for every damage."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
@@ -134,7 +137,7 @@ def decode_manifest(encoded: bytes, path: Path | str) -> Manifest:
     try:
         fields = json.loads(encoded)
     except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); copy or build the dataset again") from error
+        raise DataError(f"{path} is damaged ({error}); {RESTORE}") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise DataError(
             f"{path} is not a manifest of {FORMAT}; give a directory of data_tools build"
@@ -148,12 +151,12 @@ def decode_manifest(encoded: bytes, path: Path | str) -> Manifest:
     is_canonical = encoded == _canonical_json(fields)
     checksum = fields.pop("checksum", None)
     if checksum != _checksum(fields) or not is_canonical:
-        raise DataError(f"{path} does not match its checksum; copy or build the dataset again")
+        raise DataError(f"{path} does not match its checksum; {RESTORE}")
     try:
         manifest: Manifest = _decode_dataclass(Manifest, fields)
         _check_consistency(manifest)
     except (TypeError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is inconsistent ({error}); build the dataset again") from error
+        raise DataError(f"{path} is inconsistent ({error}); {RESTORE}") from error
     return manifest
 
 
@@ -208,7 +211,8 @@ def _decode_dataclass(kind: Any, fields: Any) -> Any:
         raise TypeError(f"{kind.__name__} is not an object")
     hints = _get_hints(kind)
     if fields.keys() != hints.keys():
-        raise TypeError(f"{kind.__name__} differs in {sorted(fields.keys() ^ hints.keys())}")
+        names = ", ".join(sorted(fields.keys() ^ hints.keys()))
+        raise TypeError(f"{kind.__name__} differs in {names}")
     return kind(**{name: _decode_value(hints[name], value, name) for name, value in fields.items()})
 
 

@@ -23,13 +23,12 @@ from megatron_eso.data.shards.format import (
     numpy_dtype,
     record_name,
 )
-from megatron_eso.data.shards.manifest import HashedFile, Manifest, read_manifest
+from megatron_eso.data.shards.manifest import RESTORE, HashedFile, Manifest, read_manifest
 from megatron_eso.data.shards.quarantine import Quarantine
 from megatron_eso.data.shards.sources import LocalShards, ShardSource
 from megatron_eso.errors import DataError
 
 _MAX_READ_BYTES = 16 * BLOCK_BYTES
-_REMEDY = "restore the dataset from its source, or find the damage with python -m data_tools verify"
 
 
 class TokenDataset:
@@ -92,7 +91,7 @@ class TokenDataset:
         for file in (manifest.blocks, manifest.documents):
             if hash_file(directory / file.name) != file.sha256:
                 raise DataError(
-                    f"{directory / file.name} is damaged: its sha256 differs; {_REMEDY}"
+                    f"{directory / file.name} is damaged: its sha256 differs; {RESTORE}"
                 )
         return cls(
             directory,
@@ -218,7 +217,7 @@ class TokenDataset:
         name = record_name(record, self.manifest.dtype)
         asked = "" if sample is None else f", sample {sample}"
         return (
-            f"{shard}, record {name}, offset {error.offset}, row {row}{asked} {error}; {_REMEDY}; "
+            f"{shard}, record {name}, offset {error.offset}, row {row}{asked} {error}; {RESTORE}; "
             f"or go on without it: list record {record} of dataset {self.dataset_id} in "
             f"data.quarantine"
         )
@@ -239,9 +238,9 @@ def check_size(directory: Path, file: HashedFile) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; {_REMEDY}") from error
+        raise DataError(f"cannot read {path}: {error.strerror}; {RESTORE}") from error
     if size != file.bytes:
-        raise DataError(f"{path} has {size} bytes, not {file.bytes}; {_REMEDY}")
+        raise DataError(f"{path} has {size} bytes, not {file.bytes}; {RESTORE}")
 
 
 def _find_runs(

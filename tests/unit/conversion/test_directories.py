@@ -144,10 +144,11 @@ def test_the_newest_checkpoint_is_taken_unless_told(tmp_path: Path, run_director
     convert(run_directory, tmp_path / "told", "--step", "0")
     assert read_description(tmp_path / "newest")["source"]["step"] == 5
     assert read_description(tmp_path / "told")["source"]["step"] == 0
-    with pytest.raises(CheckpointError, match="step_00000005"):
+    with pytest.raises(ConfigError, match="step_00000005"):
         convert(run_directory, tmp_path / "none", "--step", "6")
-    with pytest.raises(ConfigError, match="--step -1"):
+    with pytest.raises(SystemExit) as end:
         convert(run_directory, tmp_path / "none", "--step", "-1")
+    assert end.value.code == 2
 
 
 def test_equal_weights_give_equal_bytes(tmp_path: Path, run_directory: Path) -> None:
@@ -265,8 +266,9 @@ def test_a_tokenizer_of_another_kind_is_copied_and_a_damaged_one_refused(
     (tokenizer / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match=r"tokenizer\.json: it is no JSON"):
         main([*arguments, str(tokenizer)])
-    with pytest.raises(CheckpointError, match="not found"):
+    with pytest.raises(SystemExit) as end:
         main([*arguments, str(tmp_path / "absent")])
+    assert end.value.code == 2
     assert not (tmp_path / "out2").exists()
 
 
@@ -296,9 +298,9 @@ def test_a_foreign_directory_is_not_replaced(
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
-    with pytest.raises(CheckpointError, match="holds something else"):
+    with pytest.raises(ConfigError, match="holds something else"):
         main(["from-official", str(tiny_ckpt), str(tmp_path / "mine")])
-    with pytest.raises(CheckpointError, match="holds something else"):
+    with pytest.raises(ConfigError, match="holds something else"):
         main(["to-megatron", str(tiny_directory), str(run_directory)])
     assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
 
@@ -399,7 +401,7 @@ def test_a_run_of_another_objective_is_refused(tmp_path: Path, run_directory: Pa
 
 def test_exit_codes_and_one_line_errors(tmp_path: Path) -> None:
     for arguments, code in (
-        (["from-official", str(tmp_path / "nowhere"), str(tmp_path / "out")], 1),
+        (["from-official", str(tmp_path / "nowhere"), str(tmp_path / "out")], 2),
         (["from-official"], 2),
     ):
         command = [sys.executable, "-m", "checkpoints_conversion", *arguments]
@@ -456,3 +458,20 @@ def test_transformers_loads_the_directory_without_this_package(
     )
     assert done.returncode == 0, done.stderr
     assert EsoLM.from_pretrained(tmp_path / "saved").config.max_length == 48
+
+
+def test_a_sampler_directory_that_is_replaced_is_named(
+    tmp_path: Path, run_directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    convert(run_directory, out)
+    assert not caplog.messages
+    convert(run_directory, out)
+    assert caplog.messages == [f"{out}: is a sampler directory already, and is replaced"]
+
+
+def test_the_steps_that_there_are_are_listed_in_plain_text(
+    tmp_path: Path, run_directory: Path
+) -> None:
+    with pytest.raises(ConfigError, match="no complete checkpoint; there are step_00000000$"):
+        main(["to-sampler", str(run_directory), str(tmp_path / "out"), "--step", "7"])

@@ -1,5 +1,6 @@
 """`sample` and `score`, and what importing the package imports."""
 
+import gzip
 import io
 import json
 import math
@@ -147,15 +148,32 @@ def test_wrong_arguments_are_one_line_errors(
         (["sample", str(bare_directory), "--prompt", "x"], ConfigError, "--prompt"),
         (["sample", str(bare_directory), "--length", "99"], ConfigError, "max_length"),
         (["sample", str(directory), "--prompt", TEXT], ConfigError, "shorten"),
-        (["sample", str(tmp_path / "nowhere")], CheckpointError, "config.json"),
-        (["score", str(directory), str(tmp_path / "nowhere")], DataError, "nowhere"),
+        (["sample", str(tmp_path)], CheckpointError, "config.json"),
         (["score", str(directory), str(bad)], DataError, "bad.jsonl:1"),
         (["score", str(directory), str(worse)], DataError, "worse.jsonl:1"),
-        (["score", str(directory), "--batch-size", "0"], ConfigError, "--batch-size"),
+        (["sample", str(directory), "--device", "cdua"], ConfigError, "--device cdua: "),
+        (["sample", str(directory), "--device", "meta"], ConfigError, "--device meta: "),
+        (["sample", str(directory), "--num-samples", "1e11"], ConfigError, "sample fewer at once"),
+        (["sample", str(directory), "--steps", "1e11"], ConfigError, "steps is 100000000000, not"),
     ]
     for arguments, kind, message in cases:
         with pytest.raises(kind, match=message):
             main(arguments)
+
+
+def test_a_wrong_command_line_exits_with_2(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, name in (
+        (["sample", str(tmp_path / "nowhere")], "SAMPLER_DIR: "),
+        (["score", str(directory), str(tmp_path / "nowhere")], "FILE: "),
+        (["score", str(directory), "--batch-size", "0"], "--batch-size: 0 is no whole number"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {name}")
 
 
 @pytest.mark.parametrize(
@@ -196,3 +214,32 @@ def test_the_package_imports_neither_megatron_nor_transformers() -> None:
         "assert not bad & {name.partition('.')[0] for name in sys.modules}"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_scores_are_json_and_texts_are_read_as_build_reads_them(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["the cat", "the\u2028dog", "", "the hat"]
+    content = "\n\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts) + "\n"
+    plain = tmp_path / "some.jsonl"
+    plain.write_text(content)
+    zipped = tmp_path / "some.jsonl.gz"
+    zipped.write_bytes(gzip.compress(content.encode()))
+    for path in (plain, zipped):
+        main(["score", str(directory), str(path)])
+        lines = capsys.readouterr().out.splitlines()
+        assert not any("NaN" in line or "Infinity" in line for line in lines)
+        scores = [json.loads(line) for line in lines]
+        assert [score["name"] for score in scores[:-1]] == [f"{path}:{n}" for n in (1, 3, 5, 7)]
+        assert scores[2]["nats_per_token"] is None
+        assert scores[2]["perplexity"] is None
+        assert scores[0]["perplexity"] > 1
+    zipped.write_bytes(zipped.read_bytes()[:-9])
+    with pytest.raises(DataError, match="truncated gzip"):
+        main(["score", str(directory), str(zipped)])
+
+
+def test_a_number_of_samples_is_a_number(directory: Path) -> None:
+    model = EsoLM.from_pretrained(directory)
+    with pytest.raises(ValueError, match="num_samples is '4', not a whole number"):
+        model.generate("4")  # type: ignore[arg-type]
