@@ -4,12 +4,12 @@ The word is on stdout and the reason on stderr. It takes the configuration that 
 reads their run directory, and adds a line to its `restarts.jsonl`.
 """
 
-import argparse
 import os
 import sys
 import time
 from pathlib import Path
 
+from megatron_eso.command_line import CommandLine
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import load_config
 from megatron_eso.errors import ConfigError, run_command
@@ -33,9 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         ConfigError: The configuration is wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain.outcome", description=__doc__.split("\n\n")[0]
-    )
+    parser = CommandLine(prog="python -m pretrain.outcome", description=__doc__.split("\n\n")[0])
     parser.add_argument("layers", nargs="+", metavar="CONFIG.toml|section.key=value")
     parser.add_argument("--directory", action="store_true", help="print the run directory instead")
     arguments = parser.parse_intermixed_args(argv)

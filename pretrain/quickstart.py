@@ -4,7 +4,6 @@ Runs the commands that a user would, and shows each. What an earlier run finishe
 that was interrupted goes on where it stood. `make quickstart` calls this.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_eso.command_line import CommandLine
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import load_config
 from megatron_eso.config.sections import Config
@@ -49,7 +49,7 @@ class StageError(UserError):
 
 def main(argv: list[str] | None = None) -> None:
     """Run the stages that are not finished, and print what came out."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.quickstart", description=__doc__)
+    parser = CommandLine(prog="python -m pretrain.quickstart", description=__doc__)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     overrides = parser.parse_args(argv).overrides
     config = load_config([str(CONFIG), *overrides]).config

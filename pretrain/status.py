@@ -4,7 +4,6 @@ Needs neither torch nor a GPU, and disturbs nothing: run it over ssh on any mach
 directory.
 """
 
-import argparse
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_eso.command_line import CommandLine, positive_real
 from megatron_eso.errors import ConfigError, run_command
 from megatron_eso.quantities import format_seconds
 from megatron_eso.runs.run_directory import RunDirectory
@@ -51,11 +51,11 @@ def main(argv: list[str] | None = None) -> None:
     Raises:
         ConfigError: the directory holds no run.
     """
-    parser = argparse.ArgumentParser(prog="python -m pretrain.status", description=__doc__)
+    parser = CommandLine(prog="python -m pretrain.status", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument(
         "--watch",
-        type=float,
+        type=positive_real,
         nargs="?",
         const=5.0,
         default=None,
@@ -134,7 +134,8 @@ def describe_run(report: Report, now: float) -> Iterator[str]:
         yield f"restarts     {status.restarts}"
     if status.hosts is not None:
         yield (
-            f"nodes        {len(status.hosts)}: {', '.join(status.hosts)}; {status.num_ranks} ranks"
+            f"nodes        {len(status.hosts)}: {', '.join(status.hosts)}; {status.num_ranks} "
+            f"{'rank' if status.num_ranks == 1 else 'ranks'}"
         )
 
 

@@ -11,6 +11,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_eso.command_line import CommandLine, count
 from megatron_eso.config.combinations import check_layout
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import LoadedConfig, load_config
@@ -67,9 +68,7 @@ def train(loaded: LoadedConfig) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain.train", description=__doc__.split("\n\n")[0]
-    )
+    parser = CommandLine(prog="python -m pretrain.train", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "layers",
         nargs="+",
@@ -78,7 +77,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and exit")
     parser.add_argument(
-        "--world-size", type=int, default=None, help="ranks to plan for (with --dry-run)"
+        "--world-size", type=count(1), default=None, help="ranks to plan for (with --dry-run)"
     )
     return parser.parse_intermixed_args(argv)
 

@@ -38,7 +38,6 @@ def check_config(config: Config, origins: Origins | None = None) -> list[str]:
     """
     traced = TracedConfig(config=config, origins=origins or {})
     check_ranges(traced)
-    check_locations(traced)
     check_objective_keys(traced)
     check_model(traced)
     check_corpora(traced)
@@ -132,7 +131,10 @@ def check_ranges(traced: TracedConfig) -> None:
 
 
 def check_locations(traced: TracedConfig) -> None:
-    """Refuse what cannot be the name of a file or folder."""
+    """Refuse what cannot be the name of a file or folder.
+
+    Not part of `check_config`: run directories that were converted name no data.
+    """
     for path, key in KEYS.items():
         value = traced.config.get(path)
         if key.location is None or value is None:

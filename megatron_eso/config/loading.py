@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_eso.config.combinations import check_config
+from megatron_eso.config.combinations import check_config, check_locations
 from megatron_eso.config.layers import flatten, read_json, read_layer, unwrap_config
-from megatron_eso.config.origins import COMMAND_LINE, Origins
+from megatron_eso.config.origins import COMMAND_LINE, Origins, TracedConfig
 from megatron_eso.config.sections import FORMAT_VERSION, KEYS, SECTIONS, Config
 from megatron_eso.config.values import check_value, parse_override
 from megatron_eso.errors import ConfigError
@@ -61,9 +61,9 @@ def load_config(arguments: Sequence[str], *, folder: Path | None = None) -> Load
             values[key] = check_value(key, value, origin)
             origins[key] = origin
     config = build_config(values, ", ".join(dict.fromkeys(sources)) or COMMAND_LINE)
-    return LoadedConfig(
-        config=config, origins=origins, warnings=tuple(check_config(config, origins))
-    )
+    warnings = tuple(check_config(config, origins))
+    check_locations(TracedConfig(config=config, origins=origins))
+    return LoadedConfig(config=config, origins=origins, warnings=warnings)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

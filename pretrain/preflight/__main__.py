@@ -10,6 +10,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
+from megatron_eso.command_line import CommandLine, count, real_from_0
 from megatron_eso.errors import UserError, run_command
 from megatron_eso.quantities import MIB
 from pretrain.preflight.measurement import Measurement, measure_together
@@ -39,13 +40,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m pretrain.preflight", description=__doc__)
+    parser = CommandLine(prog="python -m pretrain.preflight", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="is made if it is not there")
-    parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS")
-    parser.add_argument("--max-clock-skew", type=float, default=2.0, metavar="SECONDS")
-    parser.add_argument("--min-free-gib", type=float, default=1.0, metavar="GIB")
-    parser.add_argument("--min-bandwidth", type=float, default=0.0, metavar="GB/S")
-    parser.add_argument("--megabytes", type=int, metavar="MIB", help="size of the all-reduce")
+    parser.add_argument("--timeout", type=real_from_0, default=300.0, metavar="SECONDS")
+    parser.add_argument("--max-clock-skew", type=real_from_0, default=2.0, metavar="SECONDS")
+    parser.add_argument("--min-free-gib", type=real_from_0, default=1.0, metavar="GIB")
+    parser.add_argument("--min-bandwidth", type=real_from_0, default=0.0, metavar="GB/S")
+    parser.add_argument("--megabytes", type=count(1), metavar="MIB", help="size of the all-reduce")
     return parser.parse_args(argv)
 
 

@@ -76,7 +76,7 @@ def test_another_dataset_framing_or_tokenizer_is_refused_on_resume(
     validation: Overrides = {"data.train": json.dumps(str(tiny_data / "validation"))}
     assert "set data.phase = 2" in refuse(world, tmp_path, tiny_data, validation)
     framed: Overrides = {"data.framing": "bos_eos"}
-    assert "data.framing = 'bos_eos'" in refuse(world, tmp_path, tiny_data, framed)
+    assert 'data.framing = "bos_eos"' in refuse(world, tmp_path, tiny_data, framed)
     line = refuse(world, tmp_path, other_tokenizer, {})
     assert "its tokenizer is not that of" in line
     assert "checkpoint.init_other_tokenizer = true" in line
@@ -88,7 +88,7 @@ def test_another_objective_is_refused_on_resume(
     world.run(train_tiny, 1, tmp_path, tiny_data, {}, NUM_STEPS)
     other: Overrides = {"objective.name": "any_order_ar", "objective.alpha_0": 0.125}
     line = refuse(world, tmp_path, tiny_data, other)
-    assert line.startswith("objective.name = 'any_order_ar', but ")
+    assert line.startswith('objective.name = "any_order_ar", but ')
     assert line.endswith("restore the value or choose another run.directory")
 
 

@@ -19,6 +19,8 @@ def start_logging() -> None:
     # Megatron-Core warns of every optional package; the log names what is in use.
     logging.getLogger("megatron").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="megatron")
+    # Each rank reads its own part of a checkpoint, without the others: that is meant.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     # It calls collectives by names that newer versions of torch warn of.
     warnings.filterwarnings("ignore", module="torch.distributed", category=FutureWarning)
 

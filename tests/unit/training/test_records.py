@@ -96,3 +96,22 @@ def test_every_line_has_the_time_at_which_it_was_recorded(tmp_path: Path) -> Non
     assert [type(line["perf/time"]) for line in lines] == [float, float]
     accumulator = EventAccumulator(str(run.tensorboard)).Reload()
     assert "perf/time" not in accumulator.Tags()["scalars"]
+
+
+READ_ALONE = """
+import sys
+import torch
+from torch.distributed.checkpoint import load, save
+from megatron_eso.training.records.log import start_logging
+start_logging()
+state = {"weight": torch.zeros(1)}
+save(state, checkpoint_id=sys.argv[1], no_dist=True)
+load(state, checkpoint_id=sys.argv[1], no_dist=True)
+"""
+
+
+def test_a_rank_that_reads_a_checkpoint_by_itself_logs_no_warning(tmp_path: Path) -> None:
+    """Torch warns of it; a run reads so at each resume, on purpose."""
+    command = [sys.executable, "-c", READ_ALONE, str(tmp_path / "checkpoint")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
