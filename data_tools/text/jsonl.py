@@ -17,7 +17,7 @@ from data_tools.text.streams import read_stream
 
 _DECODER = json.JSONDecoder()
 _REMEDY = (
-    "JSONL was expected, one object a line: correct the line, or leave out broken lines by "
+    "correct the line (JSONL was expected, one object a line), or leave out broken lines by "
     "--on-error skip"
 )
 

@@ -79,7 +79,9 @@ def test_invalid_json_names_what_was_expected(
 ) -> None:
     path = tmp_path / "a.json"
     path.write_text('{\n"text": "one object on several lines"\n}\n')
-    with pytest.raises(DataError, match="JSONL was expected, one object a line: .*--on-error skip"):
+    with pytest.raises(
+        DataError, match=r"JSONL was expected, one object a line\).*--on-error skip"
+    ):
         main(
             [
                 *("build", "--input", str(path), "--tokenizer", str(tokenizer_directory)),

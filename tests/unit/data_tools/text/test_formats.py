@@ -1,6 +1,7 @@
 """The table of text formats: which file is of which, and what every format must do."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ TEXTS = ["first", "second, naïve", "third"]
     [
         ("a.jsonl", "jsonl"),
         ("a.b.ndjson", "jsonl"),
-        ("a.json.gz", "jsonl"),
+        ("a.json.gz", "json"),
         ("a.txt.zst", "txt"),
         ("a.parquet", "parquet"),
         ("a.parquet.gz", None),
@@ -61,6 +62,8 @@ def test_every_format_gives_the_documents_of_a_file(tmp_path: Path, form: TextFo
     match form.name:
         case "jsonl":
             path.write_bytes(to_jsonl(TEXTS))
+        case "json":
+            path.write_text(json.dumps([{"text": text} for text in TEXTS], indent=1))
         case "txt":
             path.write_bytes("|".join(TEXTS).encode())
         case "parquet":
