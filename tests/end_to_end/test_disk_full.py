@@ -27,6 +27,7 @@ SETTINGS: Overrides = {
     "train.num_steps": 100_000,
     "checkpoint.interval": 5,
     "checkpoint.keep_last": 1,
+    "checkpoint.keep_best": "false",  # or two are there where the one before was the best
     "validation.interval": 10,
     "validation.num_samples": 4,
 }
