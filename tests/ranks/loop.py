@@ -15,7 +15,7 @@ from megatron_eso.config.loading import load_config
 from megatron_eso.errors import UserError
 from megatron_eso.training import job
 from megatron_eso.training.guards.stop import StopRequests
-from pretrain.train import open_data
+from pretrain.start import open_inputs
 from tests.support.training import Overrides, tiny_arguments
 
 
@@ -44,14 +44,15 @@ def run_loop(
         hook: Called as `hook(trainer, gathered, *arguments)` before the first step.
         *arguments: For the hook.
     """
-    config = load_config(tiny_arguments(run, data, overrides))
-    train_data, validation, resolved = open_data(config)
-    directory = job.locate_run(config.config)
+    inputs = open_inputs(load_config(tiny_arguments(run, data, overrides)))
+    directory = job.locate_run(inputs.config)
     error, gathered = None, []
     with ExitStack() as stack:
         stack.enter_context(as_launched(dist.get_rank(), dist.get_world_size()))
         stop = stack.enter_context(StopRequests(directory, 0.0))
-        trainer = job.build_trainer(resolved, train_data, validation, directory, stop, stack)
+        trainer = job.build_trainer(
+            inputs.config, inputs.train, inputs.validation, directory, stop, stack
+        )
         if hook is not None:
             hook(trainer, gathered, *arguments)
         try:
