@@ -119,9 +119,9 @@ class TrainConfig:
     spike_deviations: Annotated[float, Ge(0)] = 6.0
     """Deviations above the moving mean of loss or gradient norm that are flagged; 0: none."""
     skip_deviations: Annotated[float, Ge(0)] = 0.0
-    """Deviations at which the update is left out; 0: only where it is not finite."""
+    """Deviations at which the update is skipped; 0: only where it is not finite."""
     max_skipped_in_row: Annotated[int, Ge(0)] = 10
-    """Updates left out in a row after which to go back to a checkpoint, past the data; 0: never."""
+    """Updates skipped in a row after which to go back to a checkpoint, past the data; 0: never."""
     max_rollbacks: Annotated[int, Ge(0)] = 2
     """Times to go back; the next time, the run fails."""
 

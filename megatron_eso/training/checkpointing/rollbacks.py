@@ -37,7 +37,7 @@ class Rollbacks:
     """Step of the checkpoint that the run has gone back to last."""
 
     def is_due(self, counters: Counters) -> bool:
-        """Whether enough updates in a row were left out to go back."""
+        """Whether enough updates in a row were skipped to go back."""
         return 0 < self.train.max_skipped_in_row <= counters.skipped_in_row
 
     def go_back(self, state: TrainState) -> None:
@@ -51,7 +51,7 @@ class Rollbacks:
             CheckpointError: All checkpoints are damaged.
         """
         counters = state.counters
-        what = f"{counters.skipped_in_row} updates in a row could not be applied"
+        what = f"{counters.skipped_in_row} updates in a row were skipped"
         if counters.rollbacks >= self.train.max_rollbacks:
             raise TrainingError(
                 f"step {counters.step}: {what}, after going back {counters.rollbacks} times "
