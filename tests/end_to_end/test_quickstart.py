@@ -86,7 +86,7 @@ def test_quickstart_trains_converts_and_samples(tmp_path: Path) -> None:
         ("model.hiden_size=3", 2, ["model.hiden_size", "hidden_size"]),
         ("parallel.tensor_model_parallel_size=3", 2, ["parallel.tensor_model_parallel_size", "4"]),
         ("train.global_batch_size=7", 2, ["train.global_batch_size = 7", "take a multiple of"]),
-        ('data.train="nowhere"', 2, ["data.train = nowhere", "data_tools build"]),
+        ('data.train="nowhere"', 2, ['data.train = "nowhere"', "data_tools build"]),
         ("data.vocab_size=17", 2, ["data.vocab_size = 17", "train"]),
     ],
 )

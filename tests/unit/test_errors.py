@@ -9,9 +9,11 @@ import pytest
 
 from megatron_eso.runs.run_directory import RunDirectory
 
+# A shell starts what runs in the background with SIGINT ignored.
 INTERRUPTED = """
 import os, signal
 from megatron_eso.errors import run_command
+signal.signal(signal.SIGINT, signal.default_int_handler)
 run_command(lambda argv: os.kill(os.getpid(), signal.SIGINT))
 """
 BROKEN_SOCKET = """
