@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_tools.builds.dataset import BuildOptions, build_dataset
 from megatron_eso.data.samples.training_data import TrainingData
 from tests.ranks.loop import Ran, run_loop
 from tests.ranks.watching import WORK_SECONDS, never_finite, run_with_a_slow_rank, stop_at_step_3
@@ -40,9 +41,21 @@ MORE = {
 }
 
 
-def overrides_for(data: Path) -> Overrides:
+@pytest.fixture(scope="module")
+def second_corpus(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of a third of the texts of the tiny data."""
+    out = tmp_path_factory.mktemp("second") / "shards"
+    texts = str(tiny_data.parent / "texts" / "2*.txt")
+    tokenizer = str(tiny_data.parent / "tokenizer")
+    build_dataset(BuildOptions(inputs=[texts], tokenizer=tokenizer, out=out, record_tokens=4096))
+    return out
+
+
+@pytest.fixture(scope="module")
+def overrides(tiny_data: Path, second_corpus: Path) -> Overrides:
+    """Of a short run of two corpora."""
     return {
-        "data.train": f'["{data / "train"}", "{data / "validation"}"]',
+        "data.train": f'["{tiny_data / "train"}", "{second_corpus}"]',
         "data.train_weights": "[3, 1]",
         "train.num_steps": STEPS,
         "train.log_interval": INTERVAL,
@@ -54,10 +67,12 @@ def overrides_for(data: Path) -> Overrides:
 
 
 @pytest.fixture(scope="module")
-def watched(world: World, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def watched(
+    world: World, tiny_data: Path, overrides: Overrides, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run of two corpora, whose rank 1 is slow."""
     run = tmp_path_factory.mktemp("watched")
-    errors = world.run(run_with_a_slow_rank, 2, run, tiny_data, overrides_for(tiny_data))
+    errors = world.run(run_with_a_slow_rank, 2, run, tiny_data, overrides)
     assert errors == [None, None]
     return run
 
@@ -89,7 +104,7 @@ def test_every_tag_is_there_and_says_what_the_records_say(watched: Path) -> None
     assert tags >= CONTRACT | MORE, (CONTRACT | MORE) - tags
     recorded = set().union(*map(set, read_records(watched)))
     scaling = {"scaling/val_nelbo_by_flops", "scaling/val_nelbo_by_tokens"}
-    assert recorded == tags | scaling | {"step"}
+    assert recorded == tags | scaling | {"step", "perf/time"}
     for axis in ("flops", "tokens"):
         curve = EventAccumulator(str(watched / "tensorboard" / f"scaling_by_{axis}")).Reload()
         assert curve.Tags()["scalars"] == [f"scaling/val_nelbo_by_{axis}"]
@@ -116,16 +131,18 @@ def test_a_slow_rank_is_found(watched: Path) -> None:
     assert re.search(r"slow: rank 1 on \S+, 1\.50 times the median", log)
 
 
-def test_the_mix_is_that_of_the_samples(watched: Path, tiny_data: Path) -> None:
-    config = tiny_config(watched, tiny_data, overrides_for(tiny_data))
+def test_the_mix_is_that_of_the_samples(
+    watched: Path, tiny_data: Path, second_corpus: Path, overrides: Overrides
+) -> None:
+    config = tiny_config(watched, tiny_data, overrides)
     data = TrainingData.open(config.data, config.run.seed)
     for record in read_records(watched):
         if "train/loss" not in record:
             continue
         indices = np.arange((record["step"] - INTERVAL) * BATCH, record["step"] * BATCH)
         corpus_N = data.locate(indices).corpus_N
-        for number, corpus in enumerate(("train", "validation")):
-            share = record[f"data/share/{tiny_data / corpus}"]
+        for number, corpus in enumerate((tiny_data / "train", second_corpus)):
+            share = record[f"data/share/{corpus}"]
             assert share == (corpus_N == number).mean()
 
 
@@ -154,9 +171,8 @@ def test_status_of_a_finished_run(watched: Path) -> None:
 
 
 def test_status_of_an_interrupted_and_resumed_run(
-    world: World, tiny_data: Path, tmp_path: Path
+    world: World, tiny_data: Path, overrides: Overrides, tmp_path: Path
 ) -> None:
-    overrides = overrides_for(tiny_data)
     ranks: list[Ran] = world.run(run_loop, 2, tmp_path, tiny_data, overrides, stop_at_step_3)
     assert [(ran.error, ran.counters.step) for ran in ranks] == [(None, 3)] * 2
     found = json.loads(run_status(tmp_path, "--json").stdout)
@@ -171,11 +187,13 @@ def test_status_of_an_interrupted_and_resumed_run(
     assert (found["state"], found["restarts"]) == ("finished", 1)
 
 
-def test_status_of_a_failed_run(world: World, tiny_data: Path, tmp_path: Path) -> None:
-    overrides = overrides_for(tiny_data) | {"train.max_skipped_in_row": 2, "train.log_interval": 1}
+def test_status_of_a_failed_run(
+    world: World, tiny_data: Path, overrides: Overrides, tmp_path: Path
+) -> None:
+    overrides = overrides | {"train.max_skipped_in_row": 2, "train.log_interval": 1}
     world.run(run_loop, 2, tmp_path, tiny_data, overrides, never_finite)
     said = run_status(tmp_path).stdout
-    assert "state        failed: TrainingError(" in said
+    assert "state        failed: step 2: 2 updates in a row were skipped" in said
     assert "checkpoint   none yet" in said
     assert "loss         nan" in said
 
