@@ -34,17 +34,17 @@ quickstart: $(BASE)
 	@$(BIN)/python -m pretrain.quickstart
 	@echo "run: $$SECONDS s"
 
-# The whole suite runs in two processes: tests/unit needs one core, the rest starts processes and
-# waits for them. What the first one says is printed at the end.
+# The whole suite runs in two processes: one computes, the other starts launchers and Slurm and mostly
+# waits for them. The output of the first is printed at the end.
 test: $(DEV) $(INTEROP)
 	@export OMP_NUM_THREADS=1
 	if [[ "$(PYTEST)" != tests ]]; then
 		$(BIN)/python -m pytest $(PYTEST)
 	else
 		log=$$(mktemp)
-		$(BIN)/python -m pytest tests/unit &> "$$log" &
+		$(BIN)/python -m pytest tests/unit tests/parallel &> "$$log" &
 		failed=0
-		$(BIN)/python -m pytest tests --ignore=tests/unit || failed=1
+		$(BIN)/python -m pytest tests --ignore=tests/unit --ignore=tests/parallel || failed=1
 		wait $$! || failed=1
 		cat "$$log"
 		rm "$$log"
