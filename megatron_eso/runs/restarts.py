@@ -1,7 +1,7 @@
 """How the jobs of a run have ended: what a job script decides from, and what was decided.
 
-`restarts.jsonl` has a line for each end. `failure.json` holds what a job could not go on with and
-its user has to correct, as any of its ranks has met it.
+`restarts.jsonl` has a line for each end. `failure.json` holds the error that the user of a job has
+to correct; any of its ranks writes it.
 """
 
 import json
@@ -14,6 +14,9 @@ from megatron_eso.errors import ConfigError
 from megatron_eso.files import write_json, write_text
 
 Decision = Literal["finished", "requeue", "stop"]
+
+FAILURE_VERSION = 1
+"""`format_version` of `failure.json`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,17 +80,20 @@ def write_failure(path: Path, reason: str) -> None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"job": job, "restart": restart_count(), "reason": reason})
+        content = {"job": job, "restart": restart_count(), "reason": reason}
+        write_json(path, {"format_version": FAILURE_VERSION, **content})
 
 
 def read_failure(path: Path, job: str | None) -> str | None:
     """Return what the user of a job has to correct; None where its ranks have recorded nothing.
 
     Raises:
-        ConfigError: The file cannot be read.
+        ConfigError: The file cannot be read, or is of another format version.
     """
     try:
         content = json.loads(path.read_text())
+        if content["format_version"] != FAILURE_VERSION:
+            raise ValueError(f"format_version {content['format_version']}, not {FAILURE_VERSION}")
         is_of_job = (content["job"], content["restart"]) == (job, restart_count())
         return str(content["reason"]) if is_of_job else None
     except FileNotFoundError:

@@ -53,7 +53,7 @@ def second_corpus(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def overrides(tiny_data: Path, second_corpus: Path) -> Overrides:
-    """Of a short run of two corpora."""
+    """Overrides for a short run on two corpora."""
     return {
         "data.train": f'["{tiny_data / "train"}", "{second_corpus}"]',
         "data.train_weights": "[3, 1]",

@@ -1,9 +1,11 @@
-"""The embedded corpus and a tokenizer of it, made once."""
+"""The embedded corpus and a tokenizer of it, made once; the command in this process."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from data_tools.__main__ import main
 from data_tools.text.embedded_corpus import write_corpus
 from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
 
@@ -31,3 +33,15 @@ def tokenizer_directory(small_corpus: Path) -> Path:
     out = small_corpus.with_name("tokenizer")
     train_tokenizer(TokenizerOptions(inputs=[str(small_corpus)], vocab_size=600, out=out))
     return out
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `data_tools` with the given arguments, and returns its standard output."""
+
+    def run_main(*arguments: object) -> str:
+        capsys.readouterr()
+        main([str(argument) for argument in arguments])
+        return capsys.readouterr().out
+
+    return run_main

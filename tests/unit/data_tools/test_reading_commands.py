@@ -33,16 +33,6 @@ def folder(small_corpus: Path, tokenizer_directory: Path) -> Path:
     return out
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run_main(*arguments: object) -> str:
-        capsys.readouterr()
-        main([str(argument) for argument in arguments])
-        return capsys.readouterr().out
-
-    return run_main
-
-
 class QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, format: str, *arguments: object) -> None:
         pass

@@ -130,8 +130,9 @@ def test_what_the_user_has_to_correct_stops_whichever_rank_met_it(
     assert judge(run, "18").decision == "requeue"
 
 
-def test_a_damaged_record_of_a_failure_is_one_line(run: RunDirectory) -> None:
-    run.failure.write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", '{"format_version": 99}'])
+def test_a_damaged_record_of_a_failure_is_one_line(run: RunDirectory, text: str) -> None:
+    run.failure.write_text(text)
     with pytest.raises(ConfigError, match=r"failure.json: cannot be read .*; remove it"):
         judge(run, JOB)
 

@@ -123,7 +123,7 @@ def test_a_frozen_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
 
 
 def test_a_hang_ends_at_the_first_look_after_the_deadline(jobs: dict[str, Job]) -> None:
-    """By a clock that each look moves on by a second."""
+    """The clock of this job advances by a second at each look of the watchdog."""
     folder, process = jobs["looks"]
     assert process.wait(HANG_SECONDS) == 1
     assert "in phase 'train step 7' for 3 s" in (folder / "rank_0.log").read_text()

@@ -58,16 +58,6 @@ def layers(corpora: list[Path], tmp_path: Path) -> list[str]:
     ]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run_main(*arguments: object) -> str:
-        capsys.readouterr()
-        main([str(argument) for argument in arguments])
-        return capsys.readouterr().out
-
-    return run_main
-
-
 def open_data(layers: list[str]) -> TrainingData:
     config = load_config(layers, folder=SHIPPED_CONFIGS).config
     return TrainingData.open(config.data, config.run.seed)

@@ -59,16 +59,6 @@ def directory(texts: list[Path], tokenizer_directory: Path) -> Path:
     return out
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run_main(*arguments: object) -> str:
-        capsys.readouterr()
-        main([str(argument) for argument in arguments])
-        return capsys.readouterr().out
-
-    return run_main
-
-
 def test_counts_and_lengths_are_those_of_the_texts(
     directory: Path, documents: list[list[int]], run: Run
 ) -> None:
