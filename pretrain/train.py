@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import logging
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from megatron_eso.training.records.wandb_log import check_wandb
 
 logger = logging.getLogger("pretrain")
 
+REPORT_SECONDS = 10.0
+"""Time that rank 0 has to report an error which all ranks meet."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Train, or print what would be trained; returns the exit code."""
@@ -40,10 +44,12 @@ def main(argv: list[str] | None = None) -> int:
         except UserError as error:
             record_failure(loaded.config.run.directory, error)
             raise
-    except UserError as error:
-        if is_first_rank():
-            raise
-        return error.exit_code
+    except UserError:
+        if not is_first_rank():
+            # A launcher ends all ranks when one has ended: first rank 0 reports the error. A rank
+            # that is still there has met an error of its own.
+            time.sleep(REPORT_SECONDS)
+        raise
     return 0
 
 

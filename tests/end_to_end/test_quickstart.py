@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,14 @@ from tests.support.processes import HANG_SECONDS
 from tests.support.training import tiny_arguments
 
 START_TOLERANCE = 0.05  # of the NELBO before training beside that of the uniform distribution
+
+LATE_ON_RANK_0 = """
+import os, time
+from megatron_eso.errors import run_command
+from pretrain.train import main
+time.sleep(3 if os.environ["RANK"] == "0" else 0)
+run_command(main)
+"""
 
 # The tags that users and outside checks rely on; perf/mfu is for GPUs.
 TAGS = {
@@ -106,6 +115,23 @@ def test_a_wrong_command_is_one_line(
     for word in words:
         assert word in finished.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_line_of_rank_0_is_not_lost_where_another_rank_ends_first(tmp_path: Path) -> None:
+    """Torchrun ends rank 0, which starts late here, as soon as rank 1 has ended."""
+    script = tmp_path / "command.py"
+    script.write_text(LATE_ON_RANK_0)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    finished = subprocess.run(
+        [sys.executable, *launcher, str(script), "quickstart.toml", "train.num_steps=20"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = {line for line in finished.stderr.splitlines() if line.startswith("error: ")}
+    assert len(lines) == 1, finished.stderr
+    assert lines.pop().startswith("error: command line: train.num_steps = 20")
 
 
 def test_a_dry_run_knows_the_vocabulary_of_the_data(tiny_data: Path, tmp_path: Path) -> None:
