@@ -143,7 +143,9 @@ def show_results(config: Config, run: Path, sampler: Path, seconds: float) -> No
     show(f"TensorBoard logs   {run / 'tensorboard'}   (tensorboard --logdir {run})")
     show(f"sampler directory  {sampler}")
     show("next, what the paper's 125M run takes on 8 GPUs:")
-    show(f"{relative_python()} -m pretrain.train owt_small.toml --dry-run --world-size 8")
+    plan = ["-m", "pretrain.train", "owt_small.toml", f"data.train={config.data.train}"]
+    plan += [f"data.validation={config.data.validation}", "validation.num_samples=0"]
+    show(shlex.join([relative_python(), *plan, "--dry-run", "--world-size", "8"]))
 
 
 def unigram_perplexity(dataset: TokenDataset, sequence_length: int) -> float:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,10 @@ def test_quickstart_trains_converts_and_samples(tmp_path: Path) -> None:
         "next, what the paper's 125M run takes",
     ):
         assert word in output
+    (*_, plan) = output.splitlines()
+    command = [sys.executable, *shlex.split(plan)[1:]]
+    planned = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "# memory of the fullest rank" in planned.stdout
     run = RunDirectory(tmp_path / "run")
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert set().union(*records) >= TAGS | SCALING
