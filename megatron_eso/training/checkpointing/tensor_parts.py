@@ -1,10 +1,10 @@
-"""What of the global tensors of a checkpoint a rank writes, and what it reads.
+"""Lists the parts of a checkpoint's global tensors that a rank writes, and those that it reads.
 
 A rank holds ranges of flattened parameters (main_parameters.py). A range of a flattened matrix is
 at most three rectangles of it: the rest of a row, whole rows, the beginning of a row. torch's
-distributed checkpoints store rectangles, so every rank writes just what it holds and reads just
-what it needs, on any layout, without gathering anything (Megatron-Core's own format gathers the
-distributed optimizer's state on every data-parallel rank first).
+distributed checkpoints store rectangles. So every rank writes only what it holds and reads only
+what it needs, on any layout, and nothing is gathered. Megatron-Core's own format first gathers the
+distributed optimizer's state on every data-parallel rank.
 """
 
 import dataclasses
@@ -42,7 +42,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_eso.errors import CheckpointError
 from megatron_eso.training.optimization.main_parameters import MainParameter
 
-Place = tuple[int, ...]
+Indices = tuple[int, ...]
+"""One number for each dimension: offsets, sizes or a shape."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,14 +51,14 @@ class TensorPart:
     """A rectangle of a global float32 tensor, and this rank's values of it."""
 
     key: str
-    global_shape: Place
-    offsets: Place
+    global_shape: Indices
+    offsets: Indices
     values: Tensor
-    """In the rectangle's shape; a view of the rank's state, so that reading fills it."""
+    """Values in the rectangle's shape; a view of the rank's state, which reading fills."""
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """Its place, in torch's terms."""
+        """Return offsets and sizes in torch's type."""
         return ChunkStorageMetadata(torch.Size(self.offsets), self.values.shape)
 
 
@@ -67,15 +68,16 @@ def parts_to_write(
     prefix: str,
     dp_group: dist.ProcessGroup,
 ) -> Iterator[TensorPart]:
-    """This rank's share of one kind of state; over all ranks every element comes once.
+    """List the parts of one kind of state that this rank writes; no communication.
 
-    Where data-parallel ranks hold the same values, they take the parameters in turn. Of
-    tensor-parallel ranks that hold the same, and of a tied embedding's copies, the first writes.
+    Over all ranks every element is listed once. Data-parallel ranks that hold the same values take
+    turns by parameter. Of tensor-parallel ranks that hold the same values, and of the copies of a
+    tied embedding, the first one writes.
 
     Args:
-        parameters: As listed, in the same order on every rank of the group.
-        values: For each parameter this rank's range of the state, in the shape of its main.
-        prefix: Of the keys, by the kind of state.
+        parameters: The main parameters, in the same order on every rank of the group.
+        values: For each parameter this rank's range of the state, in the shape of `main`.
+        prefix: What the keys of this kind of state begin with.
         dp_group: The data-parallel group.
     """
     for number, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
@@ -87,7 +89,7 @@ def parts_to_write(
 def parts_to_read(
     parameters: list[MainParameter], values: list[Tensor | None], prefix: str
 ) -> Iterator[TensorPart]:
-    """What this rank needs of one kind of state; arguments as for `parts_to_write`."""
+    """List the parts of one kind of state that this rank reads; arguments as `parts_to_write`."""
     for parameter, value in zip(parameters, values, strict=True):
         if value is not None:
             yield from _cut(parameter, value, prefix, only_first_replica=False)
@@ -97,48 +99,49 @@ def _cut(
     parameter: MainParameter, value: Tensor, prefix: str, *, only_first_replica: bool
 ) -> Iterator[TensorPart]:
     flat = value.view(-1)
-    for block in _list_blocks(parameter):
-        # The last number is that of the data-parallel rank, which is settled already.
-        if only_first_replica and any(_as_tuple(block.replica_id)[:-1]):
+    for tensor in _list_tensors(parameter):
+        # The last number is the data-parallel rank, which the caller has considered.
+        if only_first_replica and any(_as_tuple(tensor.replica_id)[:-1]):
             continue
-        assert block.data is not None
-        first = block.data.storage_offset()
+        assert tensor.data is not None
+        first = tensor.data.storage_offset()
         low = max(parameter.start, first)
-        high = min(parameter.end, first + block.data.numel())
-        for offsets, sizes, start in cut_range(block.data.shape, low - first, high - first):
+        high = min(parameter.end, first + tensor.data.numel())
+        for offsets, sizes, start in cut_range(tensor.data.shape, low - first, high - first):
             begin = first + start - parameter.start
             yield TensorPart(
-                prefix + block.key,
-                tuple(block.global_shape),
-                tuple(map(sum, zip(block.global_offset, offsets, strict=True))),
+                prefix + tensor.key,
+                tuple(tensor.global_shape),
+                tuple(map(sum, zip(tensor.global_offset, offsets, strict=True))),
                 flat[begin : begin + math.prod(sizes)].view(sizes),
             )
 
 
-def _list_blocks(parameter: MainParameter) -> list[ShardedTensor]:
-    """The blocks of global tensors that a parameter consists of, their data on the meta device.
+def _list_tensors(parameter: MainParameter) -> list[ShardedTensor]:
+    """List the rank's rectangles of global tensors in a parameter, with data on the meta device.
 
-    A block's storage offset is its place in the flattened parameter. There are several where
-    Megatron-Core lays tensors together: a SwiGLU's gate and its linear part.
+    The storage offset of the data is its first element in the flattened parameter. A parameter has
+    several where Megatron-Core joins tensors: a SwiGLU's gate and its linear part.
     """
     sharded = parameter.sharded
     whole = torch.empty(parameter.model.shape, device="meta")
     if isinstance(sharded, ShardedTensor):
-        blocks = [dataclasses.replace(sharded, data=whole, dtype=whole.dtype)]
+        tensors = [dataclasses.replace(sharded, data=whole, dtype=whole.dtype)]
     else:
         built = sharded.build_fn(sharded.key, whole, sharded.replica_id, None)
-        blocks = list(nested_values(built if isinstance(built, dict) else dict(enumerate(built))))
-    for block in blocks:
-        assert block.data.is_contiguous()
-        assert block.prepend_axis_num == 0
-    return blocks
+        tensors = list(nested_values(built if isinstance(built, dict) else dict(enumerate(built))))
+    for tensor in tensors:
+        assert tensor.data.is_contiguous()
+        assert tensor.prepend_axis_num == 0
+    return tensors
 
 
-def cut_range(shape: Iterable[int], low: int, high: int) -> Iterator[tuple[Place, Place, int]]:
+def cut_range(shape: Iterable[int], low: int, high: int) -> Iterator[tuple[Indices, Indices, int]]:
     """Cut elements [low, high) of a flattened tensor into rectangles of the tensor, in order.
 
     Yields:
-        Offsets and sizes of a rectangle, and the flattened number of its first element.
+        Offsets and sizes of a rectangle, and the number of its first element in the flattened
+        tensor.
     """
     _, *inner = shape
     if low >= high:
@@ -158,8 +161,8 @@ def cut_range(shape: Iterable[int], low: int, high: int) -> Iterator[tuple[Place
 
 def _cut_row(
     inner: list[int], number: int, low: int, high: int
-) -> Iterator[tuple[Place, Place, int]]:
-    """Cut a range that lies within one row."""
+) -> Iterator[tuple[Indices, Indices, int]]:
+    """Cut a range of one row into rectangles."""
     first = number * math.prod(inner)
     for offsets, sizes, start in cut_range(inner, low - first, high - first):
         yield (number, *offsets), (1, *sizes), first + start
@@ -170,7 +173,7 @@ def _as_tuple(replica_id: Any) -> tuple[int, ...]:
 
 
 class PartWriter(DefaultSavePlanner):
-    """Has torch's distributed checkpoint write the parts of every rank."""
+    """torch's plan of a save whose items are the parts of every rank."""
 
     def __init__(self, parts: list[TensorPart]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -194,24 +197,24 @@ class PartWriter(DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        """The values of a listed part."""
+        """Return the values of a listed part."""
         assert write_item.index.offset is not None
         return self._parts[write_item.index.fqn, tuple(write_item.index.offset)].values
 
 
 class PartReader(DefaultLoadPlanner):
-    """Has torch's distributed checkpoint fill the parts of every rank.
-
-    Raises:
-        CheckpointError: From `create_local_plan`, a tensor is missing or of another shape.
-    """
+    """torch's plan of a load that fills the parts of this rank."""
 
     def __init__(self, parts: list[TensorPart]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._parts = {(part.key, part.offsets): part for part in parts}
 
     def create_local_plan(self) -> LoadPlan:
-        """List what of the checkpoint's chunks fills this rank's parts."""
+        """List which of the checkpoint's chunks fill this rank's parts.
+
+        Raises:
+            CheckpointError: A tensor is missing, or has another shape.
+        """
         assert self.metadata is not None
         chunks: dict[str, list[ChunkStorageMetadata]] = {}
         for part in self._parts.values():
@@ -228,7 +231,7 @@ class PartReader(DefaultLoadPlanner):
         )
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The part of a part that an item fills."""
+        """Return the view of a part that an item fills."""
         assert read_item.dest_index.offset is not None
         values = self._parts[read_item.dest_index.fqn, tuple(read_item.dest_index.offset)].values
         for dim, (start, length) in enumerate(
@@ -238,13 +241,13 @@ class PartReader(DefaultLoadPlanner):
         return values
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing: the tensor is a view of the part."""
+        """Do nothing: the tensor is a view of the part."""
 
 
 def _entry(metadata: Metadata, key: str) -> TensorStorageMetadata:
     entry = metadata.state_dict_metadata.get(key)
     if not isinstance(entry, TensorStorageMetadata):
-        raise CheckpointError(f"the checkpoint has no tensor {key}: it is of another model")
+        raise CheckpointError(f"the checkpoint has no tensor {key}: it has another model")
     return entry
 
 
@@ -253,5 +256,5 @@ def _check_shape(metadata: Metadata, part: TensorPart) -> None:
     if found != part.global_shape:
         raise CheckpointError(
             f"the checkpoint's tensor {part.key} has shape {found}, the model's "
-            f"{part.global_shape}: it is of another model"
+            f"{part.global_shape}: it has another model"
         )

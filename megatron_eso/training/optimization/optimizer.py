@@ -1,4 +1,4 @@
-"""The optimizer, its learning-rate schedule and the update, made of Megatron-Core's parts."""
+"""Builds the optimizer and its learning-rate schedule from Megatron-Core's, and applies updates."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from megatron_eso.model.transformer_config import PARAMS_DTYPE
 from megatron_eso.training.distributed.parallel import max_over_world
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What Adam keeps of each parameter."""
+"""The names of the tensors that Adam keeps for each parameter."""
 
 
 def build_optimizer(
@@ -27,14 +27,14 @@ def build_optimizer(
     chunks: list[DistributedDataParallel],
     pg_collection: ProcessGroupCollection,
 ) -> ChainedOptimizer:
-    """AdamW over the chunks' parameters with float32 main parameters; collective over the world.
+    """Build AdamW with float32 main parameters over the chunks; collective over the world.
 
     Args:
-        optimizer: Its hyperparameters.
-        parallel: How it is sharded.
+        optimizer: The section `optimizer`.
+        parallel: The section `parallel`: whether the optimizer is distributed.
         precision: `train.precision` of the run.
         chunks: This rank's parts of the model.
-        pg_collection: Groups of this rank.
+        pg_collection: The groups of this rank.
     """
     optimizer_config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -66,12 +66,12 @@ def build_optimizer(
 def build_scheduler(
     section: OptimizerConfig, num_steps: int, optimizer: ChainedOptimizer
 ) -> OptimizerParamScheduler:
-    """Learning rate as a function of the number of steps taken; construct anew on resume.
+    """Build the schedule of the learning rate, a function of the number of steps taken.
 
     Args:
-        section: The schedule.
-        num_steps: Steps of the run, at the end of which it ends.
-        optimizer: Whose learning rate it sets.
+        section: The section `optimizer`: the schedule.
+        num_steps: The number of steps of the run; the schedule ends with it.
+        optimizer: The optimizer whose learning rate the schedule sets.
     """
     return OptimizerParamScheduler(
         optimizer,
