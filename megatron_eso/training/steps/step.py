@@ -24,7 +24,7 @@ from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.randomness.bits import random_bits
 from megatron_eso.randomness.purposes import Purpose
 from megatron_eso.training.distributed.parallel import seed_dropout
-from megatron_eso.training.optimization.optimizer import update_parameters
+from megatron_eso.training.optimization.gradients import apply_gradients, measure_gradients
 from megatron_eso.training.steps.batches import StepPlan
 from megatron_eso.training.steps.train_state import TrainState
 
@@ -80,38 +80,61 @@ def train_step(
         flops_per_token: FLOPs that are counted for each real token.
         dropout_seed: The run's seed; None without dropout.
     """
-    # Forward and backward, and the losses of all ranks.
+    # Forward and backward.
     clear_gradients(state)
     own_losses = run_micro_batches(state, plan, objective, groups, dropout_seed)
-    num_phases = len(objective.phases)
-    losses = reduce_over_world(own_losses.clone(), groups)
-    losses_P, elbo_P = losses[:num_phases], losses[num_phases:]
+    state.optimizer.prepare_grads()
+
+    # Losses and gradient norm of all ranks: the one time that the host waits for the GPU.
+    own_gradients = measure_gradients(state.optimizer, groups)
+    losses, grad_norm = reduce_step(own_losses, own_gradients, groups)
+    losses_P, elbo_P = losses.chunk(2)
     loss, nelbo = float(objective.combine(losses_P)), float(objective.combine(elbo_P))
 
     # The update, unless the loss or the gradient norm is not finite or too large.
     learning_rate = float(state.optimizer.param_groups[0]["lr"])
-    limit = config.skip_deviations or math.inf
-
-    def accept(grad_norm: float) -> bool:
-        return math.isfinite(loss) and measure_deviations(state, loss, grad_norm) <= limit
-
-    grad_norm, applied = update_parameters(state.optimizer, accept)
+    deviations = measure_deviations(state, loss, grad_norm)
+    is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    applied = is_finite and deviations <= (config.skip_deviations or math.inf)
+    if applied:
+        apply_gradients(state.optimizer, grad_norm)
+    names = [phase.name for phase in objective.phases]
     result = StepResult(
         loss=loss,
         nelbo=nelbo,
-        losses={
-            phase.name: float(value)
-            for phase, value in zip(objective.phases, losses_P, strict=True)
-        },
+        losses=dict(zip(names, losses_P.tolist(), strict=True)),
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         skipped=not applied,
-        deviations=measure_deviations(state, loss, grad_norm),
+        deviations=deviations,
         num_tokens=sum(plan.tokens),
         bad_ranks=() if math.isfinite(loss) else find_bad_ranks(own_losses),
     )
     advance(state, result, config, flops_per_token)
     return result
+
+
+def reduce_step(
+    own_losses: Tensor, own_gradients: Tensor, groups: ProcessGroupCollection
+) -> tuple[Tensor, float]:
+    """Sum losses and squared gradients over the ranks in one reduction; collective over the world.
+
+    Args:
+        own_losses: This rank's part of the losses, as of `run_micro_batches`.
+        own_gradients: This rank's part of the gradient norm, as of `measure_gradients`.
+        groups: The groups of this rank.
+
+    Returns:
+        The losses of the global batch on the host, and the norm of the whole gradient: NaN if any
+        rank has gradients that are not finite.
+    """
+    # Tensor-parallel ranks hold the same losses.
+    counted = own_losses if groups.tp.rank() == 0 else torch.zeros_like(own_losses)
+    totals = torch.cat([counted, own_gradients])
+    dist.all_reduce(totals)
+    fetched = totals.cpu()
+    squared, num_bad = fetched[len(own_losses) :].tolist()
+    return fetched[: len(own_losses)], math.nan if num_bad else math.sqrt(squared)
 
 
 def run_micro_batches(
@@ -131,14 +154,15 @@ def run_micro_batches(
         forward_step,
         objective=objective,
         tokens=plan.tokens,
-        # Megatron-Core averages over micro-batches and data-parallel ranks, but the loss is a sum.
-        scale=len(plan.micro_batches) * groups.dp.size(),
+        # Megatron-Core averages over micro-batches, but the loss is a sum.
+        scale=len(plan.micro_batches),
         dropout_seed=dropout_seed,
         pp_rank=groups.pp.rank(),
     )
     reports = run_schedule(step, state, plan.micro_batches, groups, forward_only=False)
     if not reports:
-        return torch.zeros(2 * len(objective.phases), dtype=torch.float64)
+        device = torch.cuda.current_device()
+        return torch.zeros(2 * len(objective.phases), dtype=torch.float64, device=device)
     return torch.stack(reports).sum(0)
 
 

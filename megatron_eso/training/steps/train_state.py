@@ -124,9 +124,22 @@ def build_model_chunks(
                 pg_collection=groups,
             )
         )
+    _sum_gradients(chunks)
     if parallel.overlap_grad_reduce:
         _overlap_reductions(transformer_config, chunks)
     return chunks
+
+
+def _sum_gradients(chunks: list[DistributedDataParallel]) -> None:
+    """Make the data-parallel reductions sums, as the loss is a sum over the samples.
+
+    Megatron-Core would first multiply all gradients by 1 / DP: a pass over their memory, after
+    which the loss would have to be multiplied by DP.
+    """
+    for chunk in chunks:
+        for group in chunk.bucket_groups:
+            for bucket in group.buckets:
+                bucket.gradient_scaling_factor = 1.0
 
 
 def _overlap_reductions(
