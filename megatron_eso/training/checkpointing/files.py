@@ -32,8 +32,9 @@ from megatron_eso.runs.file_index import (
     read_file_index,
     write_file_index,
 )
-from megatron_eso.runs.torch_dist import READ_ERRORS, SafeReader, write_backend
+from megatron_eso.runs.torch_dist import READ_ERRORS, write_backend
 from megatron_eso.runs.unpickling import METADATA_FILE
+from megatron_eso.training.checkpointing.stored_ranges import RangeReader
 from megatron_eso.training.checkpointing.tensor_parts import PartReader, PartWriter, TensorPart
 
 Answer = TypeVar("Answer")
@@ -174,19 +175,29 @@ def find_damaged_files(folder: Path, group: dist.ProcessGroup | None = None) -> 
 
 
 def read_parts(folder: Path, parts: list[TensorPart]) -> None:
-    """Fill this rank's parts from a checkpoint of any layout; no communication.
+    """Fill this rank's parts from a checkpoint of any layout; collective over the world.
 
     Raises:
-        CheckpointError: A tensor is missing or of another shape, or a file cannot be read.
+        CheckpointError: On every rank, if on any a tensor is missing or has another shape, or a
+            file cannot be read.
     """
-    planner = PartReader(parts)
-    try:
-        load_state_dict({}, storage_reader=SafeReader(folder), planner=planner, no_dist=True)
-    except READ_ERRORS as error:
-        raise CheckpointError(
-            f"{folder}: cannot be read ({_find_cause(error)}); it was written by torch "
-            f"{_find_writer(folder)}, this is {torch.__version__}"
-        ) from error
+
+    def read_own() -> None:
+        try:
+            load_state_dict(
+                {}, storage_reader=RangeReader(folder), planner=PartReader(parts), no_dist=True
+            )
+        except READ_ERRORS as error:
+            raise CheckpointError(
+                f"{folder}: cannot be read ({_find_cause(error)}); it was written by torch "
+                f"{_find_writer(folder)}, this is {torch.__version__}"
+            ) from error
+
+    answers: list[Failure | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, _attempt(read_own))
+    for answer in answers:
+        if isinstance(answer, Failure):
+            raise CheckpointError(answer.reason)
 
 
 def _find_writer(folder: Path) -> str:

@@ -22,6 +22,7 @@ from megatron_eso.training.checkpointing.tensor_parts import (
     TensorPart,
     parts_to_read,
     parts_to_write,
+    share_values,
 )
 from megatron_eso.training.optimization.main_parameters import publish_main_parameters
 from megatron_eso.training.optimization.optimizer import MOMENTS
@@ -60,7 +61,7 @@ def list_parts(state: TrainState, groups: ProcessGroupCollection) -> dict[str, l
     values: dict[str, list[Tensor | None]] = {"param": [p.main for p in state.parameters]}
     for name in MOMENTS:
         values[name] = [
-            None if p.main is None else p.inner.state[p.main].get(name, torch.zeros_like(p.main))
+            None if p.main is None else _moment(p.inner.state[p.main], name, p.main)
             for p in state.parameters
         ]
     if state.ema is not None:
@@ -69,6 +70,11 @@ def list_parts(state: TrainState, groups: ProcessGroupCollection) -> dict[str, l
         kind: list(parts_to_write(state.parameters, of_kind, PREFIXES[kind], groups.dp_cp))
         for kind, of_kind in values.items()
     }
+
+
+def _moment(moments: Mapping[str, Tensor], name: str, main: Tensor) -> Tensor:
+    """Return one of Adam's moments; zeros before the first update."""
+    return moments[name] if name in moments else torch.zeros_like(main)
 
 
 @torch.no_grad()
@@ -83,9 +89,23 @@ def load_weights(checkpoint: Path, state: TrainState, *, prefix: str = "") -> No
     Raises:
         CheckpointError: The checkpoint is damaged, or has another model.
     """
-    mains = [parameter.main for parameter in state.parameters]
-    read_parts(checkpoint, list(parts_to_read(state.parameters, mains, prefix)))
+    _read_values(checkpoint, state, {prefix: [p.main for p in state.parameters]})
     publish_main_parameters(state.chunks, state.optimizer)
+
+
+def _read_values(
+    checkpoint: Path, state: TrainState, values: Mapping[str, list[Tensor | None]]
+) -> None:
+    """Fill values of the parameters' ranges by the prefix of their names; collective."""
+    group = state.chunks[0].dp_cp_group
+    wanted = [
+        part
+        for prefix, of_kind in values.items()
+        for part in parts_to_read(state.parameters, of_kind, prefix, group)
+    ]
+    read_parts(checkpoint, wanted)
+    for of_kind in values.values():
+        share_values(state.parameters, of_kind, group)
 
 
 @torch.no_grad()
@@ -107,16 +127,16 @@ def load_training_state(checkpoint: Path, state: TrainState) -> None:
     state.counters = record.counters
     state.losses, state.grad_norms = record.losses, record.grad_norms
     # Moments and average, in one reading.
-    wanted: list[TensorPart] = []
+    wanted: dict[str, list[Tensor | None]] = {}
     for name in MOMENTS:
         moments = [None if p.main is None else torch.empty_like(p.main) for p in state.parameters]
         for parameter, moment in zip(state.parameters, moments, strict=True):
             if parameter.main is not None:
                 parameter.inner.state[parameter.main][name] = moment
-        wanted += parts_to_read(state.parameters, moments, PREFIXES[name])
+        wanted[PREFIXES[name]] = moments
     if state.ema is not None and record.ema_updates is not None:
-        wanted += parts_to_read(state.parameters, state.ema.averages, PREFIXES["ema"])
-    read_parts(checkpoint, wanted)
+        wanted[PREFIXES["ema"]] = state.ema.averages
+    _read_values(checkpoint, state, wanted)
     _set_optimizer_step(state, record.counters.step - record.counters.skipped_steps)
     if state.ema is None:
         return

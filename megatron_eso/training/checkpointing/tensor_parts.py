@@ -80,19 +80,47 @@ def parts_to_write(
         prefix: What the keys of this kind of state begin with.
         dp_group: The data-parallel group.
     """
-    for number, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
-        is_mine = parameter.is_sharded or number % dp_group.size() == dp_group.rank()
-        if value is not None and is_mine:
-            yield from _cut(parameter, value, prefix, only_first_replica=True)
+    for parameter, value in _list_own(parameters, values, dp_group):
+        yield from _cut(parameter, value, prefix, only_first_replica=True)
 
 
 def parts_to_read(
-    parameters: list[MainParameter], values: list[Tensor | None], prefix: str
+    parameters: list[MainParameter],
+    values: list[Tensor | None],
+    prefix: str,
+    dp_group: dist.ProcessGroup,
 ) -> Iterator[TensorPart]:
-    """List the parts of one kind of state that this rank reads; arguments as `parts_to_write`."""
-    for parameter, value in zip(parameters, values, strict=True):
-        if value is not None:
-            yield from _cut(parameter, value, prefix, only_first_replica=False)
+    """List the parts of one kind of state that this rank reads; no communication.
+
+    Data-parallel ranks that hold the same values take turns, as in `parts_to_write`, which has the
+    same arguments. `share_values` then gives all of them the values.
+    """
+    for parameter, value in _list_own(parameters, values, dp_group):
+        yield from _cut(parameter, value, prefix, only_first_replica=False)
+
+
+def _list_own(
+    parameters: list[MainParameter], values: list[Tensor | None], dp_group: dist.ProcessGroup
+) -> Iterator[tuple[MainParameter, Tensor]]:
+    """List the parameters, with their values, that this data-parallel rank writes or reads."""
+    for number, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
+        is_own = parameter.is_sharded or number % dp_group.size() == dp_group.rank()
+        if value is not None and is_own:
+            yield parameter, value
+
+
+def share_values(
+    parameters: list[MainParameter], values: list[Tensor | None], dp_group: dist.ProcessGroup
+) -> None:
+    """Send what a rank has read to those that hold the same; collective over the group.
+
+    Arguments as for `parts_to_write`.
+    """
+    if dp_group.size() == 1:
+        return
+    for number, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
+        if value is not None and not parameter.is_sharded:
+            dist.broadcast(value.detach(), group=dp_group, group_src=number % dp_group.size())
 
 
 def _cut(
