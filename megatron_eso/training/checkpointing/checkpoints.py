@@ -37,7 +37,7 @@ from megatron_eso.training.checkpointing.staleness import (
     take_sample,
 )
 from megatron_eso.training.checkpointing.state import describe_state, list_parts
-from megatron_eso.training.checkpointing.tensor_parts import TensorPart
+from megatron_eso.training.optimization.tensor_parts import TensorPart
 from megatron_eso.training.steps.batches import TrainingBatches
 from megatron_eso.training.steps.train_state import TrainState
 

@@ -34,8 +34,9 @@ from megatron_eso.runs.file_index import (
 )
 from megatron_eso.runs.torch_dist import READ_ERRORS, write_backend
 from megatron_eso.runs.unpickling import METADATA_FILE
+from megatron_eso.training.checkpointing.planners import PartReader, PartWriter
 from megatron_eso.training.checkpointing.stored_ranges import RangeReader
-from megatron_eso.training.checkpointing.tensor_parts import PartReader, PartWriter, TensorPart
+from megatron_eso.training.optimization.tensor_parts import TensorPart
 
 Answer = TypeVar("Answer")
 

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_eso.errors import CheckpointError
-from megatron_eso.training.checkpointing.tensor_parts import TensorPart, parts_to_write
 from megatron_eso.training.optimization.optimizer import MOMENTS
+from megatron_eso.training.optimization.tensor_parts import TensorPart, parts_to_write
 from megatron_eso.training.steps.train_state import TrainState
 
 SAMPLE_SIZE = 64

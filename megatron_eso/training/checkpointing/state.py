@@ -18,14 +18,14 @@ from torch import Tensor
 from megatron_eso.runs.checkpoint import PREFIXES
 from megatron_eso.runs.checkpoint_state import CheckpointState, read_checkpoint_state
 from megatron_eso.training.checkpointing.files import read_parts
-from megatron_eso.training.checkpointing.tensor_parts import (
+from megatron_eso.training.optimization.main_parameters import publish_main_parameters
+from megatron_eso.training.optimization.optimizer import MOMENTS
+from megatron_eso.training.optimization.tensor_parts import (
     TensorPart,
     parts_to_read,
     parts_to_write,
     share_values,
 )
-from megatron_eso.training.optimization.main_parameters import publish_main_parameters
-from megatron_eso.training.optimization.optimizer import MOMENTS
 from megatron_eso.training.steps.train_state import TrainState
 
 
