@@ -19,7 +19,7 @@ from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 from megatron_eso.training.distributed.parallel import model_parallel_groups, process_group
 from megatron_eso.training.steps.batches import ValidationBatches
 from megatron_eso.training.steps.evaluation import evaluate, evaluate_orders
-from megatron_eso.training.steps.train_state import TrainState, build_train_state
+from megatron_eso.training.steps.train_state import TrainState, build_empty_state
 
 
 def evaluate_checkpoint(
@@ -86,7 +86,7 @@ def load_state(
     """A state with the weights of a checkpoint, raw or EMA, and nothing else; collective."""
     # No average is kept with the weights that are evaluated.
     optimizer = dataclasses.replace(config.optimizer, ema_decay=0.0)
-    state = build_train_state(dataclasses.replace(config, optimizer=optimizer), groups)
+    state = build_empty_state(dataclasses.replace(config, optimizer=optimizer), groups)
     refuse_damage(checkpoint)
     load_weights(checkpoint, state, prefix=PREFIXES["ema" if weights == "ema" else "param"])
     return state
