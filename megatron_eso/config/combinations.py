@@ -126,8 +126,10 @@ def check_ranges(traced: TracedConfig) -> None:
         if not is_inside(value, key.interval):
             otherwise = ", or leave it out" if key.is_optional else ""
             traced.refuse(path, f"must be {describe_interval(key.interval)}{otherwise}")
-        is_number = isinstance(value, int | float)
-        traced.require(not is_number or value <= key.largest, path, f"use at most {key.largest}")
+        for number in value if isinstance(value, tuple) else (value,):
+            is_number = isinstance(number, int | float)
+            is_allowed = not is_number or number <= key.largest
+            traced.require(is_allowed, path, f"use at most {key.largest}")
 
 
 def check_locations(traced: TracedConfig) -> None:

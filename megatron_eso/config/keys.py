@@ -56,7 +56,7 @@ class Only:
 
 @dataclass(frozen=True, slots=True)
 class Largest:
-    """No machine takes more, and checks and timers take no more: a limit for mistakes alone."""
+    """The largest number that is not a mistake: no machine needs more, and nothing overflows."""
 
     value: float
 
@@ -131,7 +131,7 @@ class Key:
 
     @property
     def largest(self) -> float:
-        """The largest number that is no mistake."""
+        """The largest number that is accepted, in a list too; infinite without a limit."""
         return next((mark.value for mark in self.markers if isinstance(mark, Largest)), math.inf)
 
     @property

@@ -6,11 +6,10 @@
 import ast
 import inspect
 import json
+import math
 import sys
 import typing
 from typing import Any
-
-from annotated_types import Interval
 
 from megatron_eso.config.keys import Key, Start, describe_keys
 from megatron_eso.config.sections import SECTIONS
@@ -70,7 +69,7 @@ def format_row(key: Key, meaning: str) -> str:
         f"`{key.path}`",
         format_type(key),
         format_default(key),
-        format_interval(key.interval),
+        format_range(key),
         "fixed" if key.is_frozen("run") else "free",
         format_weights_policy(key),
         meaning,
@@ -99,11 +98,13 @@ def format_default(key: Key) -> str:
     return f"`{json.dumps(key.default)}`"
 
 
-def format_interval(interval: Interval) -> str:
-    """Return the bounds as inequalities; empty without bounds."""
+def format_range(key: Key) -> str:
+    """Return the bounds and the upper limit as inequalities; empty without any."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    bounds = {sign: getattr(interval, name) for name, sign in signs.items()}
-    return ", ".join(f"{sign} {bound}" for sign, bound in bounds.items() if bound is not None)
+    bounds = [(sign, getattr(key.interval, name)) for name, sign in signs.items()]
+    if key.largest < math.inf:
+        bounds.append(("<=", key.largest))
+    return ", ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
 
 
 def format_weights_policy(key: Key) -> str:

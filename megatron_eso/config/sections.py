@@ -20,11 +20,16 @@ from megatron_eso.config.objective import ObjectiveConfig
 
 FORMAT_VERSION = 1
 
-# The largest values: beyond any machine, and small enough that no check or timer overflows.
+# The largest values: beyond any machine or use, and small enough that nothing overflows.
 MAX_BATCH = 2**31 - 1
 MAX_PARTS = 2**20
 MAX_PREFETCH_STEPS = 10_000
-MAX_SECONDS = 1e9
+MAX_SECONDS = 10**9
+MAX_GIB = 10**9
+MAX_WEIGHT = 10**18
+MAX_RATE = 1000
+MAX_NORM = 10**9
+MAX_DEVIATIONS = 10**9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +60,7 @@ class DataConfig:
 
     train: Annotated[str | tuple[str, ...], Location(may_be_url=True)]
     """Directory or URL of the training shards, or a list of them: a blend of corpora."""
-    train_weights: tuple[float, ...] | None = None
+    train_weights: Annotated[tuple[float, ...] | None, Largest(MAX_WEIGHT)] = None
     """Shares of the corpora in the samples, in any unit; left out: by their numbers of rows."""
     phase: Annotated[int, Gt(0)] = 1
     """Number of the blend within the run: raise it by one to change the blend on resume."""
@@ -75,7 +80,7 @@ class DataConfig:
     """JSON file that lists damaged records; rows of other records stand in for theirs."""
     cache_directory: Annotated[str | None, Location()] = None
     """Folder on a local disk for copies of shards that have a URL; left out: a temporary one."""
-    cache_gib: Annotated[float, Gt(0)] = 100.0
+    cache_gib: Annotated[float, Gt(0), Largest(MAX_GIB)] = 100.0
     """Largest size of these copies together, in GiB."""
     prefetch_steps: Annotated[int, Ge(0), Largest(MAX_PREFETCH_STEPS)] = 2
     """Steps that a thread reads ahead; 0: none."""
@@ -116,9 +121,9 @@ class TrainConfig:
     """Activations to recompute in the backward pass: none, or all of a layer."""
     log_interval: Annotated[int, Gt(0)] = 10
     """Steps between lines of the log and of metrics.jsonl."""
-    spike_deviations: Annotated[float, Ge(0)] = 6.0
+    spike_deviations: Annotated[float, Ge(0), Largest(MAX_DEVIATIONS)] = 6.0
     """Deviations above the moving mean of loss or gradient norm that are flagged; 0: none."""
-    skip_deviations: Annotated[float, Ge(0)] = 0.0
+    skip_deviations: Annotated[float, Ge(0), Largest(MAX_DEVIATIONS)] = 0.0
     """Deviations at which the update is skipped; 0: only where it is not finite."""
     max_skipped_in_row: Annotated[int, Ge(0)] = 10
     """Updates skipped in a row after which to go back to a checkpoint, past the data; 0: never."""
@@ -142,9 +147,9 @@ class ValidationConfig:
 class OptimizerConfig:
     """AdamW, its schedule, and the moving average of the weights."""
 
-    learning_rate: Annotated[float, Gt(0)]
+    learning_rate: Annotated[float, Gt(0), Largest(MAX_RATE)]
     """Peak learning rate."""
-    min_learning_rate: Annotated[float, Ge(0)] = 0.0
+    min_learning_rate: Annotated[float, Ge(0), Largest(MAX_RATE)] = 0.0
     """Learning rate at the end of a decay."""
     lr_decay_style: Literal["constant", "cosine", "WSD"] = "constant"
     """After the warm-up: constant, cosine to the last step, or stable then linear decay."""
@@ -156,13 +161,13 @@ class OptimizerConfig:
     """Decay of the mean of the gradient."""
     adam_beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.999
     """Decay of the mean of its square."""
-    adam_eps: Annotated[float, Gt(0)] = 1e-8
+    adam_eps: Annotated[float, Gt(0), Largest(1)] = 1e-8
     """Added to the root of the mean square."""
-    weight_decay: Annotated[float, Ge(0)] = 0.0
+    weight_decay: Annotated[float, Ge(0), Largest(MAX_RATE)] = 0.0
     """Decoupled weight decay."""
     weight_decay_exclude: Literal["biases_and_norms", "none"] = "biases_and_norms"
     """The parameters without weight decay."""
-    clip_grad: Annotated[float, Ge(0)] = 1.0
+    clip_grad: Annotated[float, Ge(0), Largest(MAX_NORM)] = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
     ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Decay of the moving average of the weights; 0: none is kept."""

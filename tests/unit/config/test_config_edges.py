@@ -1,6 +1,7 @@
 """Mistakes in the files and values of a configuration: one line, with the remedy."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from megatron_eso.config.divisibility import check_dealing, even_layout, nearest_divisors
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import config_to_dict, load_config
+from megatron_eso.config.sections import KEYS
 from megatron_eso.errors import ConfigError
 from tests.support.training import TINY
 
@@ -62,6 +64,16 @@ def test_data_may_have_a_url_but_not_an_empty_name(key: str) -> None:
         "train.micro_batch_size=9000000000000000000",
         "parallel.tensor_model_parallel_size=9000000000000000000",
         "parallel.pipeline_model_parallel_size=9000000000000000000",
+        "optimizer.adam_eps=99999999999",
+        "optimizer.learning_rate=1e30",
+        "optimizer.weight_decay=1e30",
+        "optimizer.clip_grad=1e300",
+        "model.norm_epsilon=1e30",
+        "model.init_method_std=1e30",
+        "train.spike_deviations=1e300",
+        "train.skip_deviations=1e300",
+        "data.cache_gib=1e300",
+        "data.train_weights=[1e300]",
     ],
 )
 def test_sizes_beyond_any_machine_are_refused(override: str) -> None:
@@ -69,6 +81,13 @@ def test_sizes_beyond_any_machine_are_refused(override: str) -> None:
     line = refuse(*LEAST, override)
     assert line.startswith(f"command line: {key} = ")
     assert "use at most " in line
+
+
+def test_every_number_with_a_fraction_has_an_upper_limit() -> None:
+    for path, key in KEYS.items():
+        is_real = float in key.accepted_types or tuple[float, ...] in key.accepted_types
+        is_bounded = key.interval.le is not None or key.interval.lt is not None
+        assert not is_real or is_bounded or key.largest < math.inf, path
 
 
 def test_suggestions_end_whatever_the_sizes() -> None:
