@@ -182,7 +182,7 @@ class RemoteFolder:
         except DataError:
             raise
         except Exception as error:
-            times = f" (asked {num_attempts} times)" if num_attempts > 1 else ""
+            times = f" ({num_attempts} attempts)" if num_attempts > 1 else ""
             remedy = (
                 "put the dataset there again"
                 if _is_damage(error)
