@@ -1,4 +1,4 @@
-"""The section `model`: the transformer's shape, arithmetic and start."""
+"""The section `model`: shape, arithmetic and initial weights of the transformer."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -10,7 +10,7 @@ from megatron_eso.config.keys import DERIVED, Frozen, Largest, Logged
 
 MAX_LAYERS = 10_000
 MAX_WIDTH = 2**24
-"""Beyond any machine, and small enough that no check overflows."""
+"""More than any machine holds, and small enough that no check overflows."""
 MAX_STD = 1000
 SWIGLU_MULTIPLE = 64
 """A SwiGLU's derived width, 8/3 of the hidden size, is rounded up to a multiple of this."""
@@ -60,7 +60,7 @@ class ModelConfig:
     """The vocabulary is padded to a multiple of this, whatever the tensor parallelism."""
 
     def __post_init__(self) -> None:
-        """Derive widths."""
+        """Derive the widths that are left out."""
         if self.num_query_groups is None:
             object.__setattr__(self, "num_query_groups", self.num_attention_heads)
         if self.ffn_hidden_size is None:

@@ -114,7 +114,7 @@ def test_suggestions_end_whatever_the_sizes() -> None:
         ("optimizer.learning_rate=" + "[" * 5000, "optimizer.learning_rate = "),
         ("run.seed=" + "x" * 5000, "run.seed = "),
         ("x" * 300, "there is no such file"),
-        ("x" * 300 + "=1", " is no key"),
+        ("x" * 300 + "=1", " is not a key"),
     ],
 )
 def test_what_python_cannot_read_is_cut_short(override: str, words: str) -> None:

@@ -57,7 +57,7 @@ def test_the_reference_says_what_a_line_of_the_code_says() -> None:
         "| `optimizer.adam_eps` | float | `1e-08` | > 0, <= 1 | free | free | "
         "Added to the root of the mean square. |",
         "| `watchdog.validation_seconds` | float | `3600.0` | >= 0, <= 1000000000 | free | free | "
-        "For a validation. |",
+        "Deadline of a validation. |",
         "| `data.train` | str or list of str | required |  | free | free | "
         "Directory or URL of the training shards, or a list of them: a blend of corpora. |",
         "| `optimizer.ema_decay` | float | `0.0` | >= 0, < 1 | free | free | "

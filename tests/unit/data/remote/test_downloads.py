@@ -170,5 +170,5 @@ def test_a_manifest_cannot_name_files_elsewhere(
         (served / "manifest.json").write_bytes(
             dataclasses.replace(local, tokenizer_files=files).encode()
         )
-        with serve_folder(served) as other, pytest.raises(DataError, match="is no name of"):
+        with serve_folder(served) as other, pytest.raises(DataError, match="is not the name of"):
             open_dataset(other.url, cache=cache)

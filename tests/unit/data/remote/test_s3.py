@@ -72,7 +72,7 @@ def test_rows_over_s3_equal_those_on_disk(
     stage_shards([dataset.shards for dataset in datasets])
     for name, dataset in zip("ab", datasets, strict=True):
         assert is_equal(dataset, corpora / name)
-    assert "staged" in caplog.text
+    assert "shards copied" in caplog.text
     assert "secret-of-the-test" not in caplog.text
     assert dataset.shards.name(1) == f"{s3_url}/b/shard-00001.tar"
     assert find_datasets(f"{s3_url}/a") == [f"{s3_url}/a"]

@@ -141,7 +141,7 @@ def test_the_validation_set_is_every_row_in_order(folder: Path) -> None:
     assert validation.vocabulary == train.vocabulary == Vocabulary(size=50_000, mask_token_id=4)
     assert len(validation.sources) == len(train.sources) == 1
     assert ValidationData.open(configure(folder, "a").data) is None
-    with pytest.raises(DataError, match="has no row of 50 tokens"):
+    with pytest.raises(DataError, match="has no data row of 50 tokens"):
         ValidationData.open(configure(folder, "a", validation=str(folder / "short")).data)
 
 
@@ -288,7 +288,7 @@ def test_damage_names_the_sample_and_a_quarantine_that_helps(
         again, _ = open_run(repaired)
         again.resume(checkpoint(data), consumed_samples=100, source=SOURCE)
     assert "no dataset of this run" in caplog.messages[0]
-    assert "data.quarantine: another list than that of" in caplog.messages[1]
+    assert "data.quarantine: the list differs from that of" in caplog.messages[1]
     assert checkpoint(again)["quarantine_sha256"] != checkpoint(data)["quarantine_sha256"]
     found = again.rows(np.arange(3000))
     assert np.array_equal(found[~is_bad], sound[~is_bad])

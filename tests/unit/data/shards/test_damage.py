@@ -184,7 +184,7 @@ def check_shard(subject: Subject, shard: int, place: int) -> bool:
             continue
         ((record, start),) = hit
         offset = start + (place - start) // BLOCK_BYTES * BLOCK_BYTES
-        where = rf"shard-0000{shard}\.tar, record 0000000{record}.*, offset {offset}, row "
+        where = rf"shard-0000{shard}\.tar, record 0000000{record}.*, offset {offset}, data row "
         # Rows of one token: every token is in one.
         tokens = np.arange(subject.layout.record_num_tokens(record)) + record * RECORD_TOKENS
         with pytest.raises(DataError, match=where):

@@ -95,7 +95,7 @@ def test_a_sequence_longer_than_a_record_is_refused(
 ) -> None:
     make_dataset(tmp_path / "data", 300, 100)
     dataset = TokenDataset.open(tmp_path / "data")
-    with pytest.raises(DataError, match="no row of 101 tokens"):
+    with pytest.raises(DataError, match="no data row of 101 tokens"):
         dataset.num_rows(101)
 
 

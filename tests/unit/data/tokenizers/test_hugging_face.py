@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
@@ -26,6 +26,9 @@ def special_ids(tokenizer: Tokenizer) -> set[int]:
 def test_ids_are_the_librarys(
     loaded: Tokenizer, library: tokenizers.Tokenizer, name: str, text: str
 ) -> None:
+    # Hypothesis also tries strings from the source code, such as the name of a special token.
+    added = library.get_added_tokens_decoder().values()
+    assume(not any(token.content in text for token in added if token.special))
     ids = loaded.encode(text)
     assert ids == library.encode(text, add_special_tokens=False).ids
     if name in ("gpt2", "llama3"):

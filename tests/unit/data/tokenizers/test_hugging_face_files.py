@@ -105,7 +105,7 @@ def test_damaged_and_foreign_files_are_one_line(contents: dict[str, bytes], tmp_
             Tokenizer.load(tmp_path)
     path.write_bytes(content)
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(DataError, match="tokenizer_config.json is no JSON object"):
+    with pytest.raises(DataError, match="tokenizer_config.json is not a JSON object"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"model")
