@@ -56,7 +56,7 @@ def read_checkpoint_state(checkpoint: Path) -> CheckpointState:
         content = json.loads(path.read_text())
         version = content["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not readable as a checkpoint's state ({error})") from error
+        raise _describe_damage(path, error) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version {version}, this version reads {FORMAT_VERSION}: "
@@ -65,7 +65,13 @@ def read_checkpoint_state(checkpoint: Path) -> CheckpointState:
     try:
         return _parse(content)
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not readable as a checkpoint's state ({error})") from error
+        raise _describe_damage(path, error) from error
+
+
+def _describe_damage(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: not readable as a checkpoint's state ({error}); take another checkpoint"
+    )
 
 
 def _parse(content: Mapping[str, Any]) -> CheckpointState:

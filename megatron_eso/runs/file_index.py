@@ -62,7 +62,9 @@ def read_file_index(folder: Path) -> Index:
             raise ValueError("its checksum differs")
         index = {name: FileEntry(**entry) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); take another checkpoint"
+        ) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version {version}, this version reads {FORMAT_VERSION}: use the "

@@ -90,7 +90,7 @@ def read_status(path: Path) -> RunStatus | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
+        raise ConfigError(f"{path}: cannot be read ({error}); remove it") from error
     raise ConfigError(
         f"{path}: format_version {version}, this version reads {FORMAT_VERSION}: "
         f"use the megatron-eso that wrote it"

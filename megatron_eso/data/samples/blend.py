@@ -57,8 +57,8 @@ class BlendPhase:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Places:
-    """The origins of samples: corpus, epoch of that corpus, and data row, each int64 [N]."""
+class DataRows:
+    """The data rows of samples: corpus, epoch of that corpus, and data row, each int64 [N]."""
 
     corpus_N: Int64
     epoch_N: Int64
@@ -120,7 +120,7 @@ class Blend:
         )
         return Blend(seed=self.seed, corpora=run_corpora, phases=(*self.phases, phase))
 
-    def locate(self, sample_indices: Int64) -> Places:
+    def locate(self, sample_indices: Int64) -> DataRows:
         """Return the corpus, epoch and data row of samples.
 
         Args:
@@ -140,7 +140,7 @@ class Blend:
             draws = draw_N[is_drawn_N]
             epoch_N[is_drawn_N] = draws // num_rows
             row_N[is_drawn_N] = SampleOrder(self.seed, num_rows, number).rows(draws)
-        return Places(corpus_N=corpus_N, epoch_N=epoch_N, row_N=row_N)
+        return DataRows(corpus_N=corpus_N, epoch_N=epoch_N, row_N=row_N)
 
     def _draws(self, index_N: Int64) -> tuple[Int64, Int64]:
         """Return the corpus of each sample, and the number of its draw from this corpus."""

@@ -18,7 +18,7 @@ from megatron_eso.data.samples.blend import (
     Blend,
     BlendPhase,
     Corpus,
-    Places,
+    DataRows,
     resolve_quotas,
 )
 from megatron_eso.data.samples.corpora import (
@@ -111,7 +111,7 @@ class TrainingData:
         """The sources of the shards, for `stage_shards`."""
         return [dataset.shards for dataset in self.datasets.values()]
 
-    def locate(self, sample_indices: npt.NDArray[np.int64]) -> Places:
+    def locate(self, sample_indices: npt.NDArray[np.int64]) -> DataRows:
         """Return the corpus, epoch and data row of samples, with the substitutes of quarantine.
 
         Raises:
@@ -126,7 +126,7 @@ class TrainingData:
         return dataclasses.replace(places, row_N=row_N)
 
     def samples(self, indices_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Read samples, framed as `data.framing` says.
+        """Read samples, with the tokens of `data.framing`.
 
         Args:
             indices_B: Sample numbers, int64 `[B]`, from 0 on, without an upper limit.
@@ -135,7 +135,8 @@ class TrainingData:
             Token ids, int64 `[B, T]`, T = `data.sequence_length`.
 
         Raises:
-            DataError: A shard is damaged; the message names shard, record, offset, row and sample.
+            DataError: A shard is damaged; the error names shard, record, offset, data row and
+                sample.
         """
         return self._framing.frame(self.rows(indices_B))
 
@@ -153,7 +154,8 @@ class TrainingData:
             Token ids, int64 [N, S].
 
         Raises:
-            DataError: A shard is damaged; the message names shard, record, offset, row and sample.
+            DataError: A shard is damaged; the error names shard, record, offset, data row and
+                sample.
         """
         places = self.blend.locate(sample_indices)
         tokens_NS = np.empty((len(sample_indices), self.row_tokens), dtype=np.int64)

@@ -60,7 +60,7 @@ class ValidationData:
         return [self.dataset.shards]
 
     def samples(self, indices_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Read samples, framed as `data.framing` says.
+        """Read samples, with the tokens of `data.framing`.
 
         Args:
             indices_B: Sample numbers, int64 `[B]`, from 0 to num_samples - 1.
@@ -69,7 +69,7 @@ class ValidationData:
             Token ids, int64 `[B, T]`, T = `data.sequence_length`.
 
         Raises:
-            DataError: A shard is damaged; the message names shard, record, offset, and row.
+            DataError: A shard is damaged; the error names shard, record, offset and data row.
         """
         return self._framing.frame(self.dataset.rows(indices_B, self._row_tokens))
 
