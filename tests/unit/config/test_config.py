@@ -1,4 +1,4 @@
-"""Resolution of derived values, and combinations that are refused."""
+"""Derived values, and combinations that are refused."""
 
 import dataclasses
 from pathlib import Path
@@ -158,7 +158,7 @@ REFUSALS = [
     (["validation.interval=5"], "needs data.validation"),
     (["data.train=[]"], "name at least one directory"),
     (['data.train=["a", "b", "a"]'], "names a corpus twice"),
-    # What is left of a list that the shell took the quotes from.
+    # A list whose quotes the shell removed.
     (["data.train=[a, b]"], 'quote it for the shell, such as \'data.train=["a", "b"]\''),
     (["data.train_weights=[1]"], "is for a list of corpora in data.train"),
     (['data.train=["a", "b"]', "data.train_weights=[1]"], "needs a weight for each of the 2"),

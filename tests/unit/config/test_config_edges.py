@@ -1,4 +1,4 @@
-"""Mistakes in the files and values of a configuration: one line, with the remedy."""
+"""Mistakes in the files and values of a configuration: each is one line with the remedy."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def refuse(*arguments: str) -> str:
         ("a/" + "x" * 300 + "/b", "has a part of 300 bytes"),
     ],
 )
-def test_what_names_no_file_is_refused(key: str, value: str, remedy: str) -> None:
+def test_a_text_that_cannot_be_a_path_is_refused(key: str, value: str, remedy: str) -> None:
     line = refuse(*LEAST, f"{key}={value}")
     assert line.startswith(f"command line: {key} = ")
     assert remedy in line
@@ -90,7 +90,7 @@ def test_every_number_with_a_fraction_has_an_upper_limit() -> None:
         assert not is_real or is_bounded or key.largest < math.inf, path
 
 
-def test_suggestions_end_whatever_the_sizes() -> None:
+def test_suggestions_end_for_any_sizes() -> None:
     huge = 2**62
     assert even_layout(huge, 3) is None
     assert even_layout(3, huge) is None
@@ -117,7 +117,7 @@ def test_suggestions_end_whatever_the_sizes() -> None:
         ("x" * 300 + "=1", " is not a key"),
     ],
 )
-def test_what_python_cannot_read_is_cut_short(override: str, words: str) -> None:
+def test_a_value_that_python_cannot_read_is_shortened(override: str, words: str) -> None:
     assert words in refuse(*LEAST, override)
 
 
@@ -135,7 +135,7 @@ def test_a_deeply_nested_file_is_one_line(tmp_path: Path) -> None:
         ("tp2_sp.toml", "parallel/tp2_sp.toml"),
     ],
 )
-def test_one_name_away_is_suggested(name: str, meant: str) -> None:
+def test_a_similar_name_is_suggested(name: str, meant: str) -> None:
     line = refuse(name)
     assert f"did you mean {meant}?" in line
     assert "The package has base_1p7b.toml, base_1p7b_tp.toml, owt_small.toml, quick" in line

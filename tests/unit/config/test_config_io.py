@@ -1,4 +1,4 @@
-"""TOML layers, overrides, strict types, JSON and TOML output."""
+"""TOML layers, overrides and strict types; JSON and TOML output."""
 
 import copy
 import json
@@ -125,7 +125,7 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, message: str
     assert "\n" not in str(raised.value)
 
 
-def test_what_is_missing_is_named() -> None:
+def test_a_missing_key_is_named() -> None:
     with pytest.raises(ConfigError, match="command line: model.num_layers is missing: set num_la"):
         load_config([argument for argument in ARGUMENTS if "num_layers" not in argument])
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The references of the configuration, in `docs`, follow the code."""
+"""The references of the configuration in `docs` agree with the code."""
 
 import ast
 import inspect

@@ -55,6 +55,7 @@ def test_a_run_over_urls_is_that_over_local_shards(
     def open_data(config: Config) -> TrainingData:
         return TrainingData.open(config.data, config.run.seed)
 
+    # The samples and the state are equal to those of local shards.
     remote = open_data(configure(f"{server.url}/a", f"{server.url}/b"))
     local = open_data(configure(str(corpora / "a"), str(corpora / "b")))
     stage_shards(remote.sources)

@@ -103,6 +103,7 @@ def test_damaged_and_foreign_files_are_one_line(contents: dict[str, bytes], tmp_
         path.write_bytes(case)
         with pytest.raises(DataError, match=r"tokenizer\.json: .*; copy it again or give another$"):
             Tokenizer.load(tmp_path)
+    # Other files of the folder that are not JSON, or that hold another tokenizer.
     path.write_bytes(content)
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(DataError, match="tokenizer_config.json is not a JSON object"):
