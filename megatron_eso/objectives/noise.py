@@ -205,7 +205,7 @@ def draw_any_order(
         indices_B: Indices of the samples in the set.
         number: Which of a sample's independent orders, from 0 on.
         alpha_0: Expected share of tokens that come first, in random order.
-        sequence_length: T.
+        sequence_length: T, the tokens of a sample.
 
     Returns:
         The orders, with every token masked.

@@ -42,8 +42,8 @@ def count_diffusion_rows(num_tokens: int, num_masked: int) -> RowCounts:
     """Count a diffusion sample: a causal stream of T rows, or no rows without a masked token.
 
     Args:
-        num_tokens: T.
-        num_masked: M.
+        num_tokens: T, the tokens of the sample.
+        num_masked: m, the masked tokens of the sample.
     """
     if num_masked == 0:
         return RowCounts()
@@ -59,8 +59,8 @@ def count_sequential_rows(num_tokens: int, num_masked: int) -> RowCounts:
     """Count a sequential sample: a clean stream of T - 1 rows and m mask queries.
 
     Args:
-        num_tokens: T.
-        num_masked: M.
+        num_tokens: T, the tokens of the sample.
+        num_masked: m, the masked tokens of the sample.
     """
     if num_masked == 0:
         return RowCounts()
@@ -82,7 +82,7 @@ def expect_diffusion_rows(num_tokens: int, alpha_0: float, sampling_eps: float) 
     """Return the mean of `count_diffusion_rows` over t in [sampling_eps, 1] and the masks.
 
     Args:
-        num_tokens: T.
+        num_tokens: T, the tokens of the sample.
         alpha_0: Share of tokens that diffusion reveals.
         sampling_eps: Lowest time.
     """
@@ -106,7 +106,7 @@ def expect_sequential_rows(num_tokens: int, alpha_0: float) -> RowCounts:
     """Return the mean of `count_sequential_rows` over the masks.
 
     Args:
-        num_tokens: T.
+        num_tokens: T, the tokens of the sample.
         alpha_0: Share of tokens that diffusion reveals.
     """
     masked = 1 - alpha_0
@@ -124,7 +124,7 @@ def expect_masked_pairs(num_tokens: int, first: float, second: float) -> float:
     """Return the mean of `count_masked_pairs` over the masks.
 
     Args:
-        num_tokens: T.
+        num_tokens: T, the tokens of the sample.
         first: Probability that a given token is masked.
         second: Probability that two given tokens are both masked.
     """
