@@ -113,6 +113,23 @@ def test_standard_input_has_the_format_that_is_named(
         assert TokenDataset.open(out).manifest.num_documents == 2
 
 
+@pytest.mark.parametrize("command", ["build", "train-tokenizer"])
+def test_a_format_is_refused_without_standard_input(
+    command: str, small_corpus: Path, tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    options = {"build": ["--tokenizer", str(tokenizer_directory)]}.get(
+        command, ["--vocab-size", "500"]
+    )
+    with pytest.raises(ConfigError, match="^--format txt: is for standard input, --input -; leave"):
+        main(
+            [
+                *(command, "--input", str(small_corpus), "--format", "txt"),
+                *("--out", str(tmp_path / "out"), *options),
+            ]
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_verify_takes_several_folders(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     main(["verify", str(shards / "validation"), str(shards)])
