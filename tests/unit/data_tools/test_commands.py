@@ -56,7 +56,7 @@ def test_verify_finds_every_kind_of_damage(
     dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["verify", str(dataset)])
-    assert capsys.readouterr().out.count("sound") == 2
+    assert capsys.readouterr().out.count("intact") == 2
     train = dataset / "train"
     layout = TokenDataset.open(train).manifest.layout
     shard = train / "shard-00000.tar"

@@ -65,7 +65,10 @@ def test_a_place_that_cannot_be_written_is_named(
 def test_sizes_of_a_tokenizer_are_explained_by_its_options(
     small_corpus: Path, tmp_path: Path
 ) -> None:
-    for size, remedy in ((100, r"are \d+; give that or more"), (10**6, r"for \d+; give that or l")):
+    for size, remedy in (
+        (100, r"are \d+; give that or more"),
+        (10**6, r"yields \d+ pieces; give that or l"),
+    ):
         options = TokenizerOptions(
             inputs=[str(small_corpus)], vocab_size=size, out=tmp_path / "out"
         )
@@ -133,7 +136,7 @@ def test_a_format_is_refused_without_standard_input(
 def test_verify_takes_several_folders(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     main(["verify", str(shards / "validation"), str(shards)])
-    assert capsys.readouterr().out.count("sound") == 3
+    assert capsys.readouterr().out.count("intact") == 3
 
 
 def test_one_damage_has_one_remedy(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ def test_every_format_gives_the_same_tokenizer(
     assert len(models) == 1
 
 
-def test_bad_lines_stop_or_are_told(
+def test_broken_lines_stop_or_are_counted(
     tmp_path: Path,
     small_corpus: Path,
     capsys: pytest.CaptureFixture[str],
@@ -71,7 +71,10 @@ def test_bad_lines_stop_or_are_told(
             assert not (tmp_path / "out").exists()
         else:
             train_tokenizer(options)
-            assert f"3 bad places left out, first {path}:1: no key" in capsys.readouterr().err
+            assert (
+                f"3 broken lines, rows or files left out, first: {path}:1: no key"
+                in capsys.readouterr().err
+            )
 
 
 @given(

@@ -164,12 +164,12 @@ def test_splits_hold_every_document_once_by_its_text(
         (b'{"text": "a"}\n{"text": "b"\n', "bad.jsonl:2: invalid JSON"),
         (b'{"text": "a"}\n\n{"body": "b"}\n', "bad.jsonl:3: no key 'text'"),
         (b'{"text": 1}\n', "bad.jsonl:1: 'text' is not a string"),
-        (b"[1]\n", "bad.jsonl:1: not a JSON object"),
+        (b"[1]\n", "bad.jsonl:1: is no JSON object"),
         (b'{"text": "\xff"}\n', "bad.jsonl:1: invalid UTF-8"),
         (b'{"text": "\\ud800"}\n', "bad.jsonl:1: the text holds half a surrogate pair"),
         (b"[" * 10**6, "bad.jsonl:1: invalid JSON"),
         (b'{"text": ""}\n', "no document with text"),
-        (b"", "bad.jsonl: empty"),
+        (b"", "bad.jsonl: is empty"),
     ],
 )
 def test_bad_lines_are_named(
@@ -199,8 +199,8 @@ def test_wrong_paths_are_refused(tmp_path: Path, tokenizer_directory: Path) -> N
     (tmp_path / "taken" / "mine").write_text("mine")
     for path, problem in (
         (tmp_path / "absent.jsonl", "no such file or folder"),
-        (unknown, "unknown kind of file"),
-        (tmp_path / "empty", "no text there"),
+        (unknown, "is of an unknown kind"),
+        (tmp_path / "empty", "holds no text"),
     ):
         with pytest.raises(ConfigError, match=problem):
             build([path], tokenizer_directory, tmp_path / "out")

@@ -97,7 +97,7 @@ def test_other_options_are_refused_by_name(
 def test_input_that_has_changed_is_noticed(options: BuildOptions, tmp_path: Path) -> None:
     stop_at_bad_line(options)
     write_lines(tmp_path / "a.jsonl", is_bad=True, first="b")
-    with pytest.raises(DataError, match=r"a\.jsonl.* is not what it was"):
+    with pytest.raises(DataError, match=r"a\.jsonl.* has changed since"):
         build_dataset(options)
     write_lines(tmp_path / "a.jsonl", is_bad=True)
     build_dataset(change(options, text=SKIP))
@@ -169,7 +169,7 @@ def test_standard_input_goes_on_when_it_is_piped_again(
     files = SpanFiles(directory=tmp_path / "piped.building" / "spans", number=0)
     committed = files.journal.read_bytes()
     assert committed
-    assert "standard input, or a file read before it, is not what it was" in pipe(
+    assert "standard input, or a file read before it, has changed since" in pipe(
         good.replace(b"a0 word", b"b0 word"), options, out
     )
     assert files.journal.read_bytes() == committed

@@ -243,8 +243,8 @@ def put(path: Path, offset: int, data: bytes) -> None:
         (".idx", 9, b"\2", r"version 2"),
         (".idx", 17, b"\7", r"dtype code 7"),
         (".idx", 34 + 4 * 3, b"\x99", r"c\.idx: byte \d+: sequence [34] does not follow"),
-        (".idx", 34 + 12 * 20 + 8 * 3, b"\x13", r"bound 4 of documents descends"),
-        (".idx", 34 + 12 * 20, b"\1", r"not from 0 to 20"),
+        (".idx", 34 + 12 * 20 + 8 * 3, b"\x13", r"bound 4 of documents is below"),
+        (".idx", 34 + 12 * 20, b"\1", r"not 0 and 20"),
         (".bin", 4 * 77, struct.pack("<i", MASK), r"c\.bin: byte 308: the id 4 .* mask token"),
         (".bin", 4 * 5, struct.pack("<i", 600), r"c\.bin: byte 20: the id 600 is not in"),
         (".bin", 4 * 5, struct.pack("<i", -1), r"c\.bin: byte 20: the id -1 is not in"),
@@ -269,7 +269,7 @@ def test_damaged_packed_files_are_refused(tmp_path: Path, tokenizer_directory: P
     sound = path.read_bytes()
     for content, message in (
         (sound[:-1], "byte 4023: the file has 4023 bytes, not 4024"),
-        (sound[:10], "ends inside of its header"),
+        (sound[:10], "is shorter than its header"),
         (sound + b"x", "4025 bytes, not 4024"),
         (b"x" + sound[1:], "begins with b'xITPKDS'"),
         (sound[:7] + b"\2" + sound[8:], "version 2"),

@@ -211,7 +211,7 @@ def test_an_input_that_changed_is_not_read_on(tmp_path: Path) -> None:
             skipped_digest=units[count - 1].digest,
             unit_bytes=100,
         )
-        with pytest.raises(DataError, match=r"a\.jsonl.* is not what it was"):
+        with pytest.raises(DataError, match=r"a\.jsonl.* has changed since"):
             list(rest)
     with path.open("ab") as stream:
         stream.write(b"\n")

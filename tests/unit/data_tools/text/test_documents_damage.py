@@ -24,8 +24,8 @@ BAD_LINES = [
     (b'{"body": "b"}', "no key 'text'; name the key of the text by --text-key"),
     (b'{"text": null}', "'text' is not a string; name the key of the text by --text-key"),
     (b'{"text": {"text": "a"}}', "'text' is not a string"),
-    (b'["text"]', "not a JSON object; each line must be one"),
-    (b'"text"', "not a JSON object"),
+    (b'["text"]', "is no JSON object; each line must be one"),
+    (b'"text"', "is no JSON object"),
     (b'{"text": "\xff"}', "invalid UTF-8; convert the file"),
     (b'{"text": "a", "other": "\xed\xa0\x80"}', "invalid UTF-8"),
     (b'{"text": "\\ud800"}', "the text holds half a surrogate pair; correct the line"),
@@ -105,7 +105,7 @@ def test_files_without_text_are_named(tmp_path: Path, name: str) -> None:
     contents = {"mark.txt": b"\xef\xbb\xbf", "none.txt.gz": gzip.compress(b"")}
     path = tmp_path / name
     path.write_bytes(contents.get(name, b""))
-    expect(path, [], [": damaged Parquet" if name == "a.parquet" else ": empty; leave it out"])
+    expect(path, [], [": damaged Parquet" if name == "a.parquet" else ": is empty; leave it out"])
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, to_zstd])
@@ -182,7 +182,7 @@ def test_parquet_rows_and_columns_are_named(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "number.parquet", pa.array([1, 2]))
     expect(path, [], [": column 'text' is int64, no text; name another by --text-key"])
     path = write_parquet(tmp_path / "none.parquet", pa.array([], pa.string()))
-    expect(path, [], [": empty; leave it out"])
+    expect(path, [], [": is empty; leave it out"])
     wrong = TextOptions(text_key="body")
     with pytest.raises(DataError, match="no column 'body'; name one of other, text by --text-key"):
         read_documents(path.with_name("null.parquet"), options=wrong)

@@ -63,10 +63,10 @@ def test_a_name_that_looks_like_a_glob_is_a_name_first(tmp_path: Path) -> None:
     ("names", "message"),
     [
         (["none"], "none: there is no such file or folder"),
-        (["*.csv"], r"\*\.csv: no text there; the kinds are \.jsonl"),
-        (["g.md"], "g.md: unknown kind of file; the kinds are .jsonl"),
-        (["h.parquet.gz"], "unknown kind of file"),
-        (["b.jsonl", "*.jsonl"], "names .*b.jsonl twice"),
+        (["*.csv"], r"\*\.csv: holds no text; the kinds are \.jsonl"),
+        (["g.md"], "g.md: is of an unknown kind; the kinds are .jsonl"),
+        (["h.parquet.gz"], "is of an unknown kind"),
+        (["b.jsonl", "*.jsonl"], "--input .*b.jsonl: is named twice"),
     ],
 )
 def test_wrong_paths_are_refused(tree: Path, names: list[str], message: str) -> None:
@@ -76,9 +76,9 @@ def test_wrong_paths_are_refused(tree: Path, names: list[str], message: str) -> 
 
 
 def test_an_empty_folder_and_standard_input_twice_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no text there"):
+    with pytest.raises(ConfigError, match="holds no text"):
         find_inputs([str(tmp_path)])
-    with pytest.raises(ConfigError, match="names - twice"):
+    with pytest.raises(ConfigError, match="--input -: is named twice"):
         find_inputs(["-", "-"])
 
 
