@@ -100,7 +100,7 @@ def test_a_hugging_face_tokenizer_serves_as_well(
     score = json.loads(capsys.readouterr().out.splitlines()[0])
     assert score["tokens"] == len(tokenizer.encode("the <|endoftext|>")) > 3
     other = write_model(make, tmp_path / "other", tmp_path / "tokenizer.json")
-    with pytest.raises(DataError, match="put the network's tokenizer there"):
+    with pytest.raises(DataError, match="replace it by the network's tokenizer"):
         main(["sample", str(other)])
 
 
@@ -183,7 +183,7 @@ def test_a_wrong_command_line_exits_with_2(
         ({"variant": "a"}, "variant 'a'"),
         ({"model_type": "gpt2"}, "model_type"),
         ({"num_hidden_layers": 3}, "tensor layers.2"),
-        ({"hidden_size": 25}, "shape"),
+        ({"hidden_size": 25}, r"in the weights, \(.*\) in the configuration"),
         ({"activation": "relu"}, "relu"),
         ({"vocab_size": None}, "config.json"),
     ],

@@ -220,6 +220,7 @@ def test_arguments_that_do_not_fit_are_refused(make) -> None:
     prompt = torch.tensor([[1, MASK, MASK], [MASK, MASK, 2]])
     masked_first = torch.tensor([[1, 0, 2], [2, 1, 0]])
     cases = [
+        # Sizes and prompts.
         ({"num_samples": 0}, "num_samples"),
         ({"length": 13}, "max_length"),
         ({"length": 0}, "length"),
@@ -229,15 +230,17 @@ def test_arguments_that_do_not_fit_are_refused(make) -> None:
         ({"prompt": prompt.float()}, "float32"),
         ({"prompt": prompt + 9}, "outside"),
         ({"prompt": torch.ones(2, 13, dtype=torch.int64)}, "max_length"),
+        # Orders, schedules and noise.
         ({"prompt": prompt, "permutation": masked_first}, "masked token comes before"),
         ({"prompt": prompt, "permutation": masked_first[:1]}, "permutation"),
         ({"prompt": prompt, "permutation": masked_first * 0}, "permutation"),
-        ({"prompt": prompt, "schedule": [1, 1, 1]}, "schedule of row 0"),
-        ({"prompt": prompt, "schedule": [2, 0]}, "schedule of row 0"),
-        ({"prompt": prompt, "schedule": [[2], [1]]}, "schedule of row 1"),
-        ({"prompt": prompt, "schedule": [[2]]}, "one a row"),
-        ({"prompt": prompt, "schedule": [2, [2]]}, "one a row"),
+        ({"prompt": prompt, "schedule": [1, 1, 1]}, "schedule of sample 0"),
+        ({"prompt": prompt, "schedule": [2, 0]}, "schedule of sample 0"),
+        ({"prompt": prompt, "schedule": [[2], [1]]}, "schedule of sample 1"),
+        ({"prompt": prompt, "schedule": [[2]]}, "one per sample"),
+        ({"prompt": prompt, "schedule": [2, [2]]}, "one per sample"),
         ({"prompt": prompt, "gumbel": torch.zeros(2, 3, V + 1)}, "gumbel"),
+        # Numbers.
         ({"alpha_0": 1.5}, "alpha_0"),
         ({"steps": 0}, "steps"),
         ({"temperature": -1.0}, "temperature"),

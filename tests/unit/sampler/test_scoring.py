@@ -30,7 +30,7 @@ def mask_slots(x: Tensor, order: Tensor, num_clean: list[int]) -> Tensor:
 
 
 def logits_of_last(model: EsoLM, tokens: list[int], positions: list[int]) -> Tensor:
-    """The last row of a plain causal pass."""
+    """Return the last row of a plain causal pass."""
     hidden = model.network.hidden_states(torch.tensor([tokens]), torch.tensor([positions]))
     return model.network.logits(hidden)[0, -1]
 
@@ -138,22 +138,24 @@ def test_inputs_that_do_not_fit_are_refused(make) -> None:
     wrong = order.clone()
     wrong[0, 0] = wrong[0, 1]
     swapped = order.flip(1)
+    # Both phases check their arguments.
     cases = [
         (z, x, swapped, "masked token comes before a clean one"),
         (wide_x, wide_x, wide_order, "max_length = 12"),
         (z[:, :5], x, order, "shape"),
         (z, x, order[0], "shape"),
         (z.int(), x, order, "int32"),
-        (z, x, wrong, "no permutation"),
-        (z, x, order + 1, "no permutation"),
-        (z.masked_fill(z != MASK, 11), x, order, "outside of 0..10"),
-        (z.masked_fill(z != MASK, -1), x, order, "outside of 0..10"),
+        (z, x, wrong, "positions 0..T-1 once"),
+        (z, x, order + 1, "positions 0..T-1 once"),
+        (z.masked_fill(z != MASK, 11), x, order, "outside 0..10"),
+        (z.masked_fill(z != MASK, -1), x, order, "outside 0..10"),
     ]
     for bad_z, bad_x, bad_order, message in cases:
         with pytest.raises(ValueError, match=message):
             model.diffusion_logits(bad_z, bad_order)
         with pytest.raises(ValueError, match=message):
             model.sequential_logits(bad_z, bad_x, bad_order)
+    # Each phase has a condition of its own.
     with pytest.raises(ValueError, match="differ"):
         model.sequential_logits(z, (x + 1) % 3, order)
     with pytest.raises(ValueError, match="max_length"):
