@@ -266,9 +266,7 @@ def fold_official(checkpoint: OfficialCheckpoint) -> dict[str, Tensor]:
         ) from None
     if source:
         names = ", ".join(sorted(source))
-        raise CheckpointError(
-            f"{checkpoint.path}: its tensors {names} are of no known use; {_REMEDY}"
-        )
+        raise CheckpointError(f"{checkpoint.path}: its tensors {names} are unknown; {_REMEDY}")
     return {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
 
 

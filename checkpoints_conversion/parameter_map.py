@@ -140,7 +140,7 @@ def map_to_sampler(
     """
     keys = list_keys(config, residual_gates=residual_gates)
     for key in sorted(set(keys) ^ tensors.keys()):
-        problem = "of no known use" if key in tensors else "missing"
+        problem = "unknown" if key in tensors else "missing"
         raise CheckpointError(
             f"{source}: tensor {key} is {problem}; its configuration is of another model"
         )

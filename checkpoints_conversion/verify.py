@@ -119,7 +119,7 @@ def load_any(
             tensors=fold_official(official),
             weights=official.weights,
         )
-    # A directory says by its files which kind it is.
+    # The kind of a directory follows from its files.
     if is_sampler_directory(path):
         config = read_network_config(path)
         return Loaded(

@@ -117,18 +117,7 @@ def _add_build(commands: Any) -> None:
         help="put the documents of the whole input into a random order (16 bytes of disk cache "
         "and a short read per document when merging)",
     )
-    build.add_argument(
-        "--record-tokens",
-        type=count(1, MAX_RECORD_TOKENS),
-        default=RECORD_TOKENS,
-        help="default: %(default)s",
-    )
-    build.add_argument(
-        "--shard-records",
-        type=count(1, MAX_SHARD_RECORDS),
-        default=SHARD_RECORDS,
-        help="default: %(default)s",
-    )
+    _add_sizes(build)
     build.set_defaults(run=lambda found: build_dataset(_build_options(found)))
 
 
@@ -178,19 +167,8 @@ def _add_import_tokens(commands: Any) -> None:
         metavar="SHARE",
         help="share of the documents, chosen by the hash of their tokens, for OUT/validation",
     )
-    # How large the files are.
-    command.add_argument(
-        "--record-tokens",
-        type=count(1, MAX_RECORD_TOKENS),
-        default=RECORD_TOKENS,
-        help="default: %(default)s",
-    )
-    command.add_argument(
-        "--shard-records",
-        type=count(1, MAX_SHARD_RECORDS),
-        default=SHARD_RECORDS,
-        help="default: %(default)s",
-    )
+    _add_sizes(command)
+    # What is done with them.
     command.set_defaults(
         run=lambda found: import_tokens(
             ImportOptions(
@@ -213,9 +191,9 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help=".jsonl or .parquet files (a document a line or row), .txt files, all but Parquet "
-        "also .gz or .zst; folders of them, quoted globs, or - for standard input, "
-        "which is JSONL (see --format); a .json file may be one array of objects",
+        help=".jsonl or .parquet files (one document per line or row), .json files (one array of "
+        "objects, or as .jsonl), .txt files, all but Parquet also .gz or .zst; folders of them, "
+        "quoted globs, or - for standard input (see --format)",
     )
     parser.add_argument(
         "--format",
@@ -263,6 +241,23 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes; the result does not depend on it (default: one per core)",
+    )
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--record-tokens",
+        type=count(1, MAX_RECORD_TOKENS),
+        default=RECORD_TOKENS,
+        metavar="N",
+        help="tokens of a record (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard-records",
+        type=count(1, MAX_SHARD_RECORDS),
+        default=SHARD_RECORDS,
+        metavar="N",
+        help="records of a shard (default: %(default)s)",
     )
 
 

@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = CommandLine(prog="python -m pretrain.evaluate", description=__doc__)
+    # Which checkpoint, on which layout.
     parser.add_argument(
         "run_dir",
         type=existing_path,
@@ -70,6 +71,7 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--step", type=count(), help="step (default: that of the newest complete checkpoint)"
     )
+    # What is computed, on which data.
     parser.add_argument(
         "--data",
         type=existing_location,

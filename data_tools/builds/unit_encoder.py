@@ -46,7 +46,7 @@ class EncodedUnit:
 
     tokens: npt.NDArray[np.unsignedinteger]
     documents: npt.NDArray[np.void]
-    """DOCUMENT_DTYPE: the documents that end in the unit, as far as they lie in it."""
+    """DOCUMENT_DTYPE: the documents that end in the unit, with their sizes in it."""
     open_tokens: int
     """Tokens after the end of the last complete document."""
     open_text_bytes: int

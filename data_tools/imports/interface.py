@@ -29,7 +29,7 @@ class TokenBlock:
     """Offset of the first token in the file, in bytes."""
     tokens: npt.NDArray[np.integer]
     ends: npt.NDArray[np.int64]
-    """Indices in `tokens`, ascending, before which a document ends; index 0 stands for the end of a
+    """Indices in `tokens`, ascending, before which a document ends; index 0 is for the end of a
     document in the block before, the number of tokens for an end at the end of this block."""
 
 

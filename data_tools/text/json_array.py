@@ -109,7 +109,7 @@ def _split_blocks(blocks: Iterator[tuple[bytes, bool]]) -> Iterator[bytes]:
         pending += decode(block, is_last)
         if len(pending) < wanted and not is_last:
             continue
-        # The whole elements of the text, with what stands between them.
+        # The whole elements of the text, and the characters between them.
         position = 0
         while True:
             position = _skip_space(pending, position)

@@ -212,7 +212,7 @@ def choose_tokens(
 
 
 def keep_nucleus(logits_EV: Tensor, top_p: float) -> Tensor:
-    """Set the logits to -inf of all but the fewest likeliest tokens that reach `top_p` together."""
+    """Keep the fewest likeliest tokens that reach `top_p` together; set other logits to -inf."""
     if top_p >= 1:
         return logits_EV
     sorted_EV, order_EV = logits_EV.to(torch.float64).sort(dim=-1, descending=True)

@@ -1,4 +1,4 @@
-"""Golden vectors of the reference (tests/golden), and what `from-official` makes of them."""
+"""Golden vectors of the reference (tests/golden), and directories converted from them."""
 
 from pathlib import Path
 

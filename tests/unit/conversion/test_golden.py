@@ -1,4 +1,4 @@
-"""Parity with the reference through `from-official` and the sampler (golden/README.md)."""
+"""The converted network and the sampler equal the reference (golden/README.md)."""
 
 from pathlib import Path
 
@@ -179,7 +179,7 @@ def test_the_mask_token_is_the_last_row_unless_it_is_given(
         (lambda ckpt: drop_everywhere(ckpt, "backbone.blocks.1.norm1.weight"), "no tensor"),
         (lambda ckpt: drop_everywhere(ckpt, "backbone.blocks.0.mlp.0.weight"), "no tensor"),
         (lambda ckpt: drop_block(ckpt, 1), "has the blocks 0, 2; some are missing"),
-        (lambda ckpt: add_everywhere(ckpt, "backbone.x", torch.zeros(1)), "x are of no known use"),
+        (lambda ckpt: add_everywhere(ckpt, "backbone.x", torch.zeros(1)), "x are unknown"),
         (lambda ckpt: reshape(ckpt, "vocab_embed.embedding", (-1,)), "do not fit each other"),
         (lambda ckpt: reshape(ckpt, "sigma_map.mlp.2.bias", (2, -1)), "do not fit each other"),
         (lambda ckpt: reshape(ckpt, "blocks.0.attn_qkv.weight", (-1, 3)), "in the weights"),
@@ -224,7 +224,7 @@ def drop_block(checkpoint: dict, block: int) -> None:
 
 def add_everywhere(checkpoint: dict, name: str, tensor: Tensor) -> None:
     checkpoint["state_dict"][name] = tensor
-    # The list of EMA tensors has none for the rotary frequencies, the last tensor of the state.
+    # The rotary frequencies before it are no parameter, so the EMA list has none for them.
     checkpoint["ema"]["shadow_params"].append(tensor)
 
 

@@ -1,4 +1,4 @@
-"""Run directories and what `to-sampler` takes of them: which weights and which step."""
+"""Run directories, and the weights and steps that `to-sampler` takes from them."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def test_every_network_returns_from_a_run_directory_bit_for_bit(
     assert NetworkConfig.from_dict(read_description(tmp_path / "sampler")) == config
 
 
-def test_a_run_directory_names_its_checkpoint_and_says_what_is_in_it(run_directory: Path) -> None:
+def test_a_run_directory_names_and_describes_its_checkpoint(run_directory: Path) -> None:
     assert (run_directory / "checkpoints/latest").read_text().strip() == STEP_0.name
     state = json.loads((run_directory / STEP_0 / "state.json").read_text())
     assert state == {"format_version": 1, "step": 0, "consumed_samples": 0, "kind": "weights"}
@@ -104,8 +104,6 @@ def test_the_newest_checkpoint_is_taken_by_default(tmp_path: Path, run_directory
     assert end.value.code == 2
 
 
-def test_the_steps_that_there_are_are_listed_in_plain_text(
-    tmp_path: Path, run_directory: Path
-) -> None:
+def test_existing_steps_are_listed_in_plain_text(tmp_path: Path, run_directory: Path) -> None:
     with pytest.raises(ConfigError, match="no complete checkpoint; there are step_00000000$"):
         main(["to-sampler", str(run_directory), str(tmp_path / "out"), "--step", "7"])

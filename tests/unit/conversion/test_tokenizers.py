@@ -1,4 +1,4 @@
-"""Tokenizers on their way through the conversions, and the mask tokens that they state."""
+"""The conversions copy tokenizers, and take the mask token from them."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def write_word_tokenizer(folder: Path, words: list[str]) -> Path:
     return folder
 
 
-def test_the_tokenizer_travels_both_ways(
+def test_the_tokenizer_is_copied_both_ways(
     tmp_path: Path, tiny_ckpt: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = write_word_tokenizer(tmp_path / "tokenizer", WORDS)
@@ -47,7 +47,7 @@ def test_the_tokenizer_travels_both_ways(
         assert len(contents) == 1
 
 
-def test_the_mask_token_of_an_official_checkpoint_is_its_tokenizers(
+def test_the_mask_token_of_an_official_checkpoint_comes_from_its_tokenizer(
     tmp_path: Path, tiny_ckpt: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""The command lines: exit codes, one-line errors, and what verify, inspect and training report."""
+"""Exit codes and one-line errors of the commands, and the reports of verify and inspect."""
 
 import subprocess
 import sys

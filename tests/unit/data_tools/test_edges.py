@@ -1,4 +1,4 @@
-"""What a user of the data tools writes wrong, and reads."""
+"""Mistakes on the command line of the data tools, and the lines that report them."""
 
 import gzip
 import io
@@ -48,7 +48,7 @@ def test_a_wrong_argument_names_no_private_function(capsys: pytest.CaptureFixtur
     assert line.startswith("error: DIR|URL: nowhere: No such file or directory; see ")
 
 
-def test_a_place_that_cannot_be_written_is_named(
+def test_an_output_that_cannot_be_written_is_named(
     small_corpus: Path, tokenizer_directory: Path, tmp_path: Path
 ) -> None:
     for out in (small_corpus / "out", Path("/proc/out"), tmp_path / ("x" * 250)):
