@@ -76,7 +76,7 @@ def test_quickstart_trains_converts_and_samples(tmp_path: Path) -> None:
         "samples",
         "TensorBoard logs",
         "sampler directory",
-        "next, what the paper's 125M run takes",
+        "next, plan the paper's 125M run",
     ):
         assert word in output
     (*_, plan) = output.splitlines()
