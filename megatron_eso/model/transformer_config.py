@@ -1,4 +1,4 @@
-"""The resolved configuration as Megatron-Core's TransformerConfig."""
+"""Megatron-Core's TransformerConfig for the resolved configuration."""
 
 from functools import partial
 
@@ -15,9 +15,9 @@ PARAMS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def build_transformer_config(
     model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
 ) -> TransformerConfig:
-    """Translate the sections for Megatron-Core; the trainer sets the hooks of the training step.
+    """Translate the sections for Megatron-Core; training sets the hooks of its step.
 
-    Weights are allocated on the CPU without values. `initialization.py` fills them by name, so that
+    Weights are allocated on the CPU without values. `initialization.py` fills them by name, so
     every layout starts from the same values.
     """
     gated = model.activation == "swiglu"

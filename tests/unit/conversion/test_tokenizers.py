@@ -74,7 +74,7 @@ def test_a_tokenizer_of_another_kind_is_copied_and_a_damaged_one_refused(
     with pytest.raises(CheckpointError, match="cannot have this name"):
         main([*arguments, str(tokenizer)])
     (tokenizer / "tokenizer.json").write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer\.json: it is no JSON"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: it is not JSON"):
         main([*arguments, str(tokenizer)])
     with pytest.raises(SystemExit) as end:
         main([*arguments, str(tmp_path / "absent")])

@@ -41,9 +41,10 @@ def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_a_wrong_argument_names_no_private_function(capsys: pytest.CaptureFixture[str]) -> None:
     line = refuse(capsys, "build", "--validation", "half")
-    assert line == "error: --validation: half is no number; see `python -m data_tools build --help`"
+    hint = "see `python -m data_tools build --help`"
+    assert line == f"error: --validation: half is not a number; {hint}"
     line = refuse(capsys, "build", "--record-tokens", "9" * 20)
-    assert line.startswith(f"error: --record-tokens: {'9' * 20} is no whole number from 1 to ")
+    assert line.startswith(f"error: --record-tokens: {'9' * 20} is not a whole number from 1 to ")
     line = refuse(capsys, "verify", "nowhere")
     assert line.startswith("error: DIR|URL: nowhere: No such file or directory; see ")
 

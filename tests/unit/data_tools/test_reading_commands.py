@@ -99,7 +99,7 @@ def test_bench_reads_in_every_way(folder: Path, run: Run, monkeypatch: pytest.Mo
         assert 0 < way["median_milliseconds"] <= way["p99_milliseconds"]
     shown = run("bench", folder, "--sequence-length", 100)
     assert all(way["way"] in shown for way in report["ways"])
-    with pytest.raises(DataError, match="no row of 20001 tokens"):
+    with pytest.raises(DataError, match="no data row of 20001 tokens"):
         run("bench", folder, "--sequence-length", 20001)
 
 

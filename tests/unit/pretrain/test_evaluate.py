@@ -51,4 +51,4 @@ def test_zero_orders_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as end:
         main([str(run), "--any-order", "0"])
     assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: --any-order: 0 is no whole number from 1")
+    assert capsys.readouterr().err.startswith("error: --any-order: 0 is not a whole number from 1")

@@ -167,7 +167,7 @@ def test_a_wrong_command_line_exits_with_2(
     for arguments, name in (
         (["sample", str(tmp_path / "nowhere")], "SAMPLER_DIR: "),
         (["score", str(directory), str(tmp_path / "nowhere")], "FILE: "),
-        (["score", str(directory), "--batch-size", "0"], "--batch-size: 0 is no whole number"),
+        (["score", str(directory), "--batch-size", "0"], "--batch-size: 0 is not a whole number"),
     ):
         with pytest.raises(SystemExit) as end:
             main(arguments)
