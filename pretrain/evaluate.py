@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         checkpoint = choose_checkpoint(arguments.run_dir, arguments.step)
         config, validation = configure(checkpoint, arguments.data, arguments.overrides)
         # Imported once the configuration is known to be sound: importing takes seconds.
+        from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
+
+        install_cpu_backend()
         from megatron_eso.training.checkpoint_evaluation import evaluate_checkpoint
 
         answer = evaluate_checkpoint(
