@@ -7,6 +7,7 @@ from tests.ranks.world import (
     describe_process,
     die_on_one_rank,
     fail_on_one_rank,
+    find_loaded,
     hang_on_one_rank,
     return_what_does_not_pickle,
 )
@@ -25,6 +26,11 @@ def test_processes_stay_alive_and_use_one_thread(world: World) -> None:
     assert first == second
     assert len({pid for pid, _, _ in first}) == 2
     assert all((threads, variable) == (1, "1") for _, threads, variable in first)
+
+
+def test_megatron_is_imported_without_a_compiler(world: World) -> None:
+    compiler = ("torch._inductor.compile_fx", "triton")
+    assert world.run(find_loaded, 1, "megatron.core", *compiler) == [["megatron.core"]]
 
 
 def test_an_exception_names_its_rank_and_keeps_the_pool(world: World) -> None:
