@@ -67,7 +67,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
 
 
 @pytest.mark.parametrize("case", CHANGED)
-def test_run_goes_on_at_another_layout(
+def test_run_continues_at_another_layout(
     case: str, world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
     before, after = CHANGED[case]
