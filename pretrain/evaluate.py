@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = choose_checkpoint(arguments.run_dir, arguments.step)
     config, validation = configure(checkpoint, arguments.data, arguments.overrides)
     # Imported after the configuration is checked: the import takes seconds.
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
+
+    install_cpu_backend()
     from megatron_eso.training.checkpoint_evaluation import evaluate_checkpoint
 
     answer = evaluate_checkpoint(

@@ -55,6 +55,9 @@ def train(loaded: LoadedConfig) -> None:
         logger.warning("%s", warning)
     validation = inputs.validation
     stage_shards(inputs.train.sources + (validation.sources if validation else []))
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
+
+    install_cpu_backend()
     from megatron_eso.training.job import run_job
     from pretrain.initial_weights import convert_initial_weights
 

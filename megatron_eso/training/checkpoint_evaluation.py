@@ -15,7 +15,6 @@ from megatron_eso.runs.checkpoint import PREFIXES
 from megatron_eso.runs.checkpoint_state import read_checkpoint_state
 from megatron_eso.training.checkpointing.restore import refuse_damage
 from megatron_eso.training.checkpointing.state import load_weights
-from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 from megatron_eso.training.distributed.parallel import model_parallel_groups, process_group
 from megatron_eso.training.steps.batches import ValidationBatches
 from megatron_eso.training.steps.evaluation import evaluate, evaluate_orders
@@ -45,7 +44,6 @@ def evaluate_checkpoint(
         CheckpointError: The checkpoint is damaged, or lacks these weights.
         DataError: The shards are of another tokenizer.
     """
-    install_cpu_backend()
     record = read_checkpoint_state(checkpoint)
     if record.data is not None:  # a conversion's has none
         validation.check_tokenizer(record.data["tokenizer"])

@@ -26,7 +26,6 @@ from megatron_eso.training.checkpointing.checkpoints import Checkpoints
 from megatron_eso.training.checkpointing.restore import restore
 from megatron_eso.training.checkpointing.rollbacks import Rollbacks
 from megatron_eso.training.checkpointing.saves import Saves
-from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 from megatron_eso.training.distributed.parallel import model_parallel_groups, process_group
 from megatron_eso.training.guards.batch_check import check_data
 from megatron_eso.training.guards.dry_batch import try_largest_batch
@@ -53,7 +52,7 @@ def run_job(
 ) -> None:
     """Build everything on this rank and train; collective over the world.
 
-    How it ends is recorded in `status.json`.
+    How it ends is recorded in `status.json`. Without a GPU, `install_cpu_backend` comes first.
 
     Args:
         config: The resolved configuration.
@@ -62,7 +61,6 @@ def run_job(
         prepare_weights: Makes initial weights readable that are no checkpoint; rank 0 calls it
             with `checkpoint.init_from` and the run's directory, which it holds.
     """
-    install_cpu_backend()
     run = locate_run(config)
     with ExitStack() as stack:
         if is_first_rank():

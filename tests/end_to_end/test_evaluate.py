@@ -17,7 +17,9 @@ from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.objectives.noise import draw_any_order
 from megatron_eso.objectives.objective import VALIDATION_SEED
 from megatron_eso.sampler import EsoLM
-from tests.support.training import TINY, tiny_arguments
+from tests.ranks.loop import run_loop
+from tests.support.training import TINY
+from tests.support.world import World
 
 NELBO_TOLERANCE = 1e-6  # relative
 NUM_SAMPLES, NUM_ORDERS = 6, 3
@@ -54,11 +56,14 @@ def test_an_error_of_all_ranks_is_reported_once(path: str, line: str, tmp_path: 
     assert found.startswith(line)
 
 
+@pytest.mark.parallel
 @pytest.mark.slow
-def test_evaluate_repeats_the_runs_validation(tiny_data: Path, tmp_path: Path) -> None:
+def test_evaluate_repeats_the_runs_validation(
+    world: World, tiny_data: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     steps = {"train.num_steps": 3, "validation.num_samples": NUM_SAMPLES}
-    run_module("pretrain.train", *tiny_arguments(run, tiny_data, steps))
+    world.run(run_loop, 1, run, tiny_data, steps)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = next(record for record in reversed(records) if "val/nelbo" in record)
 

@@ -202,6 +202,6 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
         if isinstance(entry, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that there is one process
+        warnings.simplefilter("ignore")  # torch warns that there is one process
         torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
