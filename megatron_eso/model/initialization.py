@@ -1,4 +1,4 @@
-"""Initial values as a function of (seed, global name): the same on every layout.
+"""Draws initial values as a function of seed and global name: every layout has the same ones.
 
 Megatron-Core's own initialization depends on the pipeline layout.
 """

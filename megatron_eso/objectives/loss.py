@@ -70,7 +70,9 @@ def normalize_phases(sums_P: Tensor, tokens: Sequence[int]) -> Tensor:
         sums_P: Weighted sum of each phase.
         tokens: Real tokens of each phase in the global batch.
     """
-    return sums_P / sums_P.new_tensor([max(count, 1) for count in tokens])
+    # By numbers, because a tensor of them would make the host wait for the GPU.
+    parts = zip(sums_P.unbind(), tokens, strict=True)
+    return torch.stack([total / max(count, 1) for total, count in parts])
 
 
 def sum_samples(nll_E: Tensor, loss: LossRows, num_samples: int) -> Tensor:

@@ -140,9 +140,9 @@ def test_a_new_run_starts_from_weights(world: World, tiny_data: Path, tmp_path: 
     run = tmp_path / "b"
     log = world.run(restore_each, 2, [run], tiny_data, longer)[0][0].log
     for line in (
-        f"starting from {trained}: loaded are its weights of step 2 (not their moving average)",
-        "fresh are Adam's moments, the moving average (it starts at these weights), the learning-",
-        "learning-rate schedule, the counters and the order of the samples",
+        f"starting from {trained}: read the weights of step 2 (not their moving average)",
+        "Adam's moments, the moving average (it starts at these weights), the learning-rate ",
+        "learning-rate schedule, the counters and the order of the samples start fresh",
         "changed since step_00000002: data.sequence_length: 24 -> 32",
         "changed since step_00000002: model.rotary_base: 10000 -> 50000",
         "changed since step_00000002: objective.alpha_0: 0.25 -> 0.5",

@@ -27,7 +27,7 @@ LAYOUTS: dict[str, Overrides] = {
 }
 NUM_STEPS = 4
 STALE = "is not the state at the moment of the save"
-STILL = "not changed since the save before"
+STILL = "not changed since the previous save"
 
 
 @pytest.mark.parametrize("in_background", [False, True])

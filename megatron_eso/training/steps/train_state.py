@@ -1,4 +1,4 @@
-"""All that a step changes, and how it is built."""
+"""Builds the state that training steps change: model, optimizer, schedule, average, counters."""
 
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.sections import Config, ParallelConfig, TrainConfig, Vocabulary
@@ -42,9 +43,9 @@ class TrainState:
     ema: ExponentialMovingAverage | None
     counters: Counters
     losses: MovingStatistics
-    """Of the losses of the steps that were applied."""
+    """Statistics of the losses of the steps whose update was applied."""
     grad_norms: MovingStatistics
-    """Of the logarithms of their gradient norms."""
+    """Statistics of the logarithms of their gradient norms."""
 
 
 def build_train_state(config: Config, groups: ProcessGroupCollection) -> TrainState:
@@ -76,16 +77,17 @@ def build_model_chunks(
     parallel: ParallelConfig,
     groups: ProcessGroupCollection,
 ) -> list[DistributedDataParallel]:
-    """Build and fill this rank's parts of the model, wrapped for bf16 and data parallelism.
+    """Build this rank's parts of the model with initial weights, for bf16 and data parallelism.
 
     Args:
-        model_config: The network.
-        vocabulary: Of the shards.
-        seed: Of the initial weights.
-        train: Precision and recomputation.
-        parallel: The layout.
-        groups: Groups of this rank.
+        model_config: The section `model`.
+        vocabulary: The vocabulary of the shards.
+        seed: The seed of the initial weights.
+        train: The section `train`: precision and recomputation.
+        parallel: The section `parallel`: the layout.
+        groups: The groups of this rank.
     """
+    # Megatron-Core's options.
     transformer_config = build_transformer_config(model_config, parallel, train)
     transformer_config.finalize_model_grads_func = finalize_model_grads
     ddp_config = DistributedDataParallelConfig(
@@ -95,6 +97,7 @@ def build_model_chunks(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         check_for_nan_in_grad=False,
     )
+    # One chunk, or one for each virtual pipeline stage.
     vp_size = parallel.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in [None] if vp_size is None else range(vp_size):
@@ -116,14 +119,35 @@ def build_model_chunks(
                 transformer_config,
                 ddp_config,
                 module,
-                # Reducing chunks after the first is not on the critical path.
+                # The reduction of later chunks is not on the critical path.
                 disable_bucketing=bool(vp_stage),
                 pg_collection=groups,
             )
         )
+    _sum_gradients(chunks)
     if parallel.overlap_grad_reduce:
-        no_sync = [chunk.no_sync for chunk in chunks]
-        transformer_config.no_sync_func = no_sync if vp_size else no_sync[0]
-        grad_sync = [chunk.start_grad_sync for chunk in chunks]
-        transformer_config.grad_sync_func = grad_sync if vp_size else None
+        _overlap_reductions(transformer_config, chunks)
     return chunks
+
+
+def _sum_gradients(chunks: list[DistributedDataParallel]) -> None:
+    """Make the data-parallel reductions sums, as the loss is a sum over the samples.
+
+    Megatron-Core would first multiply all gradients by 1 / DP: a pass over their memory, after
+    which the loss would have to be multiplied by DP.
+    """
+    for chunk in chunks:
+        for group in chunk.bucket_groups:
+            for bucket in group.buckets:
+                bucket.gradient_scaling_factor = 1.0
+
+
+def _overlap_reductions(
+    transformer_config: TransformerConfig, chunks: list[DistributedDataParallel]
+) -> None:
+    """Set the functions by which Megatron-Core's schedules reduce gradients during backward."""
+    no_sync = [chunk.no_sync for chunk in chunks]
+    is_interleaved = len(chunks) > 1
+    transformer_config.no_sync_func = no_sync if is_interleaved else no_sync[0]
+    grad_sync = [chunk.start_grad_sync for chunk in chunks]
+    transformer_config.grad_sync_func = grad_sync if is_interleaved else None

@@ -1,0 +1,27 @@
+"""How often a training step makes the host wait for the GPU."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.ranks.host_waits import count_waits
+from tests.support.training import LAYOUTS
+from tests.support.world import World
+
+pytestmark = pytest.mark.parallel
+
+SHAPES = "p2p_communication.py:_communicate_shapes"
+"""Megatron-Core's pipeline stages exchange the shapes of their tensors, and wait for them."""
+
+
+@pytest.mark.parametrize(
+    "layout", ["1 rank", "TP=2 SP", "PP=2 interleaved", "DP=2", "DP=2 distributed optimizer"]
+)
+def test_a_step_waits_once(layout: str, world: World, tiny_data: Path, tmp_path: Path) -> None:
+    """The losses, the gradient's norm and whether all gradients are finite come together."""
+    num_ranks, overrides = LAYOUTS[layout]
+    overrides = overrides | {"train.precision": '"bf16"'}
+    for waits in world.run(count_waits, num_ranks, tmp_path, tiny_data, overrides):
+        print(f"{layout}: {waits.total()} waits: {dict(waits)}")
+        del waits[SHAPES]
+        assert waits.total() == 1
