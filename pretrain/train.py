@@ -1,7 +1,7 @@
 """Pretrains an Eso-LM, under torchrun or alone.
 
-Resumes by itself from the newest complete checkpoint of the run directory. `--dry-run` prints what
-would be trained, on what layout and in how much memory, and exits.
+A run resumes from the newest complete checkpoint of its directory. `--dry-run` prints model, layout
+and memory of the run, and exits.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from megatron_eso.training.records.wandb_log import check_wandb
 logger = logging.getLogger("pretrain")
 
 REPORT_SECONDS = 10.0
-"""Time that rank 0 has to report an error which all ranks meet."""
+"""How long the other ranks wait for rank 0 to report an error that all ranks have."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, or print what would be trained; returns the exit code."""
+    """Train, or print the plan of the run; return the exit code."""
     arguments = parse_arguments(argv)
     try:
         loaded = load_config(arguments.layers, folder=SHIPPED_CONFIGS)
@@ -46,18 +46,18 @@ def main(argv: list[str] | None = None) -> int:
             raise
     except UserError:
         if not is_first_rank():
-            # A launcher ends all ranks when one has ended: first rank 0 reports the error. A rank
-            # that is still there has met an error of its own.
+            # A launcher ends all ranks when one has ended, so rank 0 reports first. A rank that
+            # still runs after the wait has an error that rank 0 does not have.
             time.sleep(REPORT_SECONDS)
         raise
     return 0
 
 
 def train(loaded: LoadedConfig) -> None:
-    """Check what the run needs, and train; collective over the ranks that were launched."""
+    """Check what the run needs, and train; collective over the launched ranks."""
     check_wandb(loaded.config.run.wandb_project)
     check_layout(loaded.config, launched_world_size(), loaded.origins)
-    # Imported once the configuration is known to be sound: importing takes seconds.
+    # Imported after the check of the configuration, since the import takes seconds.
     from pretrain.start import open_inputs
 
     inputs = open_inputs(loaded)
@@ -73,7 +73,7 @@ def train(loaded: LoadedConfig) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = CommandLine(prog="python -m pretrain.train", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "layers",
@@ -89,8 +89,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def print_plan(loaded: LoadedConfig, world_size: int | None) -> None:
-    """Print what would be trained, then refuse what the start of the run would refuse."""
-    # Imported once the configuration is known to be sound: the objective's rows import torch.
+    """Print the plan of the run, then raise what the start of the run would raise."""
+    # Imported after the check of the configuration, since the import of torch takes seconds.
     from megatron_eso.estimates.dry_run import format_dry_run
     from pretrain.start import list_unreachable, open_inputs
 
@@ -105,7 +105,7 @@ def print_plan(loaded: LoadedConfig, world_size: int | None) -> None:
             samples = f"# samples: {inputs.train.describe()}\n"
     except UserError as error:
         refusal = error
-    # Whoever plans a run before its data are built gets the estimates all the same.
+    # A run can be planned before its data are built: the estimates come before the refusal.
     sys.stdout.write(format_dry_run(loaded, world_size) + "\n" + samples)
     if refusal is not None:
         sys.stdout.flush()
@@ -113,7 +113,7 @@ def print_plan(loaded: LoadedConfig, world_size: int | None) -> None:
 
 
 def record_failure(directory: str, error: UserError) -> None:
-    """Leave the error for the job script; a folder that cannot be written to keeps nothing."""
+    """Write the error to `failure.json` for the job script, if the folder can be written to."""
     with suppress(OSError):
         write_failure(RunDirectory(Path(directory)).failure, str(error))
 

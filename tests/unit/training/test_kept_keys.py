@@ -26,7 +26,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def shown(value: Any) -> str:
-    """A value as the configuration writes it."""
+    """Write a value as the configuration does."""
     return "not set" if value is None else json.dumps(value)
 
 

@@ -79,7 +79,7 @@ def threads_of(batches: RecordedBatches) -> list[threading.Thread]:
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1, STEPS_AHEAD])
-def test_plans_are_those_of_the_batches_wherever_they_are_asked_for(
+def test_plans_are_those_of_the_batches_from_any_step(
     steps_ahead: int, tiny_data: Path, tmp_path: Path
 ) -> None:
     """One after the other; back and on again; far ahead; the same place twice."""
@@ -91,9 +91,7 @@ def test_plans_are_those_of_the_batches_wherever_they_are_asked_for(
     assert not any(thread.is_alive() for thread in threads_of(batches))
 
 
-def test_the_next_steps_are_ready_before_they_are_asked_for(
-    tiny_data: Path, tmp_path: Path
-) -> None:
+def test_the_next_steps_are_ready_before_they_are_taken(tiny_data: Path, tmp_path: Path) -> None:
     batches = make_batches(tiny_data, tmp_path)
     with StepPrefetcher(batches, 0, STEPS_AHEAD) as prefetcher:
         prefetcher.take(step_at(0))
