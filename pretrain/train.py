@@ -1,7 +1,7 @@
 """Pretrains an Eso-LM, under torchrun or alone.
 
-Resumes by itself from the newest complete checkpoint of the run directory. `--dry-run` prints what
-would be trained, on what layout and in how much memory, and exits.
+A run resumes from the newest complete checkpoint of its directory. `--dry-run` prints model, layout
+and memory of the run, and exits.
 """
 
 import argparse
@@ -27,7 +27,7 @@ logger = logging.getLogger("pretrain")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, or print what would be trained; returns the exit code."""
+    """Train, or print the plan of the run; return the exit code."""
     arguments = parse_arguments(argv)
     loaded = load_config(arguments.layers, folder=SHIPPED_CONFIGS)
     if arguments.dry_run:
@@ -43,10 +43,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def train(loaded: LoadedConfig) -> None:
-    """Check what the run needs, and train; collective over the ranks that were launched."""
+    """Check what the run needs, and train; collective over the launched ranks."""
     check_wandb(loaded.config.run.wandb_project)
     check_layout(loaded.config, launched_world_size(), loaded.origins)
-    # Imported once the configuration is known to be sound: importing takes seconds.
+    # Imported after the check of the configuration, since the import takes seconds.
     from pretrain.start import open_inputs
 
     inputs = open_inputs(loaded)
@@ -65,7 +65,7 @@ def train(loaded: LoadedConfig) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = CommandLine(prog="python -m pretrain.train", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "layers",
@@ -81,8 +81,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def print_plan(loaded: LoadedConfig, world_size: int | None) -> None:
-    """Print what would be trained, then refuse what the start of the run would refuse."""
-    # Imported once the configuration is known to be sound: the objective's rows import torch.
+    """Print the plan of the run, then raise what the start of the run would raise."""
+    # Imported after the check of the configuration, since the import of torch takes seconds.
     from megatron_eso.estimates.dry_run import format_dry_run
     from pretrain.start import list_unreachable, open_inputs
 
@@ -97,7 +97,7 @@ def print_plan(loaded: LoadedConfig, world_size: int | None) -> None:
             samples = f"# samples: {inputs.train.describe()}\n"
     except UserError as error:
         refusal = error
-    # Whoever plans a run before its data are built gets the estimates all the same.
+    # A run can be planned before its data are built: the estimates come before the refusal.
     sys.stdout.write(format_dry_run(loaded, world_size) + "\n" + samples)
     if refusal is not None:
         sys.stdout.flush()
@@ -105,7 +105,7 @@ def print_plan(loaded: LoadedConfig, world_size: int | None) -> None:
 
 
 def record_failure(directory: str, error: UserError) -> None:
-    """Leave the error for the job script; a folder that cannot be written to keeps nothing."""
+    """Write the error to `failure.json` for the job script, if the folder can be written to."""
     with suppress(OSError):
         write_failure(RunDirectory(Path(directory)).failure, str(error))
 

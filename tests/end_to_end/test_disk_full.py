@@ -106,7 +106,7 @@ def test_a_full_disk_loses_nothing(small_disk: Path, tiny_data: Path, tmp_path: 
         process.wait()
     text = log.read_text()
     assert "make room" in text
-    assert "kept in memory until there is room" in text
+    assert "stay in memory until there is room" in text
     assert "Traceback" not in text.split("could not be saved")[-1]
     status = RunDirectory(run).read_status()
     assert status.state == "failed"

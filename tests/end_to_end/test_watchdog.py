@@ -36,12 +36,12 @@ def test_a_frozen_rank_ends_the_job_with_its_name(tiny_data: Path, tmp_path: Pat
     host = re.escape(socket.gethostname())
     for report in (read_log(tmp_path), (tmp_path / "logs" / "rank_00000.log").read_text()):
         assert re.search(
-            rf"watchdog: rank 0 on {host} \(process {other.pid}\) has been in phase "
+            rf"watchdog: rank 0 on {host} \(process {other.pid}\) has been in "
             r"'train step \d+.*' for \d+ s: ending the job",
             report,
         )
         assert re.search(
-            rf"watchdog: rank 1 on {host} \(process {frozen.pid}\): in phase '.+' for \d+ s, "
+            rf"watchdog: rank 1 on {host} \(process {frozen.pid}\): in '.+' for \d+ s, "
             r"SILENT for \d+ s",
             report,
         )

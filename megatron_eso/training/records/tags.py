@@ -1,7 +1,7 @@
-"""Every curve of a run: its tag in TensorBoard and in metrics.jsonl, and what it means.
+"""The tags of all curves in TensorBoard and in metrics.jsonl, and what they mean.
 
 Scripts and dashboards rely on the tags. The table of docs/curves.md has the same lines. PHASE
-stands for a phase of the objective: `eso_lm` has `diffusion` and `sequential`.
+is a phase of the objective: `eso_lm` has `diffusion` and `sequential`.
 """
 
 from collections.abc import Mapping
@@ -88,31 +88,31 @@ MEANINGS: Mapping[str, str] = MappingProxyType(_meanings)
 
 
 def loss_of_phase(phase: str) -> str:
-    """Tag of a phase's training loss."""
+    """Return the tag of a phase's training loss."""
     return _LOSS_OF_PHASE.replace("PHASE", phase)
 
 
 def phase_of_loss(tag: str) -> str | None:
-    """The phase whose training loss the tag names; None for other tags."""
+    """Return the phase whose training loss the tag names; None for other tags."""
     prefix = _LOSS_OF_PHASE.removesuffix("PHASE")
     return tag.removeprefix(prefix) if tag.startswith(prefix) else None
 
 
 def val_nelbo_of_phase(phase: str) -> str:
-    """Tag of a phase's part of the validation NELBO."""
+    """Return the tag of a phase's part of the validation NELBO."""
     return _VAL_NELBO_OF_PHASE.replace("PHASE", phase)
 
 
 def val_nelbo_by_time(phase: str, time: float) -> str:
-    """Tag of a phase's part of the validation NELBO around a time."""
+    """Return the tag of a phase's part of the validation NELBO around a time."""
     return _VAL_NELBO_BY_TIME.replace("PHASE", phase).replace("TIME", f"{time:.2f}")
 
 
 def with_raw_weights(tag: str) -> str:
-    """Tag of a validation with the raw weights, given that of the same with EMA weights."""
+    """Return the tag for the raw weights that belongs to a tag for the EMA weights."""
     return tag.replace("val/", "val_raw/", 1)
 
 
 def share_of_corpus(corpus: str) -> str:
-    """Tag of a corpus's share in the samples."""
+    """Return the tag of a corpus's share in the samples."""
     return _SHARE.replace("CORPUS", corpus)

@@ -96,7 +96,7 @@ def test_remote_data_that_cannot_be_reached_are_a_warning(
 
 @pytest.fixture
 def finished_run(tiny_data: Path, tmp_path: Path) -> RunDirectory:
-    """A run of 5 steps that has ended, but for its tensors."""
+    """Make a run of 5 steps that has ended, without its tensors."""
     run = RunDirectory(tmp_path / "run")
     checkpoint = run.checkpoints / "step_00000005"
     checkpoint.mkdir(parents=True)

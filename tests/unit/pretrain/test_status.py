@@ -15,7 +15,7 @@ from pretrain.status import describe_run, read_report
 
 @pytest.fixture
 def ended_process() -> int:
-    """The number of a process of this host that is gone."""
+    """Return the number of a process of this host that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
