@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_eso.quantities import parse_count
+from megatron_eso.ranks import wait_for_first_rank
 
 MAX_COUNT = 2**63 - 1
 _MAX_QUOTED = 200
@@ -19,6 +20,7 @@ class CommandLine(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong, without the usage, and exit."""
+        wait_for_first_rank()
         line = " ".join(message.removeprefix("argument ").split())
         self.exit(2, f"error: {line}; see `{self.prog} --help`\n")
 

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from megatron_eso.ranks import wait_for_first_rank
+
 
 class UserError(Exception):
     """Something that the user can correct, in one line; a command ends with `exit_code`."""
@@ -60,6 +62,7 @@ def run_command(
         code = main(argv)
         sys.stdout.flush()
     except UserError as error:
+        wait_for_first_rank()
         report_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -6,6 +6,10 @@ command.
 
 import os
 import sys
+import time
+
+REPORT_SECONDS = 10.0
+"""Time that rank 0 has to report an error which all ranks meet."""
 
 
 def own_rank() -> int:
@@ -25,3 +29,13 @@ def is_first_rank() -> bool:
 def launched_world_size() -> int:
     """Number of ranks that the launcher has started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def wait_for_first_rank() -> None:
+    """Wait, on a rank other than 0, while rank 0 reports an error that all ranks meet.
+
+    A launcher ends all ranks when one has ended. A rank that still runs after this time has met an
+    error of its own.
+    """
+    if not is_first_rank():
+        time.sleep(REPORT_SECONDS)

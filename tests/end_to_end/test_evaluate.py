@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,27 @@ def run_module(*arguments: str, ranks: int = 1) -> str:
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("nowhere", "error: RUN_DIR: nowhere: No such file or directory; see `python -m pre"),
+        (".", "error: .: has no complete checkpoint; complete checkpoints: none"),
+    ],
+)
+def test_an_error_of_all_ranks_is_reported_once(path: str, line: str, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    finished = subprocess.run(
+        [sys.executable, *launcher, "-m", "pretrain.evaluate", path],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (found,) = (each for each in finished.stderr.splitlines() if each.startswith("error: "))
+    assert found.startswith(line)
 
 
 @pytest.mark.parallel

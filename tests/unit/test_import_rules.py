@@ -52,9 +52,9 @@ SAMPLER = ("megatron_eso.sampler",)
 
 # Room -> what of ours it may import apart from itself; the longest name that fits a module counts.
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "megatron_eso.errors": (),
+    "megatron_eso.errors": RANKS,
     "megatron_eso.compression": (),
-    "megatron_eso.command_line": ("megatron_eso.quantities",),
+    "megatron_eso.command_line": ("megatron_eso.quantities", *RANKS),
     "megatron_eso.quantities": (),
     "megatron_eso.ranks": (),
     "megatron_eso.retries": (),
