@@ -75,6 +75,7 @@ def run_quickstart(folder: Path) -> str:
 
 @pytest.mark.slow
 def test_quickstart_trains_converts_and_samples(tmp_path: Path) -> None:
+    # What it prints.
     output = run_quickstart(tmp_path)
     found = {
         name: float(value)
@@ -90,10 +91,12 @@ def test_quickstart_trains_converts_and_samples(tmp_path: Path) -> None:
         "next, plan the paper's 125M run",
     ):
         assert word in output
+    # The command at the end works as it is printed.
     (*_, plan) = output.splitlines()
     command = [sys.executable, *shlex.split(plan)[1:]]
     planned = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "# memory of the fullest rank" in planned.stdout
+    # What the run has recorded.
     run = RunDirectory(tmp_path / "run")
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert set().union(*records) >= TAGS | SCALING
