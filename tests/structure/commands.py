@@ -94,7 +94,7 @@ def train(title: str, run: str, num_ranks: int, *sections: dict[str, object]) ->
 
 
 def plan_data() -> list[Command]:
-    """Text, tokenizer, shards."""
+    """Plan text, tokenizer and shards."""
     tools = "data_tools"
     build = ["build", "--input", "corpus.jsonl", "--tokenizer", "tokenizer", "--out", "shards"]
     sizes = ["--record-tokens", "4096", "--shard-records", "4"]
@@ -120,7 +120,7 @@ def plan_data() -> list[Command]:
 
 
 def dry_run_arguments() -> list[str]:
-    """Plan the dry run of a configuration."""
+    """Return the arguments of a dry run."""
     return ["run.directory=runs/none", *overrides(TINY)]
 
 
