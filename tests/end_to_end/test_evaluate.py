@@ -61,12 +61,14 @@ def test_an_error_of_all_ranks_is_reported_once(path: str, line: str, tmp_path: 
 def test_evaluate_repeats_the_runs_validation(
     world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
+    # A run whose validation is to be repeated.
     run = tmp_path / "run"
     steps = {"train.num_steps": 3, "validation.num_samples": NUM_SAMPLES}
     world.run(run_loop, 1, run, tiny_data, steps)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = next(record for record in reversed(records) if "val/nelbo" in record)
 
+    # Its NELBO, of both kinds of weights, on one rank and on two.
     options = ["pretrain.evaluate", str(run), "--any-order", str(NUM_ORDERS)]
     ema: dict[str, Any] = json.loads(run_module(*options))
     assert (ema["step"], ema["weights"], ema["num_samples"]) == (3, "ema", NUM_SAMPLES)
@@ -77,6 +79,7 @@ def test_evaluate_repeats_the_runs_validation(
     raw = json.loads(run_module(*options, layout, *data, "--weights", "raw", ranks=2))
     assert raw["nelbo"] == pytest.approx(last["val_raw/nelbo"], rel=NELBO_TOLERANCE)
 
+    # The any-order bound, from the sampler's likelihoods of the same orders.
     length, alpha_0 = int(TINY["data.sequence_length"]), float(TINY["objective.alpha_0"])
     indices = np.arange(NUM_SAMPLES)
     x_0 = torch.from_numpy(TokenDataset.open(tiny_data / "validation").rows(indices, length))

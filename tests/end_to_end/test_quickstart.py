@@ -24,16 +24,17 @@ LATE_ON_RANK_0 = """
 import os, time
 from pathlib import Path
 from types import SimpleNamespace
+from megatron_eso import ranks
 from megatron_eso.errors import run_command
-from pretrain import train
+from pretrain.train import main
 waits, sleep = Path(__file__).with_name("rank_1_waits"), time.sleep
 def wait_for_rank_0(seconds):
     waits.touch()
     sleep(HANG_SECONDS)
-train.time = SimpleNamespace(sleep=wait_for_rank_0)
+ranks.time = SimpleNamespace(sleep=wait_for_rank_0)
 while os.environ["RANK"] == "0" and not waits.exists():
     sleep(0.01)
-run_command(train.main)
+run_command(main)
 """
 
 # The tags that users and outside checks rely on; perf/mfu is for GPUs.
@@ -74,6 +75,7 @@ def run_quickstart(folder: Path) -> str:
 
 @pytest.mark.slow
 def test_quickstart_trains_converts_and_samples(tmp_path: Path) -> None:
+    # What it prints.
     output = run_quickstart(tmp_path)
     found = {
         name: float(value)
@@ -89,10 +91,12 @@ def test_quickstart_trains_converts_and_samples(tmp_path: Path) -> None:
         "next, plan the paper's 125M run",
     ):
         assert word in output
+    # The command at the end works as it is printed.
     (*_, plan) = output.splitlines()
     command = [sys.executable, *shlex.split(plan)[1:]]
     planned = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "# memory of the fullest rank" in planned.stdout
+    # What the run has recorded.
     run = RunDirectory(tmp_path / "run")
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert set().union(*records) >= TAGS | SCALING
