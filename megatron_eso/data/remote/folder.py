@@ -49,13 +49,18 @@ def is_remote(location: str | Path) -> bool:
 class RemoteFolder:
     """A folder at a URL; failed reads are retried after growing pauses."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, network_attempts: int = NETWORK_ATTEMPTS) -> None:
         """Find the library that reads `url`.
+
+        Args:
+            url: URL of the folder.
+            network_attempts: Attempts of each read while the server cannot be reached.
 
         Raises:
             ConfigError: The library is not installed.
         """
         self.url = url.rstrip("/")
+        self._network_attempts = network_attempts
         self._scheme = urlsplit(url).scheme
         try:
             from fsspec.core import url_to_fs
@@ -159,7 +164,7 @@ class RemoteFolder:
 
     def _retrying(self, name: str, read: Callable[[], _T]) -> _T:
         """Call `read` until it succeeds, or too often for the kind of its failure."""
-        # A damaged file is read HASH_ATTEMPTS times, everything else NETWORK_ATTEMPTS times.
+        # A damaged file is read HASH_ATTEMPTS times, everything else `network_attempts` times.
         num_attempts = num_damaged = 0
 
         def attempt() -> _T:
@@ -174,7 +179,7 @@ class RemoteFolder:
                 raise error
             logger.warning("%s: %s; retry in %.2g s", self.name(name), _explain(error), seconds)
 
-        pauses = [FIRST_WAIT_SECONDS * 2**number for number in range(NETWORK_ATTEMPTS - 1)]
+        pauses = [FIRST_WAIT_SECONDS * 2**number for number in range(self._network_attempts - 1)]
         try:
             # The errors of fsspec's backends have no common base class.
             return retry(attempt, errors=Exception, pauses=pauses, on_error=log_or_give_up)
