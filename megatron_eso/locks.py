@@ -1,4 +1,4 @@
-"""Locks among processes: `flock` on a file, which the kernel releases when its holder ends."""
+"""Locks between processes: `flock` on a file, which the kernel releases when the holder ends."""
 
 import fcntl
 import os
@@ -16,11 +16,11 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Lock:
-    """What `hold_lock` found.
+    """The result of an attempt to take a lock.
 
     Attributes:
         is_held: Whether this process has the lock now.
-        holder: What the process that has the lock wrote about itself; empty if it wrote nothing.
+        holder: The description that the holder wrote into the file; empty if it wrote none.
     """
 
     is_held: bool
@@ -34,14 +34,14 @@ def hold_lock(
     """Lock a file while the body runs. Threads of one process exclude each other too.
 
     Args:
-        path: The lock file; it and its folder are made where they are missing. The file stays.
-        shared: Share the lock with others that take it shared.
+        path: The lock file. It and its folder are created where they are missing, and stay.
+        shared: Share the lock with other holders that share it.
         wait: Wait until the lock is free; an interrupt from the keyboard ends the wait.
         holder: A description of this process, which a refused process can read.
 
     Yields:
-        Whether the lock is held, and by whom it is held otherwise. The caller must look at
-        `is_held` unless it waits.
+        Whether this process holds the lock, and who holds it otherwise. The caller must check
+        `is_held`, unless it waits.
 
     Raises:
         UserError: The file system gives no locks.
@@ -63,10 +63,10 @@ def try_lock(stream: IO[Any], *, shared: bool = False) -> bool:
 
     Args:
         stream: Open for reading and writing.
-        shared: Share the lock with others that take it shared.
+        shared: Share the lock with other holders that share it.
 
     Returns:
-        Whether the lock is held; False if another one has it.
+        Whether the lock is held; False if another process or thread holds it.
 
     Raises:
         UserError: The file system gives no locks.
@@ -85,7 +85,7 @@ def try_lock(stream: IO[Any], *, shared: bool = False) -> bool:
 
 @contextmanager
 def _open_locked(path: Path, *, shared: bool, wait: bool) -> Iterator[tuple[IO[str], bool]]:
-    """Open the lock file and try to lock it; yields the stream and whether it is locked."""
+    """Open the lock file and try to lock it; yield the stream and whether it is locked."""
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,8 +94,8 @@ def _open_locked(path: Path, *, shared: bool, wait: bool) -> Iterator[tuple[IO[s
                 raise
             continue  # another process has just renamed the folder
         try:
-            # Network file systems give exclusive locks only to those that may write, shared ones
-            # only to those that may read.
+            # Network file systems need write access for an exclusive lock, and read access for a
+            # shared one.
             stream = path.open("a+", encoding="utf-8")
         except FileNotFoundError:
             continue  # another process has just renamed the folder
@@ -106,13 +106,13 @@ def _open_locked(path: Path, *, shared: bool, wait: bool) -> Iterator[tuple[IO[s
                 time.sleep(_POLL_SECONDS)
                 is_held = try_lock(stream, shared=shared)
             if is_held and not _is_at(stream, path):
-                continue  # the last holder removed the file: nobody else can find this lock
+                continue  # the last holder removed the file: another process cannot see this lock
             yield stream, is_held
             return
 
 
 def _is_at(stream: IO[Any], path: Path) -> bool:
-    """Whether an open file is the one that has the name `path` now."""
+    """Return whether an open file is the one that has the name `path` now."""
     try:
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())
     except FileNotFoundError:

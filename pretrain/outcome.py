@@ -1,7 +1,7 @@
-"""Decides what a job script does now that its ranks have ended: finished, requeue or stop.
+"""Decides what a job script does after its ranks have ended: finished, requeue or stop.
 
-The word is on stdout and the reason on stderr. It takes the configuration that the ranks took,
-reads their run directory, and adds a line to its `restarts.jsonl`.
+The decision is on stdout and the reason on stderr. The command takes the configuration of the
+ranks, reads their run directory, and adds a line to `restarts.jsonl` there.
 """
 
 import os
@@ -50,11 +50,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def judge(run: RunDirectory, job: str | None) -> Outcome:
-    """Decide what becomes of `run` after the ranks of `job` have ended.
+    """Decide how `run` continues after the ranks of `job` have ended.
 
-    The decision follows from what they wrote in `failure.json` and `status.json`, since launchers
-    hide exit codes, and from whether there are newer checkpoints than at the restarts before. A run
-    that another process holds is left alone.
+    Launchers hide exit codes. The decision therefore follows from `failure.json` and `status.json`,
+    and from whether a checkpoint is newer than those of the earlier restarts. A run that another
+    process holds is stopped here.
 
     Raises:
         ConfigError: `status.json`, `failure.json` or `restarts.jsonl` cannot be read.
@@ -73,7 +73,7 @@ def judge(run: RunDirectory, job: str | None) -> Outcome:
     if state == "finished":
         return make_outcome(run, job, "finished", reason)
     if run.stop_file.exists():
-        reason = f"{run.stop_file} asks for it; submit again to go on"
+        reason = f"the file {run.stop_file} exists: submit again to continue"
         return make_outcome(run, job, "stop", reason)
     if count_fruitless(read_outcomes(run.restarts), step) >= MAX_FRUITLESS_RESTARTS:
         return make_outcome(
@@ -92,7 +92,7 @@ def make_outcome(
     decision: Decision,
     reason: str,
 ) -> Outcome:
-    """Return a decision with its circumstances."""
+    """Return a decision with step, job and time."""
     return Outcome(
         decision=decision,
         reason=reason,
@@ -104,7 +104,7 @@ def make_outcome(
 
 
 def read_end(run: RunDirectory, job: str | None) -> tuple[str, str]:
-    """Return state and reason of the end; ranks that wrote none have died at the start."""
+    """Return state and reason of the end; ranks without a status have died at the start."""
     status = run.read_status()
     if status is None or status.job != job:
         return "crashed", "before the first step"
@@ -120,7 +120,7 @@ def newest_step(run: RunDirectory) -> int:
 
 
 def count_fruitless(outcomes: list[Outcome], step: int) -> int:
-    """Count the restarts in a row, up to now, that began at `step` and did not get beyond it."""
+    """Count the latest restarts in a row that began at `step` and saved no later one."""
     count = 0
     for outcome in reversed(outcomes):
         if outcome.decision != "requeue" or outcome.step != step:

@@ -1,4 +1,4 @@
-"""What a run needs to start: checked by its start and by its dry run."""
+"""Checks and opens what a run needs to start; the dry run does the same."""
 
 import copy
 import logging
@@ -27,12 +27,15 @@ from megatron_eso.training.checkpointing.kept_keys import (
     find_checkpoint,
 )
 
+PLAN_ATTEMPTS = 2
+"""Attempts of the dry run to reach remote data; the start of a run makes more."""
+
 logger = logging.getLogger("pretrain")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """The open data of a run, and its configuration with their vocabulary."""
+    """The opened data of a run, and the configuration with the vocabulary of these data."""
 
     config: Config
     train: TrainingData
@@ -40,7 +43,7 @@ class Inputs:
 
 
 class Dataset(NamedTuple):
-    """A dataset of the run by its key, and where it lies."""
+    """A dataset of the run: its key, its folder or URL, and which of the two it is."""
 
     key: str
     location: str
@@ -48,10 +51,10 @@ class Dataset(NamedTuple):
 
 
 def open_inputs(loaded: LoadedConfig) -> Inputs:
-    """Open the data of a run, and check everything else that its start needs.
+    """Open the data of a run, and check everything else that the start needs.
 
     Raises:
-        ConfigError: One line with origin, key, value and remedy.
+        ConfigError: A value is refused; one line with origin, key, value and remedy.
         DataError: Shards are missing or damaged, or have no row.
         CheckpointError: The checkpoint to start from cannot be read.
     """
@@ -88,7 +91,7 @@ def list_unreachable(loaded: LoadedConfig) -> list[str]:
     for dataset in _list_datasets(traced):
         try:
             if dataset.is_remote:
-                RemoteFolder(dataset.location).read_manifest()
+                RemoteFolder(dataset.location, PLAN_ATTEMPTS).read_manifest()
         except DataError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise
@@ -97,7 +100,7 @@ def list_unreachable(loaded: LoadedConfig) -> list[str]:
 
 
 def check_run_directory(traced: TracedConfig) -> None:
-    """Refuse a run directory that cannot be made or written to."""
+    """Refuse a run directory that cannot be created or written to."""
     path = Path(traced.config.run.directory)
     existing = next(each for each in (path, *path.absolute().parents) if each.exists())
     key = "run.directory"
@@ -107,7 +110,7 @@ def check_run_directory(traced: TracedConfig) -> None:
 
 
 def check_folders(traced: TracedConfig) -> None:
-    """Refuse local data that are not there, and name the shards in a folder below."""
+    """Refuse a local dataset that does not exist; suggest one in a folder below."""
     for key, location, is_elsewhere in _list_datasets(traced):
         if is_elsewhere or (Path(location) / MANIFEST_FILE).is_file():
             continue
@@ -124,7 +127,7 @@ def check_folders(traced: TracedConfig) -> None:
 
 
 def check_quarantine(traced: TracedConfig) -> None:
-    """Refuse a list of damaged records that is not there."""
+    """Refuse a list of damaged records that does not exist."""
     name = traced.config.data.quarantine
     remedy = "there is no such file; correct the path, or leave the key out"
     traced.require(name is None or Path(name).is_file(), "data.quarantine", remedy)
@@ -147,14 +150,14 @@ def check_sequence_length(traced: TracedConfig) -> None:
 
 
 def check_tokenizer_files(traced: TracedConfig, train: TrainingData) -> None:
-    """Refuse shards without their tokenizer, which the run directory gets a copy of."""
+    """Refuse shards without their tokenizer, which the run directory keeps a copy of."""
     folder = train.tokenizer_directory
     remedy = f"{folder} is missing; copy the tokenizer there, or build the shards again"
     traced.require(folder.is_dir(), "data.train", remedy)
 
 
 def check_validation(traced: TracedConfig, train: TrainingData, validation: ValidationData) -> None:
-    """Refuse validation on training data, and on more samples than there are."""
+    """Refuse validation on training data, or on more samples than the dataset has."""
     traced.require(
         validation.dataset.dataset_id not in train.datasets,
         "data.validation",
@@ -170,7 +173,7 @@ def check_validation(traced: TracedConfig, train: TrainingData, validation: Vali
 
 
 def check_first_weights(config: Config, train: TrainingData) -> None:
-    """Refuse a configuration that does not fit the checkpoint which the run starts from."""
+    """Refuse a configuration that does not fit the checkpoint from which the run starts."""
     checkpoint = newest(RunDirectory(Path(config.run.directory)).checkpoints)
     if checkpoint is not None:
         record = _read_resumed(checkpoint)
@@ -178,7 +181,7 @@ def check_first_weights(config: Config, train: TrainingData) -> None:
             return
         check_resumed(checkpoint, config)
         if record.data is not None:
-            # The data themselves are continued later, from the checkpoint that proves undamaged.
+            # A check on a copy: the run continues its data later, from an undamaged checkpoint.
             copy.copy(train).resume(
                 record.data,
                 consumed_samples=record.counters.consumed_samples,
@@ -191,7 +194,7 @@ def check_first_weights(config: Config, train: TrainingData) -> None:
 
 
 def _read_resumed(checkpoint: Path) -> CheckpointState | None:
-    """Read the state of the newest checkpoint; a damaged one is replaced by one before it."""
+    """Read the state of the newest checkpoint; None if it is damaged: the run uses an older one."""
     try:
         return read_checkpoint_state(checkpoint)
     except UserError:
@@ -199,7 +202,7 @@ def _read_resumed(checkpoint: Path) -> CheckpointState | None:
 
 
 def _list_datasets(traced: TracedConfig) -> list[Dataset]:
-    """List the datasets of a run, as the configuration names them."""
+    """List the datasets that the configuration names."""
     data = traced.config.data
     named = [("data.train", corpus) for corpus in data.train_corpora]
     named += [("data.validation", data.validation)] if data.validation else []
@@ -207,6 +210,6 @@ def _list_datasets(traced: TracedConfig) -> list[Dataset]:
     for key, location in named:
         try:
             datasets.append(Dataset(key, location, is_remote(location)))
-        except ConfigError as error:  # which leaves a password of the URL out
+        except ConfigError as error:  # its text has no password of the URL
             raise ConfigError(f"{traced.find_origin(key)}: {key}: {error}") from error
     return datasets

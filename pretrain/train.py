@@ -1,14 +1,13 @@
 """Pretrains an Eso-LM, under torchrun or alone.
 
-Resumes by itself from the newest complete checkpoint of the run directory. `--dry-run` prints what
-would be trained, on what layout and in how much memory, and exits.
+A run resumes from the newest complete checkpoint of its directory. `--dry-run` prints model, layout
+and memory of the run, and exits.
 """
 
 import argparse
 import dataclasses
 import logging
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import LoadedConfig, load_config
 from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.errors import UserError, run_command
-from megatron_eso.ranks import is_first_rank, launched_world_size
+from megatron_eso.ranks import launched_world_size
 from megatron_eso.runs.restarts import write_failure
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.training.records.log import start_logging
@@ -26,38 +25,28 @@ from megatron_eso.training.records.wandb_log import check_wandb
 
 logger = logging.getLogger("pretrain")
 
-REPORT_SECONDS = 10.0
-"""Time that rank 0 has to report an error which all ranks meet."""
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, or print what would be trained; returns the exit code."""
+    """Train, or print the plan of the run; return the exit code."""
     arguments = parse_arguments(argv)
+    loaded = load_config(arguments.layers, folder=SHIPPED_CONFIGS)
+    if arguments.dry_run:
+        check_wandb(loaded.config.run.wandb_project)
+        print_plan(loaded, arguments.world_size)
+        return 0
     try:
-        loaded = load_config(arguments.layers, folder=SHIPPED_CONFIGS)
-        if arguments.dry_run:
-            check_wandb(loaded.config.run.wandb_project)
-            print_plan(loaded, arguments.world_size)
-            return 0
-        try:
-            train(loaded)
-        except UserError as error:
-            record_failure(loaded.config.run.directory, error)
-            raise
-    except UserError:
-        if not is_first_rank():
-            # A launcher ends all ranks when one has ended: first rank 0 reports the error. A rank
-            # that is still there has met an error of its own.
-            time.sleep(REPORT_SECONDS)
+        train(loaded)
+    except UserError as error:
+        record_failure(loaded.config.run.directory, error)
         raise
     return 0
 
 
 def train(loaded: LoadedConfig) -> None:
-    """Check what the run needs, and train; collective over the ranks that were launched."""
+    """Check what the run needs, and train; collective over the launched ranks."""
     check_wandb(loaded.config.run.wandb_project)
     check_layout(loaded.config, launched_world_size(), loaded.origins)
-    # Imported once the configuration is known to be sound: importing takes seconds.
+    # Imported after the check of the configuration, since the import takes seconds.
     from pretrain.start import open_inputs
 
     inputs = open_inputs(loaded)
@@ -66,6 +55,9 @@ def train(loaded: LoadedConfig) -> None:
         logger.warning("%s", warning)
     validation = inputs.validation
     stage_shards(inputs.train.sources + (validation.sources if validation else []))
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
+
+    install_cpu_backend()
     from megatron_eso.training.job import run_job
     from pretrain.initial_weights import convert_initial_weights
 
@@ -73,7 +65,7 @@ def train(loaded: LoadedConfig) -> None:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = CommandLine(prog="python -m pretrain.train", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "layers",
@@ -89,8 +81,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def print_plan(loaded: LoadedConfig, world_size: int | None) -> None:
-    """Print what would be trained, then refuse what the start of the run would refuse."""
-    # Imported once the configuration is known to be sound: the objective's rows import torch.
+    """Print the plan of the run, then raise what the start of the run would raise."""
+    # Imported after the check of the configuration, since the import of torch takes seconds.
     from megatron_eso.estimates.dry_run import format_dry_run
     from pretrain.start import list_unreachable, open_inputs
 
@@ -105,7 +97,7 @@ def print_plan(loaded: LoadedConfig, world_size: int | None) -> None:
             samples = f"# samples: {inputs.train.describe()}\n"
     except UserError as error:
         refusal = error
-    # Whoever plans a run before its data are built gets the estimates all the same.
+    # A run can be planned before its data are built: the estimates come before the refusal.
     sys.stdout.write(format_dry_run(loaded, world_size) + "\n" + samples)
     if refusal is not None:
         sys.stdout.flush()
@@ -113,7 +105,7 @@ def print_plan(loaded: LoadedConfig, world_size: int | None) -> None:
 
 
 def record_failure(directory: str, error: UserError) -> None:
-    """Leave the error for the job script; a folder that cannot be written to keeps nothing."""
+    """Write the error to `failure.json` for the job script, if the folder can be written to."""
     with suppress(OSError):
         write_failure(RunDirectory(Path(directory)).failure, str(error))
 

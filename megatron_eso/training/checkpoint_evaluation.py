@@ -1,4 +1,4 @@
-"""The evaluation of a checkpoint on any layout, whole: from its folder to the numbers."""
+"""Evaluates a checkpoint on any layout."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,6 @@ from megatron_eso.runs.checkpoint import PREFIXES
 from megatron_eso.runs.checkpoint_state import read_checkpoint_state
 from megatron_eso.training.checkpointing.restore import refuse_damage
 from megatron_eso.training.checkpointing.state import load_weights
-from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 from megatron_eso.training.distributed.parallel import model_parallel_groups, process_group
 from megatron_eso.training.steps.batches import ValidationBatches
 from megatron_eso.training.steps.evaluation import evaluate, evaluate_orders
@@ -33,31 +32,33 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint: Of any layout.
-        config: Its model and objective, this layout, and what else the user has set.
+        config: The model and objective of the checkpoint, and the layout of these ranks.
         validation: The shards to evaluate on.
-        weights: `ema` or `raw`; by default EMA where there is one.
-        num_orders: Orders of the bound of the likelihood; 0: without that.
+        weights: `ema` or `raw`; by default EMA if the checkpoint has it.
+        num_orders: Orders for the bound of the likelihood; 0: no bound.
 
     Returns:
-        What the command prints.
+        The JSON object that the command prints.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or lacks these weights.
         DataError: The shards are of another tokenizer.
     """
-    install_cpu_backend()
+    # Which weights, and whether the data fit them.
     record = read_checkpoint_state(checkpoint)
-    if record.data is not None:  # a conversion's has none
+    if record.data is not None:  # a converted checkpoint has none
         validation.check_tokenizer(record.data["tokenizer"])
     has_ema = record.ema_updates is not None
     weights = weights or ("ema" if has_ema else "raw")
     if weights == "ema" and not has_ema:
         raise CheckpointError(f"{checkpoint}: holds no EMA weights; use --weights raw")
+    # The validation set.
     mask_token_id = config.data.vocabulary.mask_token_id
     objective = build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id)
     batches = ValidationBatches(
         objective, validation, config.validation, row_multiple=config.parallel.row_multiple
     )
+    # The estimates, on all ranks.
     with process_group(), model_parallel_groups(config.parallel) as groups:
         state = load_state(checkpoint, config, weights, groups)
         estimate = evaluate(state, batches, groups, use_ema=False)
@@ -83,8 +84,8 @@ def evaluate_checkpoint(
 def load_state(
     checkpoint: Path, config: Config, weights: str, groups: ProcessGroupCollection
 ) -> TrainState:
-    """A state with the weights of a checkpoint, raw or EMA, and nothing else; collective."""
-    # No average is kept with the weights that are evaluated.
+    """Load the raw or EMA weights of a checkpoint, and nothing else; collective over the world."""
+    # An evaluation has no moving average of its weights.
     optimizer = dataclasses.replace(config.optimizer, ema_decay=0.0)
     state = build_empty_state(dataclasses.replace(config, optimizer=optimizer), groups)
     refuse_damage(checkpoint)

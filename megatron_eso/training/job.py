@@ -1,4 +1,4 @@
-"""A training job on this rank: what it builds, the run, and how that ended."""
+"""Builds a training job on this rank, runs it, and records how it ended."""
 
 import dataclasses
 import faulthandler
@@ -26,7 +26,6 @@ from megatron_eso.training.checkpointing.checkpoints import Checkpoints
 from megatron_eso.training.checkpointing.restore import restore
 from megatron_eso.training.checkpointing.rollbacks import Rollbacks
 from megatron_eso.training.checkpointing.saves import Saves
-from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
 from megatron_eso.training.distributed.parallel import model_parallel_groups, process_group
 from megatron_eso.training.guards.batch_check import check_data
 from megatron_eso.training.guards.dry_batch import try_largest_batch
@@ -53,16 +52,15 @@ def run_job(
 ) -> None:
     """Build everything on this rank and train; collective over the world.
 
-    How it ends is recorded in `status.json`.
+    `status.json` records how it ends. Without a GPU, `install_cpu_backend` comes first.
 
     Args:
         config: The resolved configuration.
         train_data: The training shards.
         validation_data: The validation shards, if there are any.
-        prepare_weights: Makes initial weights readable that are no checkpoint; rank 0 calls it
-            with `checkpoint.init_from` and the run's directory, which it holds.
+        prepare_weights: Converts initial weights that are not a checkpoint. Rank 0 calls it with
+            `checkpoint.init_from` and the run directory, while it holds the directory.
     """
-    install_cpu_backend()
     run = locate_run(config)
     with ExitStack() as stack:
         if is_first_rank():
@@ -81,7 +79,7 @@ def run_job(
 
 
 def locate_run(config: Config) -> RunDirectory:
-    """The run directory, with the facts of this job that every status holds."""
+    """Return the run directory with the facts of this job, which every status states."""
     run = RunDirectory(Path(config.run.directory))
     before = run.read_status()
     restarts = 0 if before is None or before.restarts is None else before.restarts + 1
@@ -104,8 +102,9 @@ def build_trainer(
         validation_data: The validation shards, if there are any.
         run: The run's directory.
         stop: Requests to stop the run.
-        stack: Takes down what is built, when it is closed.
+        stack: Closes what is built here.
     """
+    # Process groups first: everything else needs them.
     groups, watchdog = join_world(config, run, stack)
     with watchdog.deadline("start"):
         batches = build_batches(config, train_data, groups.dp.size())
@@ -116,6 +115,7 @@ def build_trainer(
         try_largest_batch(
             state, batches, config.train, config.parallel, groups, dropout_seed=dropout_seed
         )
+    # What the loop uses: records, validation, batches that are planned ahead.
     logger.info("samples: %s", train_data.describe())
     records = open_records(config, run, batches, state, hosts, watchdog, stack)
     validation = build_validation(config, batches.objective, validation_data)
@@ -147,7 +147,7 @@ def join_world(
     """
     log = log_to_file(run.logs)
     if config.watchdog.start_seconds > 0:
-        # Ranks may wait for one that is gone; later the watchdog takes this timer over.
+        # A rank may wait here for one that has died. The watchdog takes over this timer later.
         faulthandler.dump_traceback_later(config.watchdog.start_seconds, exit=True)
     stack.enter_context(process_group())
     groups = stack.enter_context(model_parallel_groups(config.parallel))
@@ -155,7 +155,7 @@ def join_world(
 
 
 def build_batches(config: Config, data: TrainingData, data_parallel_size: int) -> TrainingBatches:
-    """Build the run's objective, and what plans its batches; no communication."""
+    """Build the objective and the planner of its batches; no communication."""
     mask_token_id = config.data.vocabulary.mask_token_id
     return TrainingBatches(
         build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id),
@@ -169,7 +169,7 @@ def build_batches(config: Config, data: TrainingData, data_parallel_size: int) -
 def build_validation(
     config: Config, objective: Objective, data: ValidationData | None
 ) -> ValidationBatches | None:
-    """Build what plans the batches of a validation, where there is one; no communication."""
+    """Build the planner of the validation batches, if the run has any; no communication."""
     if data is None:
         return None
     multiple = config.parallel.row_multiple
@@ -179,7 +179,11 @@ def build_validation(
 def restore_state(
     config: Config, batches: TrainingBatches, run: RunDirectory, groups: ProcessGroupCollection
 ) -> tuple[TrainState, Checkpoints]:
-    """The state that training continues from, and the run's checkpoints; collective."""
+    """Restore the state from which training continues; collective over the world.
+
+    Returns:
+        The state, and the checkpoints of the run.
+    """
     state = build_empty_state(config, groups)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, batches)
     logger.info("%s", describe_parts(config, state))
@@ -195,8 +199,8 @@ def train_to_the_end(trainer: Trainer) -> None:
         stopped = trainer.train()
     except BaseException as error:
         record_failure(run, state.counters.step, error)
-        # What was saved before is whole, and the other ranks' threads wait for this one's.
-        with trainer.watchdog.deadline("checkpoint", "of before"):
+        # A save in the background is of an earlier step and sound; all ranks must finish it.
+        with trainer.watchdog.deadline("checkpoint", "begun before the failure"):
             trainer.saves.checkpoints.wait()
         raise
     if is_first_rank():
@@ -213,7 +217,7 @@ def record_failure(run: RunDirectory, step: int, error: BaseException) -> None:
         line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         run.write_status("failed", step, reason=" ".join(line.split()))
     elif isinstance(error, DataError):
-        # Rank 0 does not know what only this rank has met, such as a damaged shard.
+        # Rank 0 does not have this error, such as a damaged shard.
         logger.error("%s", error)
 
 
@@ -226,7 +230,7 @@ def open_records(
     watchdog: Watchdog,
     stack: ExitStack,
 ) -> RunRecords:
-    """The records of the run, continued from `state`; rank 0 writes the configuration as well."""
+    """Open the records of the run, which continue from `state`; rank 0 writes the configuration."""
     facts = dataclasses.replace(run.facts, num_ranks=len(hosts), hosts=sorted(set(hosts)))
     run = dataclasses.replace(run, facts=facts)
     metrics = None
@@ -253,7 +257,7 @@ def open_records(
 
 
 def open_metrics(config: Config, run: RunDirectory, state: TrainState) -> MetricsLog:
-    """Where the curves of the run go; on rank 0."""
+    """Open the curves of the run; on rank 0."""
     wandb = None
     if config.run.wandb_project is not None:
         wandb = WandbLog(run.path, config.run.wandb_project, config_to_dict(config))
@@ -261,14 +265,14 @@ def open_metrics(config: Config, run: RunDirectory, state: TrainState) -> Metric
 
 
 def gather_hosts() -> list[str]:
-    """The host of every rank; collective over the world."""
+    """Return the host of every rank; collective over the world."""
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
     return hosts
 
 
 def format_ranks(hosts: list[str]) -> str:
-    """The ranks of each host, a line each."""
+    """Format the ranks of each host, a line per host."""
     return "\n".join(
         f"{host}: ranks {', '.join(str(rank) for rank, at in enumerate(hosts) if at == host)}"
         for host in dict.fromkeys(hosts)
@@ -276,7 +280,7 @@ def format_ranks(hosts: list[str]) -> str:
 
 
 def describe_parts(config: Config, state: TrainState) -> str:
-    """What is in use, in a line: layout, precision, and whose implementations."""
+    """Describe layout, precision and implementations in a line."""
     parallel, adam = config.parallel, state.parameters[0].inner
     return (
         f"TP={parallel.tensor_model_parallel_size} PP={parallel.pipeline_model_parallel_size} "

@@ -1,4 +1,4 @@
-"""The training loop: steps, and what happens between them."""
+"""The training loop: steps, and validations, saves and stops between them."""
 
 import time
 from dataclasses import dataclass, field
@@ -26,11 +26,11 @@ class Validations:
     """The validations of a run: at its start, at its end, and at the interval.
 
     Attributes:
-        train: Length of the run.
-        validation: The interval.
+        train: Has the length of the run.
+        validation: Has the interval.
         batches: The validation set; None: the run has no validation.
-        groups: Of the layout.
-        records: Where the estimates go.
+        groups: Groups of this rank.
+        records: Receives the estimates.
         watchdog: Watches the validations.
     """
 
@@ -44,16 +44,16 @@ class Validations:
     """The last step that was validated."""
 
     def prepare(self) -> None:
-        """Look up on all ranks what an earlier job has validated; collective over the world."""
+        """Read on all ranks which step was validated last; collective over the world."""
         (self._last_step,) = max_over_world(self.records.validated_step)
 
     def validate_if_due(self, state: TrainState) -> float | None:
         """Estimate the NELBO of the validation set, if that is due; collective over the world.
 
-        A validation that an interrupted job has left out is due as well.
+        A validation that an interrupted job did not make is due as well.
 
         Returns:
-            The NELBO with the EMA weights where there are any; None where no validation is due.
+            The NELBO, with the EMA weights if the run has them; None if no validation is due.
         """
         step = state.counters.step
         is_due = step in (0, self.train.num_steps)
@@ -71,26 +71,26 @@ class Validations:
         return estimate.nelbo
 
     def rewind(self, step: int) -> None:
-        """Validate again what lies past `step`: the run has gone back to it."""
+        """Repeat the validations after `step`, to which the run has gone back."""
         self._last_step = min(self._last_step, step)
 
 
 @dataclass(kw_only=True, slots=True)
 class Trainer:
-    """A run on this rank, and the loop that trains it; `training/job.py` builds it.
+    """A run on this rank with its training loop; `training/job.py` builds it.
 
     Attributes:
-        train_config: Length and batch of the run, limits of its updates.
+        train_config: Has length and batch of the run, and the limits of its updates.
         batch_check_interval: Steps between checks that the ranks hold the same batch; 0: never.
-        dropout_seed: The run's seed; None where nothing is dropped out.
-        state: What the steps change.
+        dropout_seed: The run's seed; None: no dropout.
+        state: The training state, which the steps change.
         groups: Groups of this rank.
         batches: The samples of each step.
-        prefetcher: Plans them ahead.
+        prefetcher: Plans batches ahead.
         records: Curves, status and log.
-        validations: What estimates the NELBO now and then.
-        saves: What writes checkpoints.
-        rollbacks: What goes back to one.
+        validations: Estimates the NELBO.
+        saves: Writes checkpoints.
+        rollbacks: Goes back to a checkpoint.
         stop: Requests to end before the last step.
         watchdog: Ends the job when a rank hangs.
     """
@@ -110,13 +110,13 @@ class Trainer:
     watchdog: Watchdog
 
     def train(self) -> str | None:
-        """Train from where `state` stands to `train.num_steps`; collective over the world.
+        """Train from the step of `state` to `train.num_steps`; collective over the world.
 
         Returns:
-            Why the run was stopped before its end; None at its end.
+            Why the run stopped before its last step; None at the last step.
 
         Raises:
-            TrainingError: Updates cannot be applied, and going back has not helped.
+            TrainingError: Updates cannot be applied, after going back as well.
             CheckpointError: The last checkpoint could not be written.
         """
         state, num_steps = self.state, self.train_config.num_steps
@@ -137,7 +137,7 @@ class Trainer:
             with self.watchdog.deadline("train step", f"{step}, its end"):
                 request, is_save_due = max_over_world(self.stop.received(), self.saves.is_due_now())
             if request and step < num_steps:
-                # There may be no time for a validation that is due: the next job makes it.
+                # The time may be too short for a validation that is due: the next job makes it.
                 self.saves.save(state, None, wait=True)
                 return REASONS[request]
             val_nelbo = self.validations.validate_if_due(state)
@@ -149,9 +149,10 @@ class Trainer:
         """Take a step and record it; collective over the world.
 
         Args:
-            first_step: Steps that were taken before this job.
+            first_step: Number of steps before this job.
             started: When this job's first step began, by the monotonic clock.
         """
+        # The step, within its deadline.
         began, before = time.monotonic(), self.state.counters
         is_first = before.step == first_step
         work = "first step" if is_first else "train step"
@@ -169,6 +170,7 @@ class Trainer:
                 flops_per_token=self.records.flops_per_token,
                 dropout_seed=self.dropout_seed,
             )
+        # Its records.
         now, counters, train = time.monotonic(), self.state.counters, self.train_config
         self.records.record_oddity(result, before, counters)
         self.saves.note_end()
@@ -185,23 +187,23 @@ class Trainer:
             self.records.record_step(result, counters, times)
 
     def check_batches(self, plan: StepPlan, *, is_first: bool) -> None:
-        """Compare the batches within each copy of the model, now and then; collective."""
+        """Compare the batches within each copy of the model at the interval; collective."""
         step, interval = self.state.counters.step, self.batch_check_interval
         if interval > 0 and (is_first or is_multiple(step, interval)):
             check_batches(step, plan.micro_batches, self.groups)
 
     def estimate_seconds_left(self, first_step: int, seconds: float) -> float:
-        """Seconds until the last step, if the rest is as fast as this job's steps so far.
+        """Estimate the seconds until the last step, at the mean speed of this job.
 
         Args:
-            first_step: Steps that were taken before this job.
-            seconds: That this job's steps have taken.
+            first_step: Number of steps before this job.
+            seconds: Time that this job's steps took.
         """
         step = self.state.counters.step
-        # After going back, fewer steps may have been gained than taken.
+        # After going back to a checkpoint, the difference can be zero or negative.
         return (self.train_config.num_steps - step) * seconds / max(step - first_step, 1)
 
 
 def is_multiple(step: int, interval: int) -> bool:
-    """Whether something that is due every `interval` steps (0: never) is due after `step`."""
+    """Return whether something due every `interval` steps (0: never) is due after `step`."""
     return interval > 0 and step % interval == 0

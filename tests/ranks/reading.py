@@ -20,7 +20,7 @@ class Bytes:
 
 
 def count_read() -> int:
-    """The bytes that this process has read since its start, from the cache or not."""
+    """Return the bytes that this process has read since its start, from the cache or not."""
     (line,) = [line for line in Path("/proc/self/io").read_text().splitlines() if "rchar" in line]
     return int(line.split()[1])
 

@@ -1,1 +1,1 @@
-"""The ranks of a job: their process groups, and Megatron-Core on machines without a GPU."""
+"""The process groups of a job, and Megatron-Core on machines without a GPU."""

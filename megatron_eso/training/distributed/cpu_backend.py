@@ -1,15 +1,16 @@
 """Megatron-Core 0.16.1 on machines without a GPU, over gloo.
 
-Megatron-Core names CUDA devices in many places. Where torch sees none, `install_cpu_backend` lets
-those names mean the CPU: torch's factory functions accept a CUDA device, `Tensor.cuda` is the
-identity, and a few functions of `torch.cuda` answer for the CPU. Functions are wrapped rather than
-a TorchFunctionMode entered, since a mode is not active in backward and would break recompute.
+Megatron-Core names CUDA devices in many places. If torch has none, `install_cpu_backend` makes
+these names mean the CPU: torch's factory functions accept a CUDA device, `Tensor.cuda` is the
+identity, and a few functions of `torch.cuda` describe the CPU. It wraps functions instead of a
+TorchFunctionMode, since a mode is not active in backward and would break recompute.
 
-This is the one module that changes Megatron-Core or torch; it refuses every other version and does
-nothing where a CUDA device is there.
+This is the only module that changes Megatron-Core or torch. It refuses every other version of
+Megatron-Core, and changes nothing if there is a CUDA device.
 """
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -38,18 +39,19 @@ logger = logging.getLogger(__name__)
 
 
 def install_cpu_backend() -> bool:
-    """Make Megatron-Core run on the CPU if there is no CUDA device; once per process, before use.
+    """Make Megatron-Core run on the CPU if there is no CUDA device; call it before its first use.
 
     Returns:
-        Whether the CPU stands in for a GPU.
+        Whether the CPU replaces a GPU.
 
     Raises:
-        ConfigError: Megatron-Core is not the version that this was written for.
+        ConfigError: Megatron-Core has another version than this module supports.
     """
     if getattr(torch.cuda.current_device, "stands_in", False):
         return True
     if torch.cuda.is_available():
         return False
+    _import_without_compiler()
     import megatron.core
     from megatron.core.tensor_parallel import random as megatron_random
 
@@ -64,14 +66,28 @@ def install_cpu_backend() -> bool:
     torch.Tensor.type = _name_cuda_type(torch.Tensor.type)  # type: ignore[method-assign]
     _replace_cuda_functions()
     megatron_random._set_cuda_rng_state = _set_rng_state
-    # Its tracker warns that the CPU's stream moved with the GPU's: here they are one.
+    # Its tracker warns that the random streams of CPU and GPU move together: here they are one.
     logging.getLogger(megatron_random.__name__).setLevel(logging.ERROR)
     logger.info("no CUDA device: Megatron-Core runs on the CPU over gloo")
     return True
 
 
+def _import_without_compiler() -> None:
+    """Import Megatron-Core with its fused functions left as they are.
+
+    It passes them to `torch.compile`, which imports the compiler: a third of a start's time. No run
+    calls a fused function, since `model/transformer_config.py` sets every fusion to False.
+    """
+    compile_function = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        importlib.import_module("megatron.core")
+    finally:
+        torch.compile = compile_function
+
+
 class _NullStream:
-    """Stands for a CUDA stream where everything runs in order anyway."""
+    """A CUDA stream of the CPU, on which everything runs in order."""
 
     def wait_stream(self, *_: Any) -> None: ...
     def wait_event(self, *_: Any) -> None: ...
@@ -91,7 +107,7 @@ def _place_on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _name_cuda_type(plain_type: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron-Core compares type strings with "torch.cuda.FloatTensor" and the like."""
+    """Name types "torch.cuda.FloatTensor" and so on: Megatron-Core compares these names."""
 
     @functools.wraps(plain_type)
     def name_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Process groups: the one place that touches Megatron-Core's global parallel state.
+"""Process groups; the only module that uses Megatron-Core's global parallel state.
 
-Everything else receives the ProcessGroupCollection.
+All other code receives the ProcessGroupCollection.
 """
 
 import os
@@ -24,9 +24,9 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Join the launcher's processes (torchrun's environment), or be a world of one without it.
+    """Join the ranks of the launcher, or make a world of one without a launcher.
 
-    NCCL where CUDA is there, gloo elsewhere. Collective over the world.
+    The backend is NCCL with CUDA, gloo without it. Collective over the world.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -44,12 +44,12 @@ def process_group() -> Iterator[None]:
 
 
 def _open_store() -> Store | None:
-    """Where the ranks meet; none where torch's own choice is right."""
+    """Open the store of the process group; None: torch opens its default store."""
     if "MASTER_ADDR" not in os.environ:
         return HashStore()
     if os.environ.get("GROUP_WORLD_SIZE") != "1":  # torchrun's count is of one node only
         return None
-    # In the store that torchrun keeps, the addresses of the ranks before a restart still stand:
+    # After a restart, torchrun's store still has the addresses of the earlier ranks:
     # https://github.com/pytorch/pytorch/issues/135712
     store, _, _ = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     return PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
@@ -64,7 +64,7 @@ def model_parallel_groups(parallel: ParallelConfig) -> Iterator[ProcessGroupColl
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         create_gloo_process_groups=False,
     )
-    # Megatron-Core looks its random streams up by name even where nothing is dropped out.
+    # Megatron-Core reads its random streams by name even without dropout.
     seed_dropout(0)
     try:
         yield ProcessGroupCollection.use_mpu_process_groups()
@@ -73,12 +73,12 @@ def model_parallel_groups(parallel: ParallelConfig) -> Iterator[ProcessGroupColl
 
 
 def seed_dropout(seed: int) -> None:
-    """Restart Megatron-Core's random streams; the tensor-parallel one differs between TP ranks."""
+    """Restart Megatron-Core's random streams; one of them differs between the ranks of a layer."""
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def max_over_world(*values: int) -> list[int]:
-    """The largest of each value over all ranks; collective over the world."""
+    """Return the maximum of each value over all ranks; collective over the world."""
     largest = torch.tensor(values, device=torch.cuda.current_device())
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return [int(value) for value in largest.tolist()]

@@ -1,1 +1,1 @@
-"""What watches a run: hangs, stops, memory, stragglers, ranks that disagree."""
+"""Checks during a run: hangs, stops, memory, stragglers, ranks with different data."""

@@ -1,8 +1,8 @@
-"""Checks that ranks train on the same data: the same corpora everywhere, within a model one batch.
+"""Checks that all ranks have the same corpora, and the ranks of one model copy the same batch.
 
-Every rank plans its batch by itself. Should two tensor-parallel or pipeline ranks ever hold
-different tokens (another file under the same name, memory that lies, a defect), training would go
-on with gradients that mean nothing, and no number would show it.
+Every rank plans its batch by itself. If two tensor-parallel or pipeline ranks had different tokens
+(another file under the same name, faulty memory, a defect), training would continue with
+meaningless gradients, and no curve would show it.
 """
 
 import json
@@ -29,11 +29,11 @@ def check_batches(
 
     Args:
         step: Named in the error.
-        micro_batches: This rank's.
+        micro_batches: Those of this rank.
         groups: Groups of this rank.
 
     Raises:
-        DataError: Ranks differ; on every rank of the world, and the same error.
+        DataError: Ranks differ; every rank of the world raises the same error.
     """
     rank, world_size = own_rank(), dist.get_world_size()
     table = torch.zeros(world_size, 2, dtype=torch.int64, device=torch.cuda.current_device())
@@ -52,8 +52,8 @@ def check_batches(
         ]
         raise DataError(
             f"step {step}: ranks of one copy of the model have different batches: "
-            f"{'; '.join(parts)}; compare their files with python -m data_tools verify, and "
-            "look at these ranks' machines"
+            f"{'; '.join(parts)}; check their files with python -m data_tools verify, and "
+            "the memory of their machines"
         )
 
 
@@ -61,10 +61,10 @@ def check_data(state: Mapping[str, Any]) -> None:
     """Refuse to start on nodes whose copies of the shards differ; collective over the world.
 
     Args:
-        state: What this rank's batches would record in a checkpoint.
+        state: The state of this rank's batches that a checkpoint would record.
 
     Raises:
-        DataError: Ranks differ; on every rank, and the same error.
+        DataError: Ranks differ; every rank raises the same error.
     """
     encoded = json.dumps(state, sort_keys=True).encode("utf-8")
     found: list[tuple[str, int]] = [("", 0)] * dist.get_world_size()
@@ -79,7 +79,7 @@ def check_data(state: Mapping[str, Any]) -> None:
 
 
 def hash_batches(micro_batches: Iterable[MicroBatch]) -> int:
-    """xxh3_64 of samples, tokens (given and to predict) and positions, in order."""
+    """Hash samples, tokens (given and to predict) and positions in order, with xxh3_64."""
     hasher = xxhash.xxh3_64()
     for micro_batch in micro_batches:
         rows, loss = micro_batch.rows, micro_batch.loss

@@ -1,6 +1,6 @@
-"""The largest micro-batch that can come, tried at the start: what lacks memory fails before step 1.
+"""Runs the largest possible micro-batch at the start: a lack of memory shows before step 1.
 
-How many rows a micro-batch has depends on its noise. At most, every token is masked.
+The number of rows of a micro-batch depends on its noise. The largest has every token masked.
 """
 
 import logging
@@ -34,12 +34,12 @@ def try_largest_batch(
     """Run the largest micro-batches through the schedule, if there is a GPU; collective.
 
     Args:
-        state: Left as it was.
-        batches: The run's.
+        state: Not changed.
+        batches: Plans the batches of the run.
         train: Named in the error.
         parallel: Named in the error.
         groups: Groups of this rank.
-        dropout_seed: The run's seed; None where nothing is dropped out.
+        dropout_seed: The run's seed; None: no dropout.
 
     Raises:
         ConfigError: They do not fit; the message names what to lower.
@@ -51,7 +51,7 @@ def try_largest_batch(
     except torch.OutOfMemoryError as error:
         used = torch.cuda.max_memory_allocated()
         refusal = explain_shortage(batches, train, parallel, used)
-        if not is_first_rank():  # rank 0 need not lack memory too
+        if not is_first_rank():  # rank 0 may have enough memory
             logger.error("%s", refusal)
         raise refusal from error
     used, total = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
@@ -68,8 +68,8 @@ def run_largest_batch(
     *,
     dropout_seed: int | None,
 ) -> None:
-    """Run forward and backward of as many of them as are in flight; `state` is left as it was."""
-    # What the first update takes for good must be there beside the activations.
+    """Run as many micro-batches as a step has in flight; `state` does not change."""
+    # The moments, which the first update allocates, must fit together with the activations.
     held = [
         torch.empty_like(parameter.main)
         for parameter in state.parameters
@@ -77,7 +77,7 @@ def run_largest_batch(
         if parameter.main is not None and name not in parameter.inner.state[parameter.main]
     ]
     num_stages = groups.pp.size()
-    # An interleaved pipeline begins with up to this many forwards before its first backward.
+    # An interleaved pipeline runs up to this many forwards before its first backward.
     in_flight = 1 if num_stages == 1 else min(2 * num_stages, batches.dealing.num_micro_batches)
     step = partial(
         forward_step,
@@ -95,7 +95,7 @@ def run_largest_batch(
 def explain_shortage(
     batches: TrainingBatches, train: TrainConfig, parallel: ParallelConfig, used: int
 ) -> ConfigError:
-    """Return the error of a rank whose memory does not suffice; `used` in bytes at most so far."""
+    """Return the error of a rank that lacks memory; `used` is its peak so far, in bytes."""
     num_rows = batches.plan_largest().rows.num_rows
     recompute = (
         ' or set train.recompute_granularity = "full"'

@@ -1,8 +1,8 @@
 """Requests to stop a run early: a signal, a file, the end of the allocation.
 
-One rank may receive a request that the others do not. After every step the loop therefore takes
-the maximum over all ranks, and all of them save and stop after the same step. The handlers only
-store the request, so a second signal does not disturb a save; a second Ctrl-C ends this process.
+A request may reach one rank only. After every step the loop therefore takes the maximum over all
+ranks, and all of them save and stop after the same step. The handlers only store the request, so a
+second signal does not disturb a save; a second Ctrl-C ends this process.
 """
 
 import logging
@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 
 
 class StopRequests:
-    """Receives requests from `__enter__` to `__exit__`; make it on the main thread of every rank.
+    """The requests that a rank receives between `__enter__` and `__exit__`, on its main thread.
 
-    Once a request was received, later signals are ignored, after `__exit__` as well. Only a second
-    SIGINT before `__exit__` ends the process at once: somebody does not want to wait for the save.
+    After a request, later signals are ignored, after `__exit__` as well. Only a second SIGINT
+    before `__exit__` ends the process at once: the user does not want to wait for the save.
 
     Args:
-        run: The run directory. Rank 0 removes the file that stopped the job before.
+        run: The run directory. Rank 0 removes the file that stopped the previous job.
         end_margin_seconds: How long before the end of a Slurm allocation to stop; 0: never.
     """
 
@@ -64,7 +64,7 @@ class StopRequests:
             if left < self._margin:
                 logger.warning(
                     "%.0f minutes are left until checkpoint.end_margin_minutes = %g before the end "
-                    "of the allocation: ask for a longer one, or lower it",
+                    "of the allocation: allocate more time, or lower it",
                     max(left, 0) / 60,
                     self._margin / 60,
                 )
@@ -78,12 +78,12 @@ class StopRequests:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # Another signal must not make a process fail that is about to end.
+        # A process that is about to end must not fail by another signal.
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_IGN if self._received else handler)
 
     def received(self) -> int:
-        """This rank's request: 0, or the number of its reason, to be compared over all ranks."""
+        """Return this rank's request as a number of `REASONS`, 0 without one."""
         return max(self._received, self._look())
 
     def _store_signal(self, number: int, _frame: FrameType | None) -> None:
@@ -97,7 +97,7 @@ class StopRequests:
         self._received = _OF_SIGNALS[SIGNALS.index(signal.Signals(number))]
 
     def _look(self) -> int:
-        """Look at files and clock, on rank 0 only: all ranks would burden a file system."""
+        """Check files and clock, on rank 0 only: all ranks would load the file system."""
         now = time.time()
         if not is_first_rank() or now < self._next_look:
             return 0
@@ -108,6 +108,6 @@ class StopRequests:
 
 
 def _allocation_end(margin_seconds: float) -> float:
-    """When to stop, in seconds since the epoch: the margin before the end that Slurm announces."""
+    """Return when to stop: the margin before the end of the allocation, in seconds since 1970."""
     end = os.environ.get(END_TIME_VARIABLE, "")
     return float(end) - margin_seconds if margin_seconds > 0 and end.isdigit() else float("inf")

@@ -1,8 +1,7 @@
-"""Which rank is slow: each rank's own time of forward and backward, before any waits for another.
+"""Finds the slow rank by each rank's own time of forward and backward.
 
-The time ends where Megatron-Core is about to reduce gradients: from there on all ranks are as slow
-as the slowest. Within a pipeline it includes the wait for the neighbouring stages, so that there
-the ranks of different pipelines are what the numbers compare.
+The time ends before Megatron-Core reduces gradients, where every rank waits for the slowest. In a
+pipeline it includes the wait for the neighbouring stages; there the numbers compare the pipelines.
 """
 
 import statistics
@@ -27,7 +26,7 @@ class Straggler:
         rank: Its number.
         host: Where it runs.
         seconds: Its mean time of forward and backward.
-        spread: This over the median of all ranks.
+        spread: This time divided by the median of all ranks.
     """
 
     rank: int
@@ -37,16 +36,16 @@ class Straggler:
 
     @property
     def is_notable(self) -> bool:
-        """Whether the log should name it."""
+        """Whether the log names it."""
         excess = self.seconds * (1 - 1 / self.spread)
         return self.spread >= NOTABLE_SPREAD and excess >= NOTABLE_SECONDS
 
 
 class WorkTimer:
-    """Times forward and backward of this rank's steps, with the GPU's clock where there is one.
+    """The timer of forward and backward of this rank's steps, by the clock of its GPU if any.
 
     Args:
-        chunks: This rank's parts of the model, whose schedule is to be timed.
+        chunks: This rank's parts of the model.
     """
 
     def __init__(self, chunks: list[DistributedDataParallel]) -> None:
@@ -56,11 +55,11 @@ class WorkTimer:
         self._began: Any = None
 
     def begin(self) -> None:
-        """Say that a step begins."""
+        """Start the time of a step."""
         self._began = _mark()
 
     def take_mean(self) -> float:
-        """Mean seconds of the steps since the last call; they must have been waited for."""
+        """Return the mean seconds of the steps since the last call; these steps have ended."""
         seconds = [_seconds_between(*marks) for marks in self._marks]
         self._marks.clear()
         return statistics.fmean(seconds) if seconds else 0.0
@@ -77,7 +76,7 @@ def find_straggler(seconds: float, hosts: Sequence[str]) -> Straggler:
 
     Args:
         seconds: Mean time of this rank.
-        hosts: Of every rank.
+        hosts: The host of every rank.
     """
     own = torch.tensor([seconds], dtype=torch.float64, device=torch.cuda.current_device())
     every = [torch.empty_like(own) for _ in hosts]
@@ -86,7 +85,7 @@ def find_straggler(seconds: float, hosts: Sequence[str]) -> Straggler:
 
 
 def pick_straggler(seconds: Sequence[float], hosts: Sequence[str]) -> Straggler:
-    """The slowest of the ranks, whose times and hosts are given by rank."""
+    """Return the slowest rank, given times and hosts by rank."""
     rank = max(range(len(seconds)), key=seconds.__getitem__)
     median = statistics.median(seconds)
     return Straggler(
@@ -98,7 +97,7 @@ def pick_straggler(seconds: Sequence[float], hosts: Sequence[str]) -> Straggler:
 
 
 def _mark() -> Any:
-    """An instant of the GPU's stream, or of the clock without one."""
+    """Return an instant of the GPU's stream, or of the clock without a GPU."""
     if not torch.cuda.is_available():
         return time.perf_counter()
     event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -1,13 +1,11 @@
-"""Ends a job that hangs, and reports where: a deadline for every kind of work of a run.
+"""Ends a job that hangs, by a deadline for every kind of work, and reports where it hangs.
 
-Each rank watches itself. Every few seconds a thread writes to the process group's store what the
-rank works on. When that is overdue, the thread reports the state of every rank and the stacks of
-all threads of this process, to stderr and to the rank's log, and ends the process with code 1; the
-launcher then ends the job. A rank that is frozen or gone cannot report: the others, which wait for
-it in a collective, name it by its silence. If the interpreter itself is stuck, or a file system
-does not take the report, Python's faulthandler ends the process.
-
-Reports call the watched work a phase; it has nothing to do with the phases of the objective.
+Each rank watches itself. Every few seconds a thread writes the work of the rank to the process
+group's store. When this work is overdue, the thread reports the state of every rank and the stacks
+of all threads of this process to stderr and to the rank's log, and ends the process with code 1.
+The launcher then ends the job. A frozen or dead rank cannot report: the ranks that wait for it in
+a collective name it, since its entry in the store is old. If the interpreter is blocked, or the
+file system blocks the report, Python's faulthandler ends the process.
 """
 
 import faulthandler
@@ -38,14 +36,14 @@ from megatron_eso.ranks import own_rank
 
 EXIT_CODE = 1
 HEARTBEAT_SECONDS = 5.0
-# Of a look at a store that may be gone with its host.
+# For a read of the store, whose host may have died.
 _STORE_SECONDS = 5.0
 _JOIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """What a rank last wrote about itself."""
+    """The last entry of a rank in the store."""
 
     host: str
     pid: int
@@ -58,7 +56,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class WatchedWork:
-    """What this rank is doing, and until when it may take."""
+    """The work of this rank, and its deadline."""
 
     text: str
     since: float
@@ -68,16 +66,16 @@ class WatchedWork:
 
 
 class Watchdog:
-    """Watches this rank between `__enter__` and `__exit__`.
+    """The watchdog of this rank, from `__enter__` to `__exit__`.
 
     Args:
-        log: File that the report is appended to; it goes to stderr as well.
-        deadlines: Seconds that each kind of work may take, by its name; 0: any time.
-        interval_seconds: Seconds between two looks.
-        store: Of the process group; none for a process alone.
+        log: File to which the report is appended; it goes to stderr as well.
+        deadlines: Seconds for each kind of work, by its name; 0: no deadline.
+        interval_seconds: Seconds between two checks.
+        store: The store of the process group; None: a process without others.
         rank: This rank.
         num_ranks: Ranks of the world.
-        grace_seconds: After the deadline, for the report, before faulthandler ends the process.
+        grace_seconds: Seconds for the report, after which faulthandler ends the process.
     """
 
     def __init__(
@@ -95,7 +93,7 @@ class Watchdog:
         self._log = log
         self._deadlines = deadlines
         self._interval = interval_seconds
-        # A connection of its own: the process group may be waiting in the other one, locked.
+        # A second connection: a wait of the process group locks the first one.
         if store is not None and hasattr(store, "clone"):  # from torch 2.8 on
             store = store.clone()
         self._store = None if store is None else PrefixStore("watchdog", store)
@@ -121,11 +119,11 @@ class Watchdog:
 
     @contextmanager
     def deadline(self, name: str, detail: str = "") -> Iterator[None]:
-        """Hold the enclosed work to the deadline of `name`; deadlines do not nest.
+        """Apply the deadline of `name` to the enclosed work; deadlines do not nest.
 
         Args:
             name: A key of the deadlines.
-            detail: Put behind the name in reports, such as the step.
+            detail: Follows the name in reports, such as the step.
         """
         seconds = self._deadlines[name] or math.inf
         if seconds < math.inf:
@@ -149,20 +147,20 @@ class Watchdog:
         if self._store is None:
             return
         now = time.time()
-        text, since = ("between phases", now) if work is None else (work.text, work.since)
+        text, since = ("no watched work", now) if work is None else (work.text, work.since)
         beat = [socket.gethostname(), os.getpid(), text, since, now]
-        with suppress(RuntimeError):  # the store's process is gone: a deadline will pass
+        with suppress(RuntimeError):  # the store's process has died: a deadline will end this one
             self._store.set(str(self._rank), json.dumps(beat))
 
     def _end_process(self, work: WatchedWork) -> None:
         now = time.time()
         first = (
             f"watchdog: rank {self._rank} on {socket.gethostname()} (process {os.getpid()}) has "
-            f"been in phase {work.text!r} for {now - work.since:.0f} s: ending the job; "
+            f"been in {work.text!r} for {now - work.since:.0f} s: ending the job; "
             f"stacks follow\n"
         )
         report = [first + dump_stacks(), ""]
-        # stderr before the log, whose file system may be what hangs. The stacks before the others.
+        # stderr before the log, whose file system may hang; the stacks before the other ranks.
         sys.stderr.write(report[0])
         sys.stderr.flush()
         report[1] = "".join(f"watchdog: {line}\n" for line in self._describe_ranks(work, now))
@@ -173,14 +171,14 @@ class Watchdog:
         os._exit(EXIT_CODE)
 
     def _describe_ranks(self, work: WatchedWork, now: float) -> Iterator[str]:
-        """A line for every rank with other work than this one, and one for all with the same."""
+        """Describe the ranks: one line for all with the work of this one, a line for each other."""
         if self._store is None:
             return
         alike: Counter[str] = Counter()
         odd = []
         for rank, beat in self._read_heartbeats().items():
             if beat is None:
-                odd.append(f"rank {rank}: never heard of, or the store does not answer")
+                odd.append(f"rank {rank}: no heartbeat yet, or the store does not answer")
                 continue
             silence = now - beat.written
             is_silent = silence > 3 * self._interval
@@ -189,15 +187,15 @@ class Watchdog:
                 continue
             silent = f", SILENT for {silence:.0f} s" if is_silent else ""
             odd.append(
-                f"rank {rank} on {beat.host} (process {beat.pid}): in phase {beat.work!r} for "
+                f"rank {rank} on {beat.host} (process {beat.pid}): in {beat.work!r} for "
                 f"{now - beat.since:.0f} s{silent}"
             )
         hosts = ", ".join(f"{number} on {host}" for host, number in sorted(alike.items()))
-        yield f"{alike.total()} of {self._num_ranks} ranks are in phase {work.text!r}: {hosts}"
+        yield f"{alike.total()} of {self._num_ranks} ranks are in {work.text!r}: {hosts}"
         yield from odd
 
     def _read_heartbeats(self) -> dict[int, Heartbeat | None]:
-        """The last heartbeat of every rank, as far as the store answers within its time."""
+        """Read the last heartbeat of every rank; None where the store does not answer in time."""
         beats: dict[int, Heartbeat | None] = dict.fromkeys(range(self._num_ranks))
 
         def read() -> None:
@@ -216,7 +214,7 @@ class Watchdog:
 
 
 def build_watchdog(config: WatchdogConfig, log: Path) -> Watchdog:
-    """This rank's watchdog; the process group exists already.
+    """Build this rank's watchdog; the process group exists already.
 
     Args:
         config: The deadlines.
@@ -224,13 +222,13 @@ def build_watchdog(config: WatchdogConfig, log: Path) -> Watchdog:
     """
     deadlines = {
         "start": config.start_seconds,
-        # It takes memory, compiles kernels and reads what no thread has read ahead.
+        # It allocates memory, compiles kernels and reads data that no thread has read ahead.
         "first step": _longer(config.start_seconds, config.step_seconds),
         "train step": config.step_seconds,
         "validation": config.validation_seconds,
         "checkpoint": config.checkpoint_seconds,
     }
-    # A silent rank must be noticed within the shortest deadline.
+    # A dead rank must be noticed within the shortest deadline.
     shortest = min(filter(None, deadlines.values()), default=math.inf)
     return Watchdog(
         log,
@@ -243,12 +241,12 @@ def build_watchdog(config: WatchdogConfig, log: Path) -> Watchdog:
 
 
 def _longer(*deadlines: float) -> float:
-    """The longest of the deadlines; 0, which is no deadline, is longer than all others."""
+    """Return the longest deadline; 0 means no deadline and is the longest."""
     return 0.0 if 0.0 in deadlines else max(deadlines)
 
 
 def dump_stacks() -> str:
-    """The stacks of all threads of this process."""
+    """Return the stacks of all threads of this process."""
     with open(os.memfd_create("stacks"), "w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)

@@ -1,1 +1,1 @@
-"""The numbers of a run: their tags, and the files that they go to."""
+"""The curves of a run, their tags and files, and the log."""

@@ -1,4 +1,4 @@
-"""The values of a run's curves, by tag: those of a step and those of a validation."""
+"""Lists the values of a run's curves by tag, for a step and for a validation."""
 
 from dataclasses import dataclass
 
@@ -14,15 +14,15 @@ from megatron_eso.training.steps.step import StepResult
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTimes:
-    """Where the time of a step went, in seconds.
+    """The times of a step, in seconds.
 
     Attributes:
         step: The whole step.
-        data: Of these, the wait for data on rank 0.
-        held: How long saves have held up the steps since the last record.
-        written: From the beginning of the last save to its publication, where one was published
-            since the last record.
-        left: Until the last step, estimated.
+        data: The wait for data on rank 0, within the step.
+        held: Time since the last record in which the steps waited for saves.
+        written: From start to publication of the last save; None if no save was published since
+            the last record.
+        left: Estimate until the last step.
     """
 
     step: float
@@ -39,7 +39,8 @@ def list_step_values(
     straggler: Straggler,
     flops_per_token: float,
 ) -> dict[str, float]:
-    """The values of a step; the process group exists, no communication."""
+    """List the values of a step; no communication, but the process group exists."""
+    # Of the update, then of speed, memory and saves.
     num_ranks = torch.distributed.get_world_size()
     tokens_per_second = result.num_tokens / times.step
     values = {
@@ -66,6 +67,7 @@ def list_step_values(
     }
     if times.written is not None:
         values[tags.CHECKPOINT_WRITE_SECONDS] = times.written
+    # Only for devices with a published peak.
     peak = published_peak()
     if peak:
         values[tags.MFU] = tokens_per_second / num_ranks * flops_per_token / peak
@@ -73,7 +75,7 @@ def list_step_values(
 
 
 def list_validation_values(estimate: NelboEstimate) -> dict[str, float]:
-    """The values of a validation."""
+    """List the values of a validation."""
     values = {
         tags.VAL_NELBO: estimate.nelbo,
         tags.VAL_PERPLEXITY: estimate.perplexity,

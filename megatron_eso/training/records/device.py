@@ -1,4 +1,4 @@
-"""What is known of this rank's device: its published speed, the memory in use."""
+"""The published speed and the used memory of this rank's device."""
 
 import resource
 
@@ -6,19 +6,19 @@ import torch
 
 from megatron_eso.quantities import GIB
 
-# Dense bf16 peaks that the makers publish, FLOP/s, by a part of the device's name.
+# Dense bf16 peaks that the vendors publish, in FLOP/s, by a part of the device's name.
 PUBLISHED_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 def used_memory_gib() -> float:
-    """Most memory that this process held, in GiB: of its GPU, or of the machine without one."""
+    """Return this process's peak memory in GiB: of its GPU, or of the host without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 def published_peak() -> float | None:
-    """Dense bf16 FLOP/s of this rank's GPU as published; None where it is not known."""
+    """Return the published dense bf16 FLOP/s of this rank's GPU; None if unknown."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()

@@ -1,4 +1,4 @@
-"""The log of a rank: on stderr, and in a file of its own in the run directory."""
+"""The log of a rank: on stderr, and in a file per rank in the run directory."""
 
 import logging
 import warnings
@@ -10,23 +10,23 @@ LOG_FORMAT = "%(asctime)s %(message)s"
 
 
 def start_logging() -> None:
-    """Log to stderr: everything on rank 0, warnings with the rank's number elsewhere."""
+    """Log to stderr: everything on rank 0, only warnings with the rank's number on other ranks."""
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt="%H:%M:%S")
     if not is_first_rank():
         (handler,) = logging.getLogger().handlers
         handler.setLevel(logging.WARNING)
         handler.setFormatter(logging.Formatter(_format_of_rank(), "%H:%M:%S"))
-    # Megatron-Core warns of every optional package; the log names what is in use.
+    # Megatron-Core warns of every optional package that is missing.
     logging.getLogger("megatron").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="megatron")
-    # Each rank reads its own part of a checkpoint, without the others: that is meant.
+    # Each rank reads its own part of a checkpoint on purpose.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    # It calls collectives by names that newer versions of torch warn of.
+    # It calls collectives by names that newer versions of torch deprecate.
     warnings.filterwarnings("ignore", module="torch.distributed", category=FutureWarning)
 
 
 def log_to_file(folder: Path) -> Path:
-    """Log to this rank's file in `folder` as well, after the lines of earlier jobs.
+    """Log to this rank's file in `folder` as well; it is appended to.
 
     Returns:
         The file.
@@ -40,7 +40,7 @@ def log_to_file(folder: Path) -> Path:
 
 
 def log_once(logger: logging.Logger, level: int, message: str) -> None:
-    """Log on rank 0 what every rank knows."""
+    """Log on rank 0 only what every rank knows."""
     if is_first_rank():
         logger.log(level, "%s", message)
 

@@ -1,4 +1,4 @@
-"""The lines that the log has of a run: of its steps, its validations, what was odd."""
+"""Formats the lines of the log: steps, validations, skipped and flagged updates."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ MAX_NAMED_RANKS = 8
 def describe_step(
     result: StepResult, counters: Counters, num_steps: int, times: StepTimes, straggler: Straggler
 ) -> str:
-    """A line of progress."""
+    """Return a line of progress."""
     slow = (
         f" | slow: rank {straggler.rank} on {straggler.host}, {straggler.spread:.2f} times the "
         f"median"
@@ -31,10 +31,10 @@ def describe_step(
 def describe_oddity(
     result: StepResult, before: Counters, after: Counters, hosts: Sequence[str]
 ) -> str | None:
-    """A line about a step whose update was skipped, or that was flagged; else None.
+    """Return a line about a step that was skipped or flagged; None for other steps.
 
     Args:
-        result: Of the step.
+        result: The result of the step.
         before: The counters before it.
         after: The counters after it.
         hosts: The host of every rank.
@@ -57,7 +57,7 @@ def describe_oddity(
 
 
 def describe_validation(step: int, estimate: NelboEstimate, *, has_ema: bool) -> str:
-    """A line about a validation, with EMA weights where there are any."""
+    """Return a line about a validation; `has_ema`: it used the EMA weights."""
     return (
         f"step {step} | validation NELBO {estimate.nelbo:.4f} +- {estimate.standard_error:.4f} "
         f"nats per token, perplexity {estimate.perplexity:.2f}{' (EMA weights)' * has_ema}"

@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: metrics.jsonl and TensorBoard, under the same tags."""
+"""Writes the curves of a run to metrics.jsonl and TensorBoard, under the same tags."""
 
 import json
 import logging
@@ -26,21 +26,21 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Continues the records of a run from a step, as if it had never been interrupted.
+    """The curves of a run, continued from a step as without an interruption.
 
-    Entries past `counters.step`, which a killed job left behind, are dropped. The two curves with
-    an axis of their own lie in TensorBoard runs of their own, since TensorBoard purges by step.
+    Entries after `counters.step`, which a killed job left, are removed. The two curves with another
+    axis are separate TensorBoard runs, since TensorBoard purges by step.
 
-    Where the file system refuses, the training goes on: what came since the last flush is kept in
-    memory, and the next flush opens the files anew, as a resumed run does, and writes it again.
+    If the file system refuses a write, training continues. The values since the last flush stay in
+    memory. The next flush opens the files again, as a resumed run does, and repeats the writes.
 
     Args:
         run: The run's directory.
-        counters: How far the run has come.
-        wandb: Receives the same values; closed with the rest.
+        counters: The progress of the run.
+        wandb: Receives the same values; closed with the files.
 
     Attributes:
-        validated_step: The last step that a validation is recorded of; -1 without one.
+        validated_step: Step of the last recorded validation; -1 without one.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class MetricsLog:
             self._wandb.close()
 
     def rewind(self, counters: Counters) -> None:
-        """Drop what lies past `counters.step`: the run has gone back to it."""
+        """Remove the records after `counters.step`, to which the run has gone back."""
         self._since.clear()
         self._last = self._flushed = counters
         self._try(self._reopen)
@@ -93,24 +93,24 @@ class MetricsLog:
 
     def _close(self) -> None:
         for stream in (self._lines, self._steps, self._flops, self._tokens):
-            with suppress(OSError):  # of a write that has failed before
+            with suppress(OSError):  # an earlier write has failed
                 stream.close()
 
     def log_texts(self, counters: Counters, texts: dict[str, str]) -> None:
-        """Show texts by name in TensorBoard's text tab, as they are from this step on."""
+        """Show texts by name in TensorBoard's text tab at this step."""
         for name, text in texts.items():
             indented = "\n".join(f"    {line}" for line in text.splitlines())
             self._steps.add_text(name, indented, counters.step)
 
     def log(self, counters: Counters, values: dict[str, float]) -> None:
-        """Record `values` by tag at the step that was taken last."""
+        """Record `values` by tag at the last step."""
         line = {"step": counters.step, **values, tags.TIME: time.time()}
         self._record(counters, partial(self._write_line, line))
         self._record(counters, partial(self._add_scalars, counters, values))
         self._log_to_wandb(counters, values)
 
     def log_validation(self, counters: Counters, values: dict[str, float]) -> None:
-        """Record a validation, by steps and on the axes of the scaling curves."""
+        """Record a validation by steps, FLOPs and tokens."""
         nelbo = values[tags.VAL_NELBO]
         by_flops = {tags.VAL_NELBO_BY_FLOPS: nelbo, tags.FLOPS: counters.flops}
         by_tokens = {tags.VAL_NELBO_BY_TOKENS: nelbo, tags.TOKENS: counters.tokens}
@@ -118,7 +118,7 @@ class MetricsLog:
         self._record(counters, partial(self._add_scalars, counters, values))
         self._record(counters, partial(self._add_scaling, counters, nelbo))
         self._log_to_wandb(counters, values)
-        # Written last: with its line the next job does not repeat the validation.
+        # The line comes last: the next job does not repeat a validation that has a line.
         self.flush()
         self._record(counters, partial(self._write_line, line))
         self.flush()
@@ -148,7 +148,7 @@ class MetricsLog:
             self._try(write)
 
     def _try(self, action: Callable[[], None]) -> None:
-        """Act, and log when the file system begins to refuse and when that is over."""
+        """Call `action`; log when the file system starts to refuse, and when it accepts again."""
         before = self._failure
         try:
             action()
@@ -157,10 +157,10 @@ class MetricsLog:
             self._failure = error
         if before is None and self._failure is not None:
             logger.error(
-                "%s: %s; kept in memory until there is room", self._run.path, self._failure
+                "%s: %s; records stay in memory until there is room", self._run.path, self._failure
             )
         elif before is not None and self._failure is None:
-            logger.warning("%s: all records are written again", self._run.path)
+            logger.warning("%s: it can be written again; all records are written", self._run.path)
 
     def _add_scalars(self, counters: Counters, values: dict[str, float]) -> None:
         for tag, value in values.items():
@@ -183,12 +183,12 @@ class MetricsLog:
 
 
 def open_writer(folder: Path, last_step: int) -> SummaryWriter:
-    """A TensorBoard writer that hides what an interrupted job wrote past `last_step`."""
+    """Open a TensorBoard writer that hides what an interrupted job wrote after `last_step`."""
     return SummaryWriter(str(folder), purge_step=last_step + 1)
 
 
 def keep_lines(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Drop the lines of later steps, and one that a kill cut short; returns the others."""
+    """Remove the lines of later steps, and a line that a kill cut; return the others."""
     if not path.exists():
         return []
     kept = []

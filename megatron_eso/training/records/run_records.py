@@ -1,4 +1,4 @@
-"""What a run records of itself while it goes on: curves, status, lines of the log."""
+"""Writes the records of a run: curves, status, lines of the log."""
 
 import logging
 from collections.abc import Sequence
@@ -31,16 +31,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecords:
-    """The records of a run; every rank has one, and that of rank 0 writes.
+    """The records of a run on this rank; only those of rank 0 write.
 
     Attributes:
         run: The run's directory.
-        metrics: Where the curves go; None on the ranks that do not write.
-        train: Length, batch and log interval of the run.
-        data: The training shards, which a blend's shares are counted in.
+        metrics: The curves; None on the ranks that do not write.
+        train: Has length, batch and log interval of the run.
+        data: The training shards, which count the shares of a blend.
         timer: Times this rank's steps.
         hosts: The host of every rank.
-        flops_per_token: What the objective needs.
+        flops_per_token: FLOPs that the objective needs per token.
         watchdog: Watches the comparison of the ranks.
     """
 
@@ -55,7 +55,7 @@ class RunRecords:
 
     @property
     def validated_step(self) -> int:
-        """The last step that a validation is recorded of; -1 without one, and off rank 0."""
+        """The step of the last recorded validation; -1 without one, and on other ranks than 0."""
         return -1 if self.metrics is None else self.metrics.validated_step
 
     def record_step(self, result: StepResult, counters: Counters, times: StepTimes) -> None:
@@ -78,7 +78,7 @@ class RunRecords:
         log_once(logger, logging.INFO, line)
 
     def record_oddity(self, result: StepResult, before: Counters, after: Counters) -> None:
-        """Log a step whose update was skipped, or that was flagged."""
+        """Log a step that was skipped or flagged."""
         oddity = describe_oddity(result, before, after, self.hosts)
         if oddity is not None:
             log_once(logger, logging.WARNING, oddity)
@@ -89,9 +89,9 @@ class RunRecords:
         """Record a validation and log a line.
 
         Args:
-            estimate: With EMA weights where there are any, else with the raw weights.
-            raw: With the raw weights where there are EMA weights, else None.
-            counters: At the validation.
+            estimate: The estimate with EMA weights, or with raw weights if the run has no EMA.
+            raw: The estimate with raw weights if the run has EMA, else None.
+            counters: The progress of the run.
         """
         values = list_validation_values(estimate)
         if raw is not None:
@@ -108,12 +108,12 @@ class RunRecords:
             self.metrics.flush()
 
     def rewind(self, counters: Counters) -> None:
-        """Drop what lies past `counters.step`: the run has gone back to it."""
+        """Remove the records after `counters.step`, to which the run has gone back."""
         if self.metrics is not None:
             self.metrics.rewind(counters)
 
     def _list_shares(self, counters: Counters) -> dict[str, float]:
-        """Share of each corpus of a blend in the samples since the record before."""
+        """Return the share of each corpus of a blend in the samples since the last record."""
         if len(self.data.datasets) == 1:
             return {}
         stop = counters.consumed_samples

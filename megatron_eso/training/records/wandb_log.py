@@ -1,7 +1,7 @@
-"""The curves in Weights & Biases as well, for those who name a project in `run.wandb_project`.
+"""Sends the curves to Weights & Biases as well, if `run.wandb_project` names a project.
 
-Its own environment variables hold (WANDB_MODE=offline, WANDB_API_KEY, WANDB_ENTITY ...). What it
-cannot do never ends a run.
+Its environment variables apply (WANDB_MODE=offline, WANDB_API_KEY, WANDB_ENTITY ...). A failure of
+it never ends a run.
 """
 
 import importlib
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_wandb(project: str | None) -> None:
-    """Refuse a project where the package is missing.
+    """Refuse a project if the package wandb is missing.
 
     Raises:
-        ConfigError: It names the extra to install.
+        ConfigError: The package is missing; the message names the extra to install.
     """
     if project is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
@@ -33,14 +33,14 @@ def check_wandb(project: str | None) -> None:
 
 
 class WandbLog:
-    """One W&B run for all jobs of a run directory.
+    """The W&B run of all jobs of a run directory.
 
-    Values of steps that it has seen are not taken again: a resumed run's are the same.
+    It keeps the first values of a step; a resumed run repeats the same values.
 
     Args:
         folder: The run directory.
-        project: Where the run belongs.
-        config: What to show as its configuration.
+        project: The project of the run.
+        config: The configuration to show.
     """
 
     def __init__(self, folder: Path, project: str, config: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ class WandbLog:
                 config=config,
             )
         except Exception as error:  # no network, no key, a service that is down
-            logger.warning("Weights & Biases: %s; the run goes on without it", error)
+            logger.warning("Weights & Biases: %s; the run continues without it", error)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Record values by tag."""
@@ -68,11 +68,11 @@ class WandbLog:
         try:
             self._run.log(values, step=step)
         except Exception as error:
-            logger.warning("Weights & Biases: %s; the run goes on without it", error)
+            logger.warning("Weights & Biases: %s; the run continues without it", error)
             self._run = None
 
     def close(self) -> None:
-        """Have it send the rest."""
+        """Send the rest."""
         if self._run is None:
             return
         try:

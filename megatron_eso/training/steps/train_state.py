@@ -54,7 +54,7 @@ class TrainState:
     grad_norms: MovingStatistics
     """Statistics of the logarithms of their gradient norms."""
     init_version: int | None = None
-    """How the initial weights were drawn; None if they were read, or drawn by version 1."""
+    """Version of the initial weights; None if they were read, or drawn by version 1."""
 
     @property
     def dp_group(self) -> dist.ProcessGroup:

@@ -1,4 +1,4 @@
-"""The content of a micro-batch's rows; the dense oracle shows that they give the right losses."""
+"""The rows of a micro-batch; the dense oracle shows that they give the correct losses."""
 
 import dataclasses
 
@@ -54,8 +54,8 @@ def test_rows_are_packed_diffusion_first_then_clean_streams_then_queries() -> No
     assert (rows.num_rows, rows.num_loss_rows) == (9, 4)
 
 
-def test_what_lies_beyond_a_samples_length_has_no_row() -> None:
-    """Lengths 3, 1 and 2: a sequential sample, one of a single masked token, a diffusion one."""
+def test_positions_beyond_a_samples_length_have_no_row() -> None:
+    """Plan lengths 3, 1 and 2: a sequential sample, a single masked token, a diffusion sample."""
     noise = Noise(
         length_B=np.array([3, 1, 2]),
         is_masked_BT=np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]], dtype=np.bool_),
@@ -73,7 +73,7 @@ def test_what_lies_beyond_a_samples_length_has_no_row() -> None:
     assert rows.loss_rows_E.tolist() == [1, 4, 5]
     assert loss.targets_E.tolist() == [31, 11, 20]
     assert loss.sample_E.tolist() == [2, 0, 1]
-    # Neither the tokens nor the order of what lies beyond matters.
+    # Tokens and order beyond the length have no effect.
     x_0 = np.where(np.arange(T) < noise.length_B[:, None], X_0, -1)
     beyond = noise.permutation_BT.copy()
     beyond[2, 2:] = [3, 2]
@@ -91,7 +91,7 @@ def test_weights_are_those_of_the_loss_type() -> None:
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 4, 16])
-def test_padding_fills_up_to_a_multiple_and_carries_nothing(multiple: int) -> None:
+def test_padding_fills_up_to_a_multiple_and_carries_no_loss(multiple: int) -> None:
     batch, exact = plan(row_multiple=multiple), plan()
     rows, loss = batch.rows, batch.loss
     for tensor in (rows.tokens_R, loss.targets_E):
@@ -121,7 +121,7 @@ def test_a_micro_batch_without_masks_is_padding_alone() -> None:
 
 
 @pytest.mark.parametrize(("alpha_0", "is_sequential"), [(1.0, False), (0.0, True)])
-def test_the_edges_of_alpha_0_compute_no_row_in_vain(alpha_0: float, is_sequential: bool) -> None:
+def test_the_edges_of_alpha_0_compute_no_unneeded_row(alpha_0: float, is_sequential: bool) -> None:
     noise = dataclasses.replace(
         NOISE,
         is_masked_BT=np.ones((3, T), dtype=np.bool_),
@@ -147,6 +147,6 @@ def test_the_tensors_of_a_micro_batch_move_as_one() -> None:
                 assert value == found
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_shapes_that_differ_are_refused() -> None:
     with pytest.raises(ValueError, match="shape"):
         plan(X_0[:, :3])

@@ -1,4 +1,4 @@
-"""The files of a run directory: byte for byte as documented, and refused where they are not."""
+"""The files of a run directory: equal to their documented bytes, and refused where they differ."""
 
 import dataclasses
 import json

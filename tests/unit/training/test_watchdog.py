@@ -1,4 +1,4 @@
-"""The watchdog ends a process that hangs, and says where it and every other rank are."""
+"""The watchdog ends a process that hangs, and reports where it and every other rank are."""
 
 import os
 import re
@@ -89,7 +89,7 @@ def start(folder: Path, rank: int, work: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
-    """A folder and a process for each kind of work; they import and wait at the same time."""
+    """Start a process in its own folder for each kind of work; they import at the same time."""
     started: dict[str, Job] = {}
     for work in ("looks", "steps", "stuck", "no log", "rendezvous"):
         folder = tmp_path_factory.mktemp("watchdog")
@@ -102,7 +102,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
         process.communicate()
 
 
-def test_a_frozen_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
+def test_a_frozen_rank_ends_the_others_which_name_it(tmp_path: Path) -> None:
     frozen = start(tmp_path, 1, "wait")
     try:
         assert frozen.stdout is not None
@@ -113,7 +113,7 @@ def test_a_frozen_rank_ends_the_others_and_is_named(tmp_path: Path) -> None:
         frozen.kill()
         frozen.communicate()
     report = (tmp_path / "rank_0.log").read_text()
-    found = re.search(r"watchdog: rank 0 on .* in phase 'train step 7' for (\d+) s", report)
+    found = re.search(r"watchdog: rank 0 on .* in 'train step 7' for (\d+) s", report)
     assert found is not None
     assert int(found[1]) >= DEADLINE_SECONDS
     assert "in wait_for_the_other" in report
@@ -126,7 +126,7 @@ def test_a_hang_ends_at_the_first_look_after_the_deadline(jobs: dict[str, Job]) 
     """The clock of this job advances by a second at each look of the watchdog."""
     folder, process = jobs["looks"]
     assert process.wait(HANG_SECONDS) == 1
-    assert "in phase 'train step 7' for 3 s" in (folder / "rank_0.log").read_text()
+    assert "in 'train step 7' for 3 s" in (folder / "rank_0.log").read_text()
 
 
 def test_a_working_rank_is_left_alone(jobs: dict[str, Job]) -> None:
@@ -157,4 +157,4 @@ def test_a_store_that_is_busy_does_not_hide_a_hang(jobs: dict[str, Job]) -> None
     report = (folder / "rank_0.log").read_text()
     assert "watchdog: rank 0 on " in report
     assert "in meet_the_other" in report
-    assert "watchdog: rank 1: never heard of" in report
+    assert "watchdog: rank 1: no heartbeat yet" in report
