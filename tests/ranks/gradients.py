@@ -1,7 +1,6 @@
 """The operations of a training step that concern its gradients."""
 
 import dataclasses
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +20,27 @@ class Operations:
     Attributes:
         buckets: Elements of each buffer of gradients.
         multiplied: Elements of each tensor that was multiplied in place.
-        counts: How often each operation of torch was called.
+        num_accumulated: How often indexed elements were added, which torch sorts for.
     """
 
     buckets: list[int]
     multiplied: list[int]
-    counts: Counter[str]
+    num_accumulated: int
 
 
 class Watch(TorchDispatchMode):
-    """The operations of torch while it is active, by name."""
+    """The operations of torch while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: Counter[str] = Counter()
+        self.num_accumulated = 0
         self.multiplied: list[int] = []
 
     def __torch_dispatch__(
         self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name = str(function).split(".")[1]
-        self.counts[name] += 1
+        self.num_accumulated += "index_put" in name and True in args[3:4]
         if name == "mul_" and isinstance(args[0], Tensor):
             self.multiplied.append(args[0].numel())
         return function(*args, **kwargs or {})
@@ -61,4 +60,6 @@ def watch_step(run: Path, data: Path, overrides: Overrides) -> Operations:
         ]
         with Watch() as watch:
             take_step(config, state, batches, groups)
-    return Operations(buckets=buckets, multiplied=watch.multiplied, counts=watch.counts)
+    return Operations(
+        buckets=buckets, multiplied=watch.multiplied, num_accumulated=watch.num_accumulated
+    )
