@@ -18,10 +18,11 @@ SHAPES = "p2p_communication.py:_communicate_shapes"
     "layout", ["1 rank", "TP=2 SP", "PP=2 interleaved", "DP=2", "DP=2 distributed optimizer"]
 )
 def test_a_step_waits_once(layout: str, world: World, tiny_data: Path, tmp_path: Path) -> None:
-    """The losses, the gradient's norm and whether all gradients are finite come together."""
+    """Losses, gradient norm, finiteness and the requests of any rank come together."""
     num_ranks, overrides = LAYOUTS[layout]
     overrides = overrides | {"train.precision": '"bf16"'}
-    for waits in world.run(count_waits, num_ranks, tmp_path, tiny_data, overrides):
+    for waits, requests in world.run(count_waits, num_ranks, tmp_path, tiny_data, overrides):
         print(f"{layout}: {waits.total()} waits: {dict(waits)}")
         del waits[SHAPES]
         assert waits.total() == 1
+        assert requests == (num_ranks - 1, 0)
