@@ -1,9 +1,13 @@
 """The test workers themselves: collectives, failures of every kind, and their recovery."""
 
+from pathlib import Path
+
 import pytest
 
+from tests.ranks.training import train_tiny
 from tests.ranks.world import (
     add_up,
+    count_threads,
     describe_process,
     die_on_one_rank,
     fail_on_one_rank,
@@ -32,6 +36,16 @@ def test_processes_stay_alive_and_use_one_thread(world: World) -> None:
 def test_megatron_is_imported_without_a_compiler(world: World) -> None:
     compiler = ("torch._inductor.compile_fx", "triton")
     assert world.run(find_loaded, 1, "megatron.core", *compiler) == [["megatron.core"]]
+
+
+def test_a_call_leaves_no_threads_of_its_groups(
+    world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    rejoins, counts = world.num_rejoins, []
+    for number in range(2):
+        world.run(train_tiny, 2, tmp_path / str(number), tiny_data, {}, 1)
+        counts.append(max(world.run(count_threads, 2)))
+    assert counts[1] <= counts[0] or world.num_rejoins > rejoins
 
 
 def test_an_exception_names_its_rank_and_keeps_the_pool(world: World) -> None:

@@ -18,6 +18,10 @@ def find_loaded(*names: str) -> list[str]:
     return [name for name in names if name in sys.modules]
 
 
+def count_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
 def describe_process() -> tuple[int, int, str | None]:
     return os.getpid(), torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
 

@@ -18,6 +18,7 @@ megatron's parallel state is destroyed after each call. A call that hangs, or a 
 fails that call only: the workers are killed and the next call starts others.
 """
 
+import gc
 import importlib
 import math
 import multiprocessing
@@ -314,4 +315,6 @@ def execute(call: Call, link: Connection) -> Any:
         if parallel_state is not None:
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        # Circles of objects hold groups; the threads of a group poll a hundred times a second.
+        gc.collect()
     return value
