@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from megatron_eso.training.distributed.parallel import model_parallel_groups
 from megatron_eso.training.steps.step import train_step
 from megatron_eso.training.steps.train_state import build_train_state
+from tests.ranks.loop import run_loop
 from tests.ranks.training import open_batches, take_step
 from tests.support.training import Overrides, tiny_config
 
@@ -67,7 +68,7 @@ class HostWaits(TorchDispatchMode):
             for frame in traceback.extract_stack()
             if "megatron" in frame.filename
         ]
-        self.places[frames[-1]] += 1
+        self.places[frames[-1] if frames else "elsewhere"] += 1
 
     def __enter__(self) -> Self:
         # What no dispatch mode sees, because nothing is computed where GPU and host are one.
@@ -144,3 +145,10 @@ def count_waits(
                 read_requests=lambda: (dist.get_rank(), 0),
             )
     return waits.places, result.requests
+
+
+def count_waits_of_run(run: Path, data: Path, overrides: Overrides) -> Counter[str]:
+    """Train to the end, and count the waits of all steps by file and function."""
+    with HostWaits() as waits:
+        assert run_loop(run, data, overrides).error is None
+    return waits.places
