@@ -126,7 +126,7 @@ class LossRowSelfAttention(RowSelfAttention):
         self, q_RHD: Tensor, table_2R1F: Tensor, rows: Rows
     ) -> tuple[Tensor, Tensor]:
         """Return the queries of the loss rows, with their rotary table."""
-        return q_RHD[rows.loss_rows_E], table_2R1F[:, rows.loss_rows_E]
+        return q_RHD.index_select(0, rows.loss_rows_E), table_2R1F.index_select(1, rows.loss_rows_E)
 
 
 class LossRowTransformerLayer(TransformerLayer):
@@ -160,11 +160,11 @@ class LossRowTransformerLayer(TransformerLayer):
         (`tensor_parallel_output_grad=False`). A sum would multiply it by the size of the group.
         """
         if not self.config.sequence_parallel:
-            return hidden_states[rows.loss_rows_E]
+            return hidden_states.index_select(0, rows.loss_rows_E)
         gathered = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
         )
         chosen: Tensor = scatter_to_sequence_parallel_region(
-            gathered[rows.loss_rows_E], group=self.tp_group
+            gathered.index_select(0, rows.loss_rows_E), group=self.tp_group
         )
         return chosen

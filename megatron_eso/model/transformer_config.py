@@ -17,8 +17,8 @@ def build_transformer_config(
 ) -> TransformerConfig:
     """Translate the sections for Megatron-Core; training sets the hooks of its step.
 
-    Weights are allocated on the CPU without values. `initialization.py` fills them by name, so
-    every layout starts from the same values.
+    Weights are allocated on the GPU without values. `initialization.py` draws them by name, so
+    that every layout starts from the same values.
     """
     gated = model.activation == "swiglu"
     dtype = PARAMS_DTYPE[train.precision]
@@ -61,7 +61,6 @@ def build_transformer_config(
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
-        use_cpu_initialization=True,
         perform_initialization=False,
         # Fused kernels that are not used here.
         gradient_accumulation_fusion=False,

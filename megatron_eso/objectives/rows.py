@@ -98,20 +98,31 @@ class MicroBatch:
         indices_B: int64, global indices of the samples. In validation, indices in the set; each
             sample comes once for each phase.
         phase_B: int64, phase of each sample.
+        block: uint8, the memory that all tensors are views of; None if each has its own.
     """
 
     rows: Rows
     loss: LossRows
     indices_B: NDArray[np.int64]
     phase_B: NDArray[np.int64]
+    block: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the micro-batch with its tensors on a device."""
+        """Return the micro-batch with its tensors on a device; a packed one is copied at once."""
+        if self.block is not None:
+            return self._view(self.block.to(device, non_blocking=True))
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pack(self) -> Self:
+        """Return the micro-batch with all tensors in one block of memory."""
+        tensors = [*_find_tensors(self.rows).values(), *_find_tensors(self.loss).values()]
+        return self._view(torch.cat([_fill_up(tensor) for tensor in tensors]))
 
     def pin_memory(self) -> Self:
         """Return the micro-batch in pinned memory; `to` then copies it to a GPU without waiting."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        packed = self.pack()
+        assert packed.block is not None
+        return packed._view(packed.block.pin_memory())
 
     def pad(self, row_multiple: int, mask_token_id: int) -> Self:
         """Return the micro-batch with rows and loss rows padded to a positive multiple."""
@@ -127,11 +138,23 @@ class MicroBatch:
             loss_rows_E=functional.pad(rows.loss_rows_E, (0, missing_E)),
         )
         padded_loss = _map_tensors(loss, lambda tensor: functional.pad(tensor, (0, missing_E)))
-        return replace(self, rows=padded, loss=padded_loss)
+        return replace(self, rows=padded, loss=padded_loss, block=None)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
         rows, loss = _map_tensors(self.rows, change), _map_tensors(self.loss, change)
-        return replace(self, rows=rows, loss=loss)
+        return replace(self, rows=rows, loss=loss, block=None)
+
+    def _view(self, block: Tensor) -> Self:
+        """Return the micro-batch with the tensors that `pack` has put into a block."""
+        start = 0
+
+        def take(tensor: Tensor) -> Tensor:
+            nonlocal start
+            taken = block[start : start + tensor.nbytes].view(tensor.dtype)
+            start += tensor.nbytes + _count_filling(tensor)
+            return taken
+
+        return replace(self._map(take), block=block)
 
 
 def plan_rows(
@@ -282,9 +305,24 @@ def _count_missing(size: int, multiple: int) -> int:
     return -size % multiple if size else multiple
 
 
+def _count_filling(tensor: Tensor) -> int:
+    """Return the bytes between a tensor's end and the next multiple of 8."""
+    return -tensor.nbytes % 8
+
+
+def _fill_up(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor, uint8, filled up to a multiple of 8."""
+    return functional.pad(tensor.view(torch.uint8), (0, _count_filling(tensor)))
+
+
 def _map_tensors(value: Kind, change: Callable[[Tensor], Tensor]) -> Kind:
-    found = {field.name: getattr(value, field.name) for field in fields(value)}
     changes: dict[str, Any] = {
-        name: change(tensor) for name, tensor in found.items() if isinstance(tensor, Tensor)
+        name: change(tensor) for name, tensor in _find_tensors(value).items()
     }
     return replace(value, **changes)
+
+
+def _find_tensors(value: Rows | LossRows) -> dict[str, Tensor]:
+    """Return the tensors among the fields, by name."""
+    found = {field.name: getattr(value, field.name) for field in fields(value)}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}

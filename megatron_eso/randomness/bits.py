@@ -12,7 +12,13 @@ from .purposes import Purpose
 
 
 def random_bits(
-    seed: int, purpose: Purpose, index: int, count: int, second_index: int = 0
+    seed: int,
+    purpose: Purpose,
+    index: int,
+    count: int,
+    second_index: int = 0,
+    *,
+    first: int = 0,
 ) -> NDArray[np.uint64]:
     """Draw 64-bit words.
 
@@ -22,17 +28,20 @@ def random_bits(
         index: Global index of the sample (or of the step's first sample), in [0, 2**64).
         count: Number of words; a longer draw begins with the shorter one.
         second_index: Second number, for purposes whose draws have two, such as row and slot.
+        first: Number of the first word to return; the ones before it are not drawn.
 
     Returns:
         uint64 `[count]`.
     """
+    # One count of the generator gives four words.
+    counter, skipped = divmod(first, 4)
     # Typed arrays, because numpy converts a list with an integer of 2^63 or more to floats.
     generator = np.random.Philox(
         key=np.array([seed, purpose], dtype=np.uint64),
-        counter=np.array([0, 0, index, second_index], dtype=np.uint64),
+        counter=np.array([counter, 0, index, second_index], dtype=np.uint64),
     )
-    words: NDArray[np.uint64] = generator.random_raw(count)
-    return words
+    words: NDArray[np.uint64] = generator.random_raw(skipped + count)
+    return words[skipped:]
 
 
 def uniform(

@@ -8,6 +8,8 @@ from enum import IntEnum
 
 # It is increased when any value that an objective draws changes.
 NOISE_VERSION = 1
+# Changes when any initial weight changes. Version 1 drew whole tensors with torch's generator.
+INIT_VERSION = 2
 
 
 class Purpose(IntEnum):
@@ -22,6 +24,8 @@ class Purpose(IntEnum):
     SEQUENTIAL_ORDER = 6
     DROPOUT = 13
     LENGTH = 15
+    # By hash of the parameter's name, and element.
+    INITIAL_WEIGHT = 16
 
     # Validation: by index of the sample in the set.
     VALIDATION_TIME = 7

@@ -11,7 +11,7 @@ from megatron_eso.runs.counters import Counters, MovingStatistics
 
 STATE_FILE = "state.json"
 FORMAT_VERSION = 1
-_OPTIONAL = ("ema_updates", "torch_version", "val_nelbo", "noise_version", "data")
+_OPTIONAL = ("ema_updates", "torch_version", "val_nelbo", "noise_version", "init_version", "data")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +32,8 @@ class CheckpointState:
     """NELBO of the validation at this step; None without one."""
     noise_version: int | None = None
     """Version of the noise of the samples."""
+    init_version: int | None = None
+    """Version of the run's initial weights; None if they were read, or drawn by version 1."""
     data: Mapping[str, Any] | None = None
     """The order of the samples (megatron_eso/data/samples); None where none is recorded."""
 

@@ -18,7 +18,7 @@ from megatron_eso.training.checkpointing.state import load_weights
 from megatron_eso.training.distributed.parallel import model_parallel_groups, process_group
 from megatron_eso.training.steps.batches import ValidationBatches
 from megatron_eso.training.steps.evaluation import evaluate, evaluate_orders
-from megatron_eso.training.steps.train_state import TrainState, build_train_state
+from megatron_eso.training.steps.train_state import TrainState, build_empty_state
 
 
 def evaluate_checkpoint(
@@ -87,7 +87,7 @@ def load_state(
     """Load the raw or EMA weights of a checkpoint, and nothing else; collective over the world."""
     # An evaluation has no moving average of its weights.
     optimizer = dataclasses.replace(config.optimizer, ema_decay=0.0)
-    state = build_train_state(dataclasses.replace(config, optimizer=optimizer), groups)
+    state = build_empty_state(dataclasses.replace(config, optimizer=optimizer), groups)
     refuse_damage(checkpoint)
     load_weights(checkpoint, state, prefix=PREFIXES["ema" if weights == "ema" else "param"])
     return state

@@ -39,7 +39,7 @@ from megatron_eso.training.records.run_records import RunRecords
 from megatron_eso.training.records.wandb_log import WandbLog
 from megatron_eso.training.steps.batches import TrainingBatches, ValidationBatches
 from megatron_eso.training.steps.prefetch import StepPrefetcher
-from megatron_eso.training.steps.train_state import TrainState, build_train_state
+from megatron_eso.training.steps.train_state import TrainState, build_empty_state
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def restore_state(
     Returns:
         The state, and the checkpoints of the run.
     """
-    state = build_train_state(config, groups)
+    state = build_empty_state(config, groups)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, batches)
     logger.info("%s", describe_parts(config, state))
     initial = run.initial if run.initial.exists() else None

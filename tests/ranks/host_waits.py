@@ -7,13 +7,16 @@ from typing import Any, Self
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from megatron_eso.training.distributed.parallel import model_parallel_groups
+from megatron_eso.training.steps.step import train_step
 from megatron_eso.training.steps.train_state import build_train_state
+from tests.ranks.loop import run_loop
 from tests.ranks.training import open_batches, take_step
 from tests.support.training import Overrides, tiny_config
 
@@ -65,7 +68,7 @@ class HostWaits(TorchDispatchMode):
             for frame in traceback.extract_stack()
             if "megatron" in frame.filename
         ]
-        self.places[frames[-1]] += 1
+        self.places[frames[-1] if frames else "elsewhere"] += 1
 
     def __enter__(self) -> Self:
         # What no dispatch mode sees, because nothing is computed where GPU and host are one.
@@ -115,8 +118,14 @@ class HostWaits(TorchDispatchMode):
             patch.stop()
 
 
-def count_waits(run: Path, data: Path, overrides: Overrides) -> Counter[str]:
-    """Take two steps, and count the waits of the second by file and function."""
+def count_waits(
+    run: Path, data: Path, overrides: Overrides
+) -> tuple[Counter[str], tuple[int, ...]]:
+    """Take two steps, and count the waits of the second by file and function.
+
+    Returns:
+        The waits, and the requests of all ranks: the first one is the number of this rank.
+    """
     config = tiny_config(run, data, overrides)
     with model_parallel_groups(config.parallel) as groups:
         batches = open_batches(config, groups.dp.size())
@@ -124,5 +133,22 @@ def count_waits(run: Path, data: Path, overrides: Overrides) -> Counter[str]:
         with HostWaits() as waits:
             take_step(config, state, batches, groups)
             waits.places.clear()
-            take_step(config, state, batches, groups)
+            step = batches.step(state.counters.step, state.counters.consumed_samples)
+            result = train_step(
+                state,
+                batches.plan_step(step, groups.dp.rank()),
+                batches.objective,
+                config.train,
+                groups,
+                flops_per_token=1.0,
+                dropout_seed=None,
+                read_requests=lambda: (dist.get_rank(), 0),
+            )
+    return waits.places, result.requests
+
+
+def count_waits_of_run(run: Path, data: Path, overrides: Overrides) -> Counter[str]:
+    """Train to the end, and count the waits of all steps by file and function."""
+    with HostWaits() as waits:
+        assert run_loop(run, data, overrides).error is None
     return waits.places

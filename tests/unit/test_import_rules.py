@@ -73,7 +73,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.data.shards": BASE + RANDOMNESS + FINGERPRINT,
     "megatron_eso.data.remote": BASE + SHARDS,
     "megatron_eso.data.samples": ERRORS + SECTIONS + RANDOMNESS + REMOTE,
-    "megatron_eso.model": ERRORS + CONFIG + OBJECTIVES,
+    "megatron_eso.model": ERRORS + CONFIG + RANDOMNESS + OBJECTIVES,
     "megatron_eso.training.distributed": ERRORS + RANKS + SECTIONS,
     "megatron_eso.training.optimization": SECTIONS + MODEL + DISTRIBUTED,
     "megatron_eso.training.steps": ERRORS

@@ -9,7 +9,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 
 from megatron_eso.config.loading import config_to_dict
 from megatron_eso.config.sections import CheckpointConfig, Config
@@ -28,6 +26,7 @@ from megatron_eso.runs.checkpoint_state import STATE_FILE
 from megatron_eso.runs.run_directory import CONFIG_FILE
 from megatron_eso.runs.steps import list_checkpoints, step_name, step_number
 from megatron_eso.training.checkpointing.files import find_damaged_files, run_on_first, write_files
+from megatron_eso.training.checkpointing.host_copies import HostCopies
 from megatron_eso.training.checkpointing.staleness import (
     Parts,
     StateSample,
@@ -37,7 +36,6 @@ from megatron_eso.training.checkpointing.staleness import (
     take_sample,
 )
 from megatron_eso.training.checkpointing.state import describe_state, list_parts
-from megatron_eso.training.optimization.tensor_parts import TensorPart
 from megatron_eso.training.steps.batches import TrainingBatches
 from megatron_eso.training.steps.train_state import TrainState
 
@@ -250,29 +248,3 @@ class Checkpoints:
                 f"away to start again"
             )
         return None
-
-
-class HostCopies:
-    """Host memory for copies of the state, which all saves reuse.
-
-    A copy into new memory takes many times as long. For tensors of a GPU the memory is pinned.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-
-    @torch.no_grad()
-    def copy(self, parts: Parts) -> Parts:
-        """Return copies of the parts; they overwrite the copies of the previous call."""
-        copies = {kind: [self._copy_part(part) for part in parts[kind]] for kind in parts}
-        torch.cuda.synchronize()
-        return copies
-
-    def _copy_part(self, part: TensorPart) -> TensorPart:
-        values = part.values
-        buffer = self._buffers.get((part.key, part.offsets))
-        if buffer is None or buffer.shape != values.shape:
-            buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-            self._buffers[part.key, part.offsets] = buffer
-        buffer.copy_(values, non_blocking=True)
-        return replace(part, values=buffer)

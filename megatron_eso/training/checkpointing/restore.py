@@ -15,7 +15,7 @@ from megatron_eso.training.checkpointing.kept_keys import (
     find_checkpoint,
 )
 from megatron_eso.training.checkpointing.state import load_training_state, load_weights
-from megatron_eso.training.steps.train_state import TrainState
+from megatron_eso.training.steps.train_state import TrainState, draw_weights
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def restore(
     """Continue from the run's newest checkpoint, or start as configured; collective over the world.
 
     Args:
-        state: A fresh state; changed in place.
+        state: A state whose weights need no values; changed in place.
         config: The run's configuration.
         checkpoints: The run's checkpoints.
         init_from: The checkpoint whose weights a new run starts from; by default
@@ -43,6 +43,7 @@ def restore(
         source = find_checkpoint(init_from or Path(config.checkpoint.init_from))
         start_from(source, state, config, checkpoints.batches.data.tokenizer)
     else:
+        draw_weights(state, config)
         logger.info("starting from fresh weights, seed %d", config.run.seed)
 
 
@@ -77,6 +78,7 @@ def start_from(
     refuse_damage(source)
     check_initial_weights(source, config, tokenizer)
     load_weights(source, state)
+    state.init_version = None
     if state.ema is not None:
         state.ema.restart()
     record = read_checkpoint_state(source)

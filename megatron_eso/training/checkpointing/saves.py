@@ -77,6 +77,7 @@ class Saves:
                 f"{failure}; training continues, trying again in {RETRY_SECONDS:.0f} s",
             )
             self._retry_at, self._written_seconds = now + RETRY_SECONDS, None
+            self._is_writing = False
         interval = 60 * self.config.checkpoint.interval_minutes
         return now >= self._retry_at or 0 < interval <= now - self._began_at
 

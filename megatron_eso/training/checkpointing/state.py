@@ -45,6 +45,7 @@ def describe_state(
         losses=state.losses,
         grad_norms=state.grad_norms,
         ema_updates=None if state.ema is None else state.ema.num_updates,
+        init_version=state.init_version,
         torch_version=str(torch.__version__),
         val_nelbo=val_nelbo,
         **samples,
@@ -97,7 +98,7 @@ def _read_values(
     checkpoint: Path, state: TrainState, values: Mapping[str, list[Tensor | None]]
 ) -> None:
     """Fill values of the parameters' ranges by the prefix of their names; collective."""
-    group = state.chunks[0].dp_cp_group
+    group = state.dp_group
     wanted = [
         part
         for prefix, of_kind in values.items()
@@ -124,7 +125,7 @@ def load_training_state(checkpoint: Path, state: TrainState) -> None:
         if state.ema is not None:
             state.ema.restart()
         return
-    state.counters = record.counters
+    state.counters, state.init_version = record.counters, record.init_version
     state.losses, state.grad_norms = record.losses, record.grad_norms
     # Moments and average, in one reading.
     wanted: dict[str, list[Tensor | None]] = {}

@@ -8,6 +8,7 @@ distributed optimizer's state on every data-parallel rank.
 """
 
 import dataclasses
+import heapq
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -50,9 +51,9 @@ def parts_to_write(
 ) -> Iterator[TensorPart]:
     """List the parts of one kind of state that this rank writes; no communication.
 
-    Over all ranks every element is listed once. Data-parallel ranks that hold the same values take
-    turns by parameter. Of tensor-parallel ranks that hold the same values, and of the copies of a
-    tied embedding, the first one writes.
+    Over all ranks every element is listed once. Data-parallel ranks that hold the same values
+    divide the parameters among them. Of tensor-parallel ranks that hold the same values, and of the
+    copies of a tied embedding, the first one writes.
 
     Args:
         parameters: The main parameters, in the same order on every rank of the group.
@@ -72,8 +73,8 @@ def parts_to_read(
 ) -> Iterator[TensorPart]:
     """List the parts of one kind of state that this rank reads; no communication.
 
-    Data-parallel ranks that hold the same values take turns, as in `parts_to_write`, which has the
-    same arguments. `share_values` then gives all of them the values.
+    Data-parallel ranks that hold the same values divide the parameters, as in `parts_to_write`,
+    which has the same arguments. `share_values` then gives all of them the values.
     """
     for parameter, value in _list_own(parameters, values, dp_group):
         yield from _cut(parameter, value, prefix, only_first_replica=False)
@@ -83,10 +84,25 @@ def _list_own(
     parameters: list[MainParameter], values: list[Tensor | None], dp_group: dist.ProcessGroup
 ) -> Iterator[tuple[MainParameter, Tensor]]:
     """List the parameters, with their values, that this data-parallel rank writes or reads."""
-    for number, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
-        is_own = parameter.is_sharded or number % dp_group.size() == dp_group.rank()
+    owners = _choose_owners(parameters, dp_group.size())
+    for parameter, value, owner in zip(parameters, values, owners, strict=True):
+        is_own = parameter.is_sharded or owner == dp_group.rank()
         if value is not None and is_own:
             yield parameter, value
+
+
+def _choose_owners(parameters: list[MainParameter], num_ranks: int) -> list[int]:
+    """Return the data-parallel rank that writes or reads each parameter that all of them hold.
+
+    The next parameter goes to the rank that has the fewest elements so far.
+    """
+    loads = [(0, rank) for rank in range(num_ranks)]
+    owners = []
+    for parameter in parameters:
+        load, rank = loads[0]
+        owners.append(rank)
+        heapq.heapreplace(loads, (load + parameter.model.numel(), rank))
+    return owners
 
 
 def share_values(
@@ -98,9 +114,10 @@ def share_values(
     """
     if dp_group.size() == 1:
         return
-    for number, (parameter, value) in enumerate(zip(parameters, values, strict=True)):
+    owners = _choose_owners(parameters, dp_group.size())
+    for parameter, value, owner in zip(parameters, values, owners, strict=True):
         if value is not None and not parameter.is_sharded:
-            dist.broadcast(value.detach(), group=dp_group, group_src=number % dp_group.size())
+            dist.broadcast(value.detach(), group=dp_group, group_src=owner)
 
 
 def _cut(

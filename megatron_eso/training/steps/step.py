@@ -46,6 +46,7 @@ class StepResult:
             of the previous steps; the larger of the two.
         num_tokens: The number of real tokens in the global batch.
         bad_ranks: If the loss is not finite, the ranks whose own part of it is not finite.
+        requests: The largest value of each request over all ranks.
     """
 
     loss: float
@@ -57,6 +58,12 @@ class StepResult:
     deviations: float
     num_tokens: int
     bad_ranks: tuple[int, ...]
+    requests: tuple[int, ...] = ()
+
+
+def request_nothing() -> tuple[int, ...]:
+    """Return no requests."""
+    return ()
 
 
 def train_step(
@@ -68,6 +75,7 @@ def train_step(
     *,
     flops_per_token: float,
     dropout_seed: int | None,
+    read_requests: Callable[[], tuple[int, ...]] = request_nothing,
 ) -> StepResult:
     """Take one step with the samples of `plan`; collective over the world.
 
@@ -79,6 +87,8 @@ def train_step(
         groups: The groups of this rank.
         flops_per_token: FLOPs that are counted for each real token.
         dropout_seed: The run's seed; None without dropout.
+        read_requests: Returns this rank's requests, numbers from 0 on that have no part in the step
+            and whose largest values over all ranks come without a further wait.
     """
     # Forward and backward.
     clear_gradients(state)
@@ -87,7 +97,7 @@ def train_step(
 
     # Losses and gradient norm of all ranks: the one time that the host waits for the GPU.
     own_gradients = measure_gradients(state.optimizer, groups)
-    losses, grad_norm = reduce_step(own_losses, own_gradients, groups)
+    losses, grad_norm, requests = reduce_step(own_losses, own_gradients, read_requests(), groups)
     losses_P, elbo_P = losses.chunk(2)
     loss, nelbo = float(objective.combine(losses_P)), float(objective.combine(elbo_P))
 
@@ -109,32 +119,47 @@ def train_step(
         deviations=deviations,
         num_tokens=sum(plan.tokens),
         bad_ranks=() if math.isfinite(loss) else find_bad_ranks(own_losses),
+        requests=requests,
     )
     advance(state, result, config, flops_per_token)
     return result
 
 
 def reduce_step(
-    own_losses: Tensor, own_gradients: Tensor, groups: ProcessGroupCollection
-) -> tuple[Tensor, float]:
-    """Sum losses and squared gradients over the ranks in one reduction; collective over the world.
+    own_losses: Tensor,
+    own_gradients: Tensor,
+    own_requests: tuple[int, ...],
+    groups: ProcessGroupCollection,
+) -> tuple[Tensor, float, tuple[int, ...]]:
+    """Reduce over the ranks what a step reports, and wait for it once; collective over the world.
 
     Args:
         own_losses: This rank's part of the losses, as of `run_micro_batches`.
         own_gradients: This rank's part of the gradient norm, as of `measure_gradients`.
+        own_requests: This rank's requests; as many on every rank.
         groups: The groups of this rank.
 
     Returns:
-        The losses of the global batch on the host, and the norm of the whole gradient: NaN if any
-        rank has gradients that are not finite.
+        The losses of the global batch on the host, the norm of the whole gradient (NaN if any rank
+        has gradients that are not finite), and the largest value of each request.
     """
     # Tensor-parallel ranks hold the same losses.
     counted = own_losses if groups.tp.rank() == 0 else torch.zeros_like(own_losses)
     totals = torch.cat([counted, own_gradients])
     dist.all_reduce(totals)
-    fetched = totals.cpu()
-    squared, num_bad = fetched[len(own_losses) :].tolist()
-    return fetched[: len(own_losses)], math.nan if num_bad else math.sqrt(squared)
+    # Requests are written by kernels: a tensor of numbers would make the host wait.
+    requests_Q = totals.new_zeros(len(own_requests))
+    for number, request in enumerate(own_requests):
+        if request:
+            requests_Q[number].fill_(request)
+    if own_requests:
+        dist.all_reduce(requests_Q, op=dist.ReduceOp.MAX)
+    fetched = torch.cat([totals, requests_Q]).cpu()
+    losses, (squared, num_bad, *requests) = (
+        fetched[: len(own_losses)],
+        fetched[len(own_losses) :].tolist(),
+    )
+    return losses, math.nan if num_bad else math.sqrt(squared), tuple(map(int, requests))
 
 
 def run_micro_batches(

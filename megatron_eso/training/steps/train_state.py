@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -23,12 +24,18 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.sections import Config, ParallelConfig, TrainConfig, Vocabulary
 from megatron_eso.model.eso_model import EsoModel
-from megatron_eso.model.initialization import initialize_parameters
+from megatron_eso.model.initialization import fill_rectangle, mark_split_parameters
 from megatron_eso.model.transformer_config import build_transformer_config
+from megatron_eso.randomness.purposes import INIT_VERSION
 from megatron_eso.runs.counters import Counters, MovingStatistics
 from megatron_eso.training.optimization.ema import ExponentialMovingAverage
-from megatron_eso.training.optimization.main_parameters import MainParameter, list_main_parameters
+from megatron_eso.training.optimization.main_parameters import (
+    MainParameter,
+    list_main_parameters,
+    publish_main_parameters,
+)
 from megatron_eso.training.optimization.optimizer import build_optimizer, build_scheduler
+from megatron_eso.training.optimization.tensor_parts import parts_to_read, share_values
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -46,12 +53,55 @@ class TrainState:
     """Statistics of the losses of the steps whose update was applied."""
     grad_norms: MovingStatistics
     """Statistics of the logarithms of their gradient norms."""
+    init_version: int | None = None
+    """Version of the initial weights; None if they were read, or drawn by version 1."""
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """Return the group of the data-parallel ranks."""
+        group: dist.ProcessGroup = self.chunks[0].dp_cp_group
+        return group
 
 
 def build_train_state(config: Config, groups: ProcessGroupCollection) -> TrainState:
-    """Build a fresh state on this rank; collective over the world."""
-    model, vocabulary, seed = config.model, config.data.vocabulary, config.run.seed
-    chunks = build_model_chunks(model, vocabulary, seed, config.train, config.parallel, groups)
+    """Build a fresh state with initial weights on this rank; collective over the world."""
+    state = build_empty_state(config, groups)
+    draw_weights(state, config)
+    return state
+
+
+@torch.no_grad()
+def draw_weights(state: TrainState, config: Config) -> None:
+    """Set the initial weights, and the moving average to them; collective over the world.
+
+    A rank draws its ranges of the main parameters. Where data-parallel ranks hold the same ones,
+    each draws some of them and sends those to the others.
+
+    Args:
+        state: The state, changed in place.
+        config: The sections `model` and `run`.
+    """
+    mains = [parameter.main for parameter in state.parameters]
+    for part in parts_to_read(state.parameters, mains, "", state.dp_group):
+        fill_rectangle(
+            part.values,
+            part.key,
+            part.global_shape,
+            part.offsets,
+            config=config.model,
+            seed=config.run.seed,
+        )
+    share_values(state.parameters, mains, state.dp_group)
+    publish_main_parameters(state.chunks, state.optimizer)
+    if state.ema is not None:
+        state.ema.restart()
+    state.init_version = INIT_VERSION
+
+
+def build_empty_state(config: Config, groups: ProcessGroupCollection) -> TrainState:
+    """Build a state whose weights have no values yet on this rank; collective over the world."""
+    model, vocabulary = config.model, config.data.vocabulary
+    chunks = build_model_chunks(model, vocabulary, config.train, config.parallel, groups)
     precision, num_steps = config.train.precision, config.train.num_steps
     optimizer = build_optimizer(config.optimizer, config.parallel, precision, chunks, groups)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
@@ -72,17 +122,15 @@ def build_train_state(config: Config, groups: ProcessGroupCollection) -> TrainSt
 def build_model_chunks(
     model_config: ModelConfig,
     vocabulary: Vocabulary,
-    seed: int,
     train: TrainConfig,
     parallel: ParallelConfig,
     groups: ProcessGroupCollection,
 ) -> list[DistributedDataParallel]:
-    """Build this rank's parts of the model with initial weights, for bf16 and data parallelism.
+    """Build this rank's parts of the model without values, for bf16 and data parallelism.
 
     Args:
         model_config: The section `model`.
         vocabulary: The vocabulary of the shards.
-        seed: The seed of the initial weights.
         train: The section `train`: precision and recomputation.
         parallel: The section `parallel`: the layout.
         groups: The groups of this rank.
@@ -110,7 +158,7 @@ def build_model_chunks(
             post_process=is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(groups.pp),
             vp_stage=vp_stage,
         )
-        initialize_parameters(model, model_config, seed)
+        mark_split_parameters(model)
         module = model.cuda(torch.cuda.current_device())
         if transformer_config.bf16:
             module = Float16Module(transformer_config, module)

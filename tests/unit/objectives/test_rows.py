@@ -1,10 +1,12 @@
 """The rows of a micro-batch; the dense oracle shows that they give the correct losses."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_eso.objectives.noise import Noise
 from megatron_eso.objectives.rows import LossRows, MicroBatch, Rows
@@ -150,3 +152,36 @@ def test_the_tensors_of_a_micro_batch_move_as_one() -> None:
 def test_shapes_that_differ_are_refused() -> None:
     with pytest.raises(ValueError, match="shape"):
         plan(X_0[:, :3])
+
+
+class Copies(TorchDispatchMode):
+    """The number of copies from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += "_to_copy" in str(function)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("row_multiple", [1, 5])
+def test_a_packed_micro_batch_is_copied_at_once(row_multiple: int) -> None:
+    batch = plan(row_multiple=row_multiple)
+    packed = batch.pack()
+    with Copies() as copies:
+        moved = packed.to("meta")
+    assert copies.count == 1
+    for name in ("rows", "loss"):
+        own, kept, there = (getattr(each, name) for each in (batch, packed, moved))
+        for field in dataclasses.fields(own):
+            value, same, on_meta = (getattr(each, field.name) for each in (own, kept, there))
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, same)
+                assert value.dtype == same.dtype
+                assert (on_meta.device.type, on_meta.shape) == ("meta", value.shape)
+            else:
+                assert value == same == on_meta
