@@ -1,0 +1,81 @@
+"""Shows where the time and the memory of a training step go.
+
+`--simulate GPU` needs no GPU: the real step of one rank runs on tensors without values, and stated
+constants of the GPU and its links give the time.
+"""
+
+import argparse
+import json
+import os
+import sys
+
+from megatron_eso.command_line import CommandLine, count
+from megatron_eso.config.combinations import check_layout, with_vocabulary
+from megatron_eso.config.layers import SHIPPED_CONFIGS
+from megatron_eso.config.loading import LoadedConfig, load_config
+from megatron_eso.config.sections import Config
+from megatron_eso.errors import ConfigError, run_command
+from megatron_eso.estimates.gpus import GPUS
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; returns the exit code."""
+    arguments = parse_arguments(argv)
+    loaded = load_config(arguments.layers, folder=SHIPPED_CONFIGS)
+    config = fill_vocabulary(loaded)
+    world_size = arguments.world_size or config.parallel.model_parallel_size
+    check_layout(config, world_size, loaded.origins)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of the fake groups
+    # Imported once the configuration is known to be sound: importing takes seconds.
+    from megatron_eso.simulation.report import describe_simulation, format_simulation
+    from megatron_eso.simulation.simulator import simulate
+
+    simulation = simulate(config, GPUS[arguments.simulate], world_size)
+    if arguments.json:
+        sys.stdout.write(json.dumps(describe_simulation(simulation), indent=2) + "\n")
+    else:
+        sys.stdout.write(format_simulation(simulation))
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = CommandLine(prog="python -m pretrain.bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "layers",
+        nargs="+",
+        metavar="CONFIG.toml|section.key=value",
+        help="configuration layers in order; the later value of a key wins",
+    )
+    parser.add_argument(
+        "--simulate", choices=sorted(GPUS), required=True, help="the GPU to simulate"
+    )
+    parser.add_argument("--world-size", type=count(1), help="ranks of the run")
+    parser.add_argument("--json", action="store_true", help="print all figures as JSON")
+    return parser.parse_intermixed_args(argv)
+
+
+def fill_vocabulary(loaded: LoadedConfig) -> Config:
+    """Return the configuration with a vocabulary; the mask token is the last one by default.
+
+    Raises:
+        ConfigError: The size of the vocabulary is not stated.
+    """
+    data = loaded.config.data
+    if data.vocab_size is None:
+        raise ConfigError(
+            "data.vocab_size is missing: pass data.vocab_size=N, the tokens of the tokenizer with "
+            "the mask token"
+        )
+    mask_token_id = data.vocab_size - 1 if data.mask_token_id is None else data.mask_token_id
+    return with_vocabulary(
+        loaded.config,
+        vocab_size=data.vocab_size,
+        mask_token_id=mask_token_id,
+        source="data.vocab_size",
+        origins=loaded.origins,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
