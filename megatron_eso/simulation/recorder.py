@@ -147,7 +147,7 @@ class Recorder(TorchDispatchMode):
             self.wait("copy to the host" if to_host else "copy from the host")
 
     def _read(self, tensor: Tensor) -> Any:
-        """Answer a question for a value: zero, or true where all elements were asked for.
+        """Return a value that the host reads: zero, or true for a condition on all elements.
 
         A step in which every value is finite is then a step in which nothing is wrong.
         """

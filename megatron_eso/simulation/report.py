@@ -1,20 +1,19 @@
 """What was simulated, as a table and as JSON."""
 
+from dataclasses import asdict
 from typing import Any
 
 from megatron_eso.simulation.recorder import PartUse
 from megatron_eso.simulation.simulator import Simulation
+from megatron_eso.simulation.stage import StepUse
 
 GIB = 2**30
 SHOWN_BYTES = GIB / 200
 
 
 def describe_simulation(simulation: Simulation) -> dict[str, Any]:
-    """Return all figures of a simulation, in seconds and bytes, by name."""
+    """Return all figures of a simulation by name, in seconds and bytes."""
     slowest, fullest = simulation.slowest, simulation.fullest
-    kernels = simulation.kernels_seconds
-    updated = kernels + simulation.update_seconds
-    communicated = updated + simulation.exposed_seconds
     return {
         "simulated": True,
         "gpu": simulation.gpu.name,
@@ -22,67 +21,47 @@ def describe_simulation(simulation: Simulation) -> dict[str, Any]:
         "parameters_of_rank": slowest.num_parameters,
         "micro_batches": simulation.num_micro_batches,
         "step_seconds": simulation.step_seconds,
+        "bubble_seconds": simulation.bubble,
         "tokens_per_second_per_gpu": simulation.tokens_per_second,
         "gpu_hours": simulation.gpu_hours,
-        "mfu": {
-            "kernels": simulation.utilization(kernels),
-            "with_optimizer": simulation.utilization(updated),
-            "with_communication": simulation.utilization(communicated),
-            "with_bubble": simulation.utilization(simulation.step_seconds),
-        },
+        "mfu": simulation.utilizations,
         "memory": {
             "rank": fullest.rank,
-            "peak": fullest.peak,
-            "peak_total": sum(fullest.peak.values()),
-            "held": fullest.held,
+            "peak": sum(fullest.peak.values()),
+            "parts": fullest.peak,
+            "between_steps": fullest.held,
         },
-        "parts": {
-            name: {
-                "seconds": use.seconds,
-                "kernels": use.kernels,
-                "flops": use.flops,
-                "bytes": use.moved,
-                "per": per,
-            }
-            for per, uses in (
-                ("micro-batch", slowest.step.parts),
-                ("step", slowest.step.once),
-            )
-            for name, use in sorted(uses.items(), key=lambda item: -item[1].seconds)
-        },
-        "communication": [
-            {
-                "purpose": purpose,
-                "per": per,
-                "seconds": seconds,
-                "exposed_seconds": exposed[purpose],
-            }
-            for per, busy, exposed in (
-                ("micro-batch", slowest.step.busy, slowest.step.exposed),
-                ("step", slowest.step.busy_once, slowest.step.exposed_once),
-            )
-            for purpose, seconds in busy.items()
-            if seconds
-        ],
-        "bubble_seconds": simulation.bubble,
+        "parts": _describe_parts(slowest.step),
+        "communication": _describe_communication(slowest.step),
         "simulated_micro_batches": slowest.num_micro_batches,
         "collectives": [
-            {
-                "name": found.name,
-                "purpose": found.purpose,
-                "ranks": found.ranks,
-                "bytes": found.size,
-                "seconds": found.seconds,
-                "count": count,
-            }
-            for found, count in slowest.collectives.items()
-            if found.ranks > 1
+            {**asdict(found), "count": count} for found, count in slowest.collectives.items()
         ],
         "host_waits": [
-            {"reason": reason, "place": place, "count": count}
+            {"place": place, "reason": reason, "count": count}
             for (reason, place), count in slowest.waits.items()
         ],
     }
+
+
+def _describe_parts(step: StepUse) -> list[dict[str, Any]]:
+    return [
+        {"part": name, "per": per, **asdict(use)}
+        for per, uses in (("micro-batch", step.parts), ("step", step.once))
+        for name, use in sorted(uses.items(), key=lambda item: -item[1].seconds)
+    ]
+
+
+def _describe_communication(step: StepUse) -> list[dict[str, Any]]:
+    return [
+        {"purpose": purpose, "per": per, "seconds": seconds, "exposed_seconds": exposed[purpose]}
+        for per, busy, exposed in (
+            ("micro-batch", step.busy, step.exposed),
+            ("step", step.busy_once, step.exposed_once),
+        )
+        for purpose, seconds in busy.items()
+        if seconds
+    ]
 
 
 def format_simulation(simulation: Simulation) -> str:
@@ -141,7 +120,7 @@ def _format_communication(simulation: Simulation) -> list[str]:
         *(
             f"{each['seconds'] * 1e3:10.2f}{each['exposed_seconds'] * 1e3:10.2f}  "
             f"{each['purpose']}, once in a {each['per']}"
-            for each in describe_simulation(simulation)["communication"]
+            for each in _describe_communication(slowest.step)
         ),
         f"{'':10}{simulation.bubble * 1e3:10.2f}  pipeline bubble, once in a step",
         *(
@@ -164,7 +143,7 @@ def _format_waits(simulation: Simulation) -> list[str]:
 
 
 def _format_result(simulation: Simulation) -> list[str]:
-    mfu = describe_simulation(simulation)["mfu"]
+    mfu = simulation.utilizations
     return [
         f"model FLOPs utilization: {mfu['kernels']:.1%} with forward and backward alone, "
         f"{mfu['with_optimizer']:.1%} with the optimizer, "

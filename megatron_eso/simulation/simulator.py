@@ -1,6 +1,7 @@
 """A step of the whole run, put together from ranks that were simulated one by one."""
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 from megatron_eso.config.sections import Config
 from megatron_eso.estimates.flops import training_flops_per_token
@@ -80,9 +81,21 @@ class Simulation:
         """The same for all GPUs together."""
         return self.hours * self.world_size
 
-    def utilization(self, seconds: float) -> float:
-        """Return the model FLOPs utilization of a step that takes so long."""
-        return self.model_flops / seconds / self.gpu.bf16_flops
+    @property
+    def utilizations(self) -> dict[str, float]:
+        """Model FLOPs utilization with more and more of what a step takes."""
+        seconds = {
+            "kernels": self.kernels_seconds,
+            "with_optimizer": self.update_seconds,
+            "with_communication": self.exposed_seconds,
+            "with_bubble": self.bubble,
+        }
+        totals = accumulate(seconds.values())
+        peak = self.gpu.bf16_flops
+        return {
+            name: self.model_flops / total / peak
+            for name, total in zip(seconds, totals, strict=True)
+        }
 
 
 def simulate(config: Config, gpu: Gpu, world_size: int) -> Simulation:
