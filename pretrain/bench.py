@@ -15,7 +15,7 @@ from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import LoadedConfig, load_config
 from megatron_eso.config.sections import Config
 from megatron_eso.errors import ConfigError, run_command
-from megatron_eso.estimates.gpus import GPUS
+from megatron_eso.estimates.gpus import GPUS, Gpu
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> int:
     loaded = load_config(arguments.layers, folder=SHIPPED_CONFIGS)
     config = fill_vocabulary(loaded)
     world_size = arguments.world_size or config.parallel.model_parallel_size
+    if arguments.plan:
+        return print_plan(config, world_size, GPUS[arguments.plan])
     check_layout(config, world_size, loaded.origins)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of the fake groups
     # Imported once the configuration is known to be sound: importing takes seconds.
@@ -47,12 +49,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="CONFIG.toml|section.key=value",
         help="configuration layers in order; the later value of a key wins",
     )
-    parser.add_argument(
-        "--simulate", choices=sorted(GPUS), required=True, help="the GPU to simulate"
-    )
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--simulate", choices=sorted(GPUS), help="simulate a step on this GPU")
+    mode.add_argument("--plan", choices=sorted(GPUS), help="propose a layout for this GPU")
     parser.add_argument("--world-size", type=count(1), help="ranks of the run")
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     return parser.parse_intermixed_args(argv)
+
+
+def print_plan(config: Config, world_size: int, gpu: Gpu) -> int:
+    """Print the layouts to choose from; returns the exit code."""
+    # Imported once the configuration is known to be sound: the objective's rows import torch.
+    from megatron_eso.estimates.planner import format_plan, plan_layout
+    from megatron_eso.objectives.build import build_objective
+
+    mask_token_id = config.data.vocabulary.mask_token_id
+    objective = build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id)
+    plan = plan_layout(config, objective, world_size, gpu)
+    sys.stdout.write(format_plan(plan, world_size, gpu))
+    return 0 if plan.candidates else 2
 
 
 def fill_vocabulary(loaded: LoadedConfig) -> Config:

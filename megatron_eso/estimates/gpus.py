@@ -50,6 +50,8 @@ class Efficiency:
 
 
 EFFICIENCY = Efficiency()
+DEFAULT_MFU = 0.3
+"""Model FLOPs utilization that hours are counted with where none is stated."""
 
 GPUS = {
     gpu.name: gpu

@@ -112,6 +112,12 @@ def _list_stand_ins(
         # Parameters are made in the compute type; a conversion would replace them.
         (nn.Module, "bfloat16", lambda self: self),
         (functional, "scaled_dot_product_attention", _attend),
+        # Its fused kernel for GPUs keeps and moves what that of LayerNorm does.
+        (
+            functional,
+            "rms_norm",
+            lambda x, shape, weight, eps: functional.layer_norm(x, shape, weight, None, eps),
+        ),
         (cuda, "is_available", lambda: True),
         (cuda, "current_device", lambda: device),
         (cuda, "synchronize", lambda *_args: wait("torch.cuda.synchronize")),

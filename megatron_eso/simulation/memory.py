@@ -19,23 +19,28 @@ class _Storage:
 
 
 class Memory:
-    """Follows the storages of a device from their creation to their end.
-
-    Attributes:
-        held: Bytes alive by label.
-        peak: The same at the moment when most were alive since `restart`.
-    """
+    """Follows the storages of a device from their creation to their end."""
 
     def __init__(self, device_type: str) -> None:
-        self.held: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
+        self._held: Counter[str] = Counter()
+        self._peak: Counter[str] = Counter()
         self._device_type = device_type
         self._total = self._highest = 0
         self._storages: dict[int, _Storage] = {}
 
+    @property
+    def held(self) -> dict[str, int]:
+        """Bytes alive, by label."""
+        return {label: size for label, size in self._held.items() if size}
+
+    @property
+    def peak(self) -> dict[str, int]:
+        """The same at the moment when most were alive since `restart`."""
+        return {label: size for label, size in self._peak.items() if size}
+
     def restart(self) -> None:
         """Forget the peak so far."""
-        self.peak, self._highest = self.held.copy(), self._total
+        self._peak, self._highest = self._held.copy(), self._total
 
     def add(self, tensor: Tensor, label: str) -> bool:
         """Count a tensor's storage if it is new; return whether this is the highest total."""
@@ -48,11 +53,11 @@ class Memory:
         size = -(-storage.nbytes() // BLOCK) * BLOCK
         alive = weakref.ref(storage, lambda _: self._remove(key))
         self._storages[key] = _Storage(size, label, alive)
-        self.held[label] += size
+        self._held[label] += size
         self._total += size
         if self._total <= self._highest:
             return False
-        self.peak, self._highest = self.held.copy(), self._total
+        self._peak, self._highest = self._held.copy(), self._total
         return True
 
     def relabel(self, tensors: Iterable[Tensor], label: str) -> None:
@@ -61,11 +66,11 @@ class Memory:
             self.add(tensor, label)
             storage = self._storages.get(id(tensor.untyped_storage()))
             if storage is not None:
-                self.held[storage.label] -= storage.size
-                self.held[label] += storage.size
+                self._held[storage.label] -= storage.size
+                self._held[label] += storage.size
                 storage.label = label
 
     def _remove(self, key: int) -> None:
         storage = self._storages.pop(key)
-        self.held[storage.label] -= storage.size
+        self._held[storage.label] -= storage.size
         self._total -= storage.size

@@ -75,6 +75,11 @@ def plan_kinds(config: Config, data_parallel_size: int) -> list[Kind]:
     return kinds
 
 
+def find_largest(kinds: list[Kind]) -> MicroBatch:
+    """Return the micro-batch with the most rows."""
+    return max((kind.largest for kind in kinds), key=lambda batch: batch.rows.num_rows)
+
+
 def copy_to_fake(micro_batch: MicroBatch, mode: FakeTensorMode) -> MicroBatch:
     """Return the micro-batch with tensors without values, in the memory of the host."""
 

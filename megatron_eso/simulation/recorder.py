@@ -62,6 +62,7 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         memory: Bytes alive on the device.
+        peak_part: The part of the step in which most were alive since `restart`.
         parts: What each part took since `restart`.
         waits: How often the host waited for the device, by reason and place in the code.
         collectives: How often each collective ran.
@@ -88,6 +89,7 @@ class Recorder(TorchDispatchMode):
         self.timeline = Timeline()
         self._works: list[TimedWork] = []
         self.memory.restart()
+        self.peak_part = ""
         self._finder.forget()
 
     def wait(self, reason: str) -> None:
@@ -120,7 +122,8 @@ class Recorder(TorchDispatchMode):
         else:
             self._compute(name, part, cost_of(name, given, output))
         for tensor in outputs:
-            self.memory.add(tensor, LABELS.get(part, ACTIVATIONS))
+            if self.memory.add(tensor, LABELS.get(part, ACTIVATIONS)):
+                self.peak_part = part
         return output
 
     def _compute(self, name: str, part: str, cost: Cost) -> None:

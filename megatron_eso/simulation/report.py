@@ -81,7 +81,8 @@ def _format_memory(simulation: Simulation) -> list[str]:
     fullest = simulation.fullest
     peak = sorted(fullest.peak.items(), key=lambda item: -item[1])
     return [
-        f"memory of rank {fullest.rank} at its peak, with the largest micro-batch, GiB",
+        f"memory of rank {fullest.rank} at its peak, in {fullest.peak_part} of the largest "
+        f"micro-batch, GiB",
         *(f"{size / GIB:10.2f}  {label}" for label, size in peak if size >= SHOWN_BYTES),
         f"{sum(fullest.peak.values()) / GIB:10.2f}  sum, of {simulation.gpu.memory / GIB:.1f}; "
         f"CUDA, NCCL and fragmentation come on top",

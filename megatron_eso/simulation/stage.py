@@ -4,7 +4,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -20,7 +19,12 @@ from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.simulation.collectives import Collective
 from megatron_eso.simulation.fake_gpu import DEVICE_TYPE, fake_device, fake_gpu
 from megatron_eso.simulation.memory import Memory
-from megatron_eso.simulation.micro_batches import Kind, build_run_objective, copy_to_fake
+from megatron_eso.simulation.micro_batches import (
+    Kind,
+    build_run_objective,
+    copy_to_fake,
+    find_largest,
+)
 from megatron_eso.simulation.parts import ONCE
 from megatron_eso.simulation.recorder import PartUse, Recorder
 from megatron_eso.training.distributed.parallel import model_parallel_groups
@@ -95,6 +99,7 @@ class StageUse:
         step: Time of a step.
         held: Bytes by part that are alive between steps.
         peak: Bytes by part at the moment when most are alive, with the largest micro-batches.
+        peak_part: The part of the step at that moment.
         waits: How often the host waits in a step of `num_micro_batches`, by reason and place.
         collectives: Collectives of a step of `num_micro_batches`.
         num_micro_batches: Micro-batches of the simulated step.
@@ -105,15 +110,67 @@ class StageUse:
     step: StepUse
     held: dict[str, int]
     peak: dict[str, int]
+    peak_part: str
     waits: dict[tuple[str, str], int]
     collectives: dict[Collective, int]
     num_micro_batches: int
 
 
-def simulate_stage(
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Rank:
+    """A rank of a run on the fake GPU, with its model, its optimizer and its process groups."""
+
+    config: Config
+    world_size: int
+    stage: int
+    state: TrainState
+    groups: ProcessGroupCollection
+    recorder: Recorder
+    mode: FakeTensorMode
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a step of the run."""
+        train = self.config.train
+        ranks: int = self.groups.dp.size()
+        return train.global_batch_size // (train.micro_batch_size * ranks)
+
+    @property
+    def num_usual(self) -> int:
+        """Micro-batches of a simulated step that stand for any number of them."""
+        return min(self.groups.pp.size(), self.num_micro_batches)
+
+    @property
+    def num_largest(self) -> int:
+        """Micro-batches with which the most are in flight at once."""
+        num_stages = self.groups.pp.size()
+        return 1 if num_stages == 1 else min(2 * num_stages, self.num_micro_batches)
+
+    def take_step(self, micro_batch: MicroBatch, number: int) -> None:
+        """Take a step with `number` equal micro-batches, recorded from its start."""
+        config = self.config
+        objective = build_run_objective(config)
+        micro_batches = [copy_to_fake(micro_batch, self.mode)] * number
+        rows = len(micro_batch.rows.tokens_R) // config.parallel.row_multiple
+        self.recorder.restart()
+        with _known_shapes([rows, 1, config.model.hidden_size]):
+            result = train_step(
+                self.state,
+                StepPlan(micro_batches=micro_batches, tokens=(1,) * len(objective.phases)),
+                objective,
+                config.train,
+                self.groups,
+                flops_per_token=1.0,
+                dropout_seed=config.run.seed if config.model.hidden_dropout > 0 else None,
+            )
+        assert not result.skipped, result
+
+
+@contextmanager
+def build_rank(
     config: Config, gpu: Gpu, world_size: int, stage: int, kinds: list[Kind]
-) -> StageUse:
-    """Build the first rank of a pipeline stage on the fake GPU and take steps.
+) -> Iterator[Rank]:
+    """Build the first rank of a pipeline stage on the fake GPU, with its optimizer's state.
 
     No other process takes part: the process groups are torch's `fake` ones.
 
@@ -124,69 +181,54 @@ def simulate_stage(
         stage: The pipeline stage.
         kinds: Micro-batches of the run.
     """
-    stages = config.parallel.pipeline_model_parallel_size
-    rank = stage * (world_size // stages)
-    num_micro_batches = config.train.global_batch_size // config.train.micro_batch_size
-    num_micro_batches //= world_size // config.parallel.model_parallel_size
-    usual_number = min(stages, num_micro_batches)
-    largest_number = 1 if stages == 1 else min(2 * stages, num_micro_batches)
-    largest = max((kind.largest for kind in kinds), key=lambda batch: batch.rows.num_rows)
+    first = stage * (world_size // config.parallel.pipeline_model_parallel_size)
     recorder = Recorder(gpu)
     with ExitStack() as stack:
-        stack.enter_context(_fake_world(rank, world_size))
+        stack.enter_context(_fake_world(first, world_size))
         mode = stack.enter_context(fake_gpu(recorder.wait))
         groups = stack.enter_context(model_parallel_groups(config.parallel))
         stack.enter_context(recorder)
-        state = build_train_state(config, groups)
-        take_step = partial(_take_step, config, state, groups, recorder, mode)
+        rank = Rank(
+            config=config,
+            world_size=world_size,
+            stage=stage,
+            state=build_train_state(config, groups),
+            groups=groups,
+            recorder=recorder,
+            mode=mode,
+        )
         # The first step makes the optimizer's moments, which stay.
-        take_step(kinds[0].tiny, usual_number)
-        _label_state(recorder.memory, state)
-        held = dict(recorder.memory.held)
+        rank.take_step(kinds[0].tiny, rank.num_usual)
+        _label_state(recorder.memory, rank.state)
+        yield rank
+
+
+def simulate_stage(
+    config: Config, gpu: Gpu, world_size: int, stage: int, kinds: list[Kind]
+) -> StageUse:
+    """Simulate steps of the first rank of a pipeline stage; arguments as for `build_rank`."""
+    with build_rank(config, gpu, world_size, stage, kinds) as rank:
+        recorder = rank.recorder
+        held = recorder.memory.held
+        # The time of a step: the mean over the kinds of micro-batches.
         use = StepUse()
         for kind in kinds:
-            take_step(kind.usual, usual_number)
-            use.add(recorder, usual_number, kind.share)
+            rank.take_step(kind.usual, rank.num_usual)
+            use.add(recorder, rank.num_usual, kind.share)
         waits, collectives = dict(recorder.waits), dict(recorder.collectives)
-        take_step(largest, largest_number)
+        # Its memory: that of the largest micro-batches.
+        rank.take_step(find_largest(kinds), rank.num_largest)
         return StageUse(
-            rank=rank,
-            num_parameters=sum(each.model.numel() for each in state.parameters),
+            rank=dist.get_rank(),
+            num_parameters=sum(each.model.numel() for each in rank.state.parameters),
             step=use,
             held=held,
-            peak={label: size for label, size in recorder.memory.peak.items() if size},
+            peak=recorder.memory.peak,
+            peak_part=recorder.peak_part,
             waits=waits,
             collectives=collectives,
-            num_micro_batches=usual_number,
+            num_micro_batches=rank.num_usual,
         )
-
-
-def _take_step(
-    config: Config,
-    state: TrainState,
-    groups: ProcessGroupCollection,
-    recorder: Recorder,
-    mode: FakeTensorMode,
-    micro_batch: MicroBatch,
-    number: int,
-) -> None:
-    """Take a step with `number` equal micro-batches, recorded from its start."""
-    objective = build_run_objective(config)
-    micro_batches = [copy_to_fake(micro_batch, mode)] * number
-    recorder.restart()
-    ranks = config.parallel.row_multiple
-    shape = [len(micro_batch.rows.tokens_R) // ranks, 1, config.model.hidden_size]
-    with _known_shapes(shape):
-        result = train_step(
-            state,
-            StepPlan(micro_batches=micro_batches, tokens=(1,) * len(objective.phases)),
-            objective,
-            config.train,
-            groups,
-            flops_per_token=1.0,
-            dropout_seed=config.run.seed if config.model.hidden_dropout > 0 else None,
-        )
-    assert not result.skipped, result
 
 
 def _label_state(memory: Memory, state: TrainState) -> None:
@@ -195,7 +237,6 @@ def _label_state(memory: Memory, state: TrainState) -> None:
     weights = [buffer.param_data for buffer in buffers if buffer.param_data is not None]
     weights += [parameter.data for chunk in state.chunks for parameter in chunk.parameters()]
     weights += [buffer for chunk in state.chunks for buffer in chunk.module.buffers()]
-    memory.relabel(weights, "weights")
     memory.relabel((buffer.grad_data for buffer in buffers), "gradients")
     mains = [each.main for each in state.parameters if each.main is not None]
     moments = [
@@ -206,6 +247,7 @@ def _label_state(memory: Memory, state: TrainState) -> None:
     ]
     memory.relabel(mains, "optimizer")
     memory.relabel(moments, "optimizer")
+    memory.relabel(weights, "weights")  # in float32 they are the main parameters themselves
     if state.ema is not None:
         memory.relabel((each for each in state.ema.averages if each is not None), "EMA")
 
