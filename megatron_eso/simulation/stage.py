@@ -138,12 +138,13 @@ class Rank:
     @property
     def num_usual(self) -> int:
         """Micro-batches of a simulated step that stand for any number of them."""
-        return min(self.groups.pp.size(), self.num_micro_batches)
+        num_stages: int = self.groups.pp.size()
+        return min(num_stages, self.num_micro_batches)
 
     @property
     def num_largest(self) -> int:
         """Micro-batches with which the most are in flight at once."""
-        num_stages = self.groups.pp.size()
+        num_stages: int = self.groups.pp.size()
         return 1 if num_stages == 1 else min(2 * num_stages, self.num_micro_batches)
 
     def take_step(self, micro_batch: MicroBatch, number: int) -> None:

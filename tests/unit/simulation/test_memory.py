@@ -1,4 +1,4 @@
-"""The memory that the dry run states, against the simulated step: both of shipped configurations."""
+"""The memory that the dry run states for the shipped configurations, against the simulator's."""
 
 from unittest import mock
 
@@ -54,9 +54,7 @@ def test_the_dry_run_states_the_simulated_peak(layers: tuple[str, ...]) -> None:
     config = load_shipped(*layers, FEW_LAYERS)
     for stage in sorted({0, config.parallel.pipeline_model_parallel_size - 1}):
         estimated, simulated = estimate_peak(config, stage), simulate_peak(config, stage)
-        print(
-            f"stage {stage}: estimated {estimated / 2**30:.3f}, simulated {simulated / 2**30:.3f}"
-        )
+        print(f"stage {stage}: {estimated / 2**30:.3f} GiB, simulated {simulated / 2**30:.3f}")
         assert estimated == pytest.approx(simulated, rel=TOLERANCE)
 
 
