@@ -93,6 +93,7 @@ def format_plan(plan: Plan, world_size: int, gpu: Gpu) -> str:
     if not plan.candidates:
         return "\n".join([*lines, "no layout fits: use more GPUs", ""])
     best, *others = plan.candidates[:NUM_SHOWN]
+    lines.append(f"of those within {NEAR - 1:.0%} of the fastest, the one that needs least memory:")
     time = best.time
     lines += [
         f"use: {best.changes or 'the configuration as it is'}",
