@@ -19,7 +19,12 @@ H100 = GPUS["h100"]
 NUM_LAYERS = 4
 CELLS = {
     "diffusion": BASE,
-    "any_order_ar": (*BASE, "objective.name=any_order_ar"),
+    "any_order_ar": (
+        *BASE,
+        "objective.name=any_order_ar",
+        "objective.alpha_0=0.125",
+        "objective.loss_type=elbo",
+    ),
     "tensor": (*TENSOR_BASE, "parallel/tp4_sp.toml", "scale/64.toml"),
     "pipeline": (*TENSOR_BASE, "parallel/pp2.toml", "scale/64.toml"),
 }
@@ -33,7 +38,8 @@ EXPECTED_WAITS = {
 }
 # The pipeline's exchange of shapes waits as well.
 PIPELINE_WAITS = {"megatron/core/pipeline_parallel/p2p_communication.py"}
-MAX_KERNELS_PER_LAYER = 400
+# Strict queries of torch's own attention take many kernels.
+MAX_KERNELS_PER_LAYER = {name: 800 if name == "any_order_ar" else 400 for name in CELLS}
 MAX_BYTES_PER_TOKEN = 30e6
 
 
@@ -47,7 +53,7 @@ def test_a_step_takes_what_it_may(name: str) -> None:
         assert set(files) <= EXPECTED_WAITS | (PIPELINE_WAITS if pipeline else set())
         parts = stage.step.parts.values()
         tokens = config.train.micro_batch_size * config.data.sequence_length
-        assert sum(use.kernels for use in parts) < MAX_KERNELS_PER_LAYER * NUM_LAYERS
+        assert sum(use.kernels for use in parts) < MAX_KERNELS_PER_LAYER[name] * NUM_LAYERS
         assert sum(use.moved for use in parts) < MAX_BYTES_PER_TOKEN * tokens
     mfu = simulation.utilizations
     assert 1 > mfu["kernels"] > mfu["with_optimizer"] > mfu["with_communication"] > 0
