@@ -19,7 +19,9 @@ setup(
             for suffix in ("", ".*")
         ]
     ),
-    package_data={"pretrain": ["configs/*.toml", "configs/parallel/*.toml"]},
+    package_data={
+        "pretrain": ["configs/*.toml", "configs/parallel/*.toml", "configs/scale/*.toml"]
+    },
     install_requires=[
         "annotated-types",
         "megatron-core==0.16.1",

@@ -11,12 +11,13 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_eso.command_line import CommandLine, count
+from megatron_eso.command_line import CommandLine, count, share
 from megatron_eso.config.combinations import check_layout
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import LoadedConfig, load_config
 from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.errors import UserError, run_command
+from megatron_eso.estimates.gpus import DEFAULT_MFU, GPUS
 from megatron_eso.ranks import launched_world_size
 from megatron_eso.runs.restarts import write_failure
 from megatron_eso.runs.run_directory import RunDirectory
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     loaded = load_config(arguments.layers, folder=SHIPPED_CONFIGS)
     if arguments.dry_run:
         check_wandb(loaded.config.run.wandb_project)
-        print_plan(loaded, arguments.world_size)
+        print_plan(loaded, arguments.world_size, arguments.gpu, arguments.mfu)
         return 0
     try:
         train(loaded)
@@ -77,13 +78,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--world-size", type=count(1), default=None, help="ranks to plan for (with --dry-run)"
     )
+    parser.add_argument(
+        "--gpu", choices=sorted(GPUS), help="GPU that the run has to fit (with --dry-run)"
+    )
+    parser.add_argument(
+        "--mfu",
+        type=share,
+        default=DEFAULT_MFU,
+        help="model FLOPs utilization that the hours are counted with (with --dry-run --gpu)",
+    )
     return parser.parse_intermixed_args(argv)
 
 
-def print_plan(loaded: LoadedConfig, world_size: int | None) -> None:
+def print_plan(
+    loaded: LoadedConfig, world_size: int | None, gpu_name: str | None, mfu: float
+) -> None:
     """Print the plan of the run, then raise what the start of the run would raise."""
     # Imported after the check of the configuration, since the import of torch takes seconds.
-    from megatron_eso.estimates.dry_run import format_dry_run
+    from megatron_eso.estimates.dry_run import check_fit, format_dry_run
     from pretrain.start import list_unreachable, open_inputs
 
     samples, refusal = "", None
@@ -98,10 +110,13 @@ def print_plan(loaded: LoadedConfig, world_size: int | None) -> None:
     except UserError as error:
         refusal = error
     # A run can be planned before its data are built: the estimates come before the refusal.
-    sys.stdout.write(format_dry_run(loaded, world_size) + "\n" + samples)
+    gpu = GPUS[gpu_name] if gpu_name else None
+    sys.stdout.write(format_dry_run(loaded, world_size, gpu, mfu) + "\n" + samples)
+    sys.stdout.flush()
     if refusal is not None:
-        sys.stdout.flush()
         raise refusal
+    if gpu is not None:
+        check_fit(loaded.config, world_size, gpu)
 
 
 def record_failure(directory: str, error: UserError) -> None:

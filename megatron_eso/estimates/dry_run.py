@@ -6,26 +6,34 @@ The text is a TOML file, the estimates its comments.
 from megatron_eso.config.combinations import check_layout
 from megatron_eso.config.loading import LoadedConfig, config_to_toml
 from megatron_eso.config.sections import Config
+from megatron_eso.errors import ConfigError
+from megatron_eso.estimates.fit import find_cure, measure_fit
 from megatron_eso.estimates.flops import (
     BACKWARD_AND_FORWARD,
     forward_flops,
     training_flops_per_token,
 )
+from megatron_eso.estimates.gpus import DEFAULT_MFU, GIB, Gpu
 from megatron_eso.estimates.memory import estimate_checkpoint, estimate_memory
 from megatron_eso.estimates.parameters import count_parameters
 from megatron_eso.objectives.build import build_objective
 from megatron_eso.objectives.objective import Objective
 
-GIB = 2**30
 
-
-def format_dry_run(loaded: LoadedConfig, world_size: int | None = None) -> str:
+def format_dry_run(
+    loaded: LoadedConfig,
+    world_size: int | None = None,
+    gpu: Gpu | None = None,
+    mfu: float = DEFAULT_MFU,
+) -> str:
     """Return the resolved configuration, layout, parameters, FLOPs, memory and checkpoint size.
 
     Args:
         loaded: The configuration. Without `data.vocab_size` the estimates have no embedding and no
             head, and a line says so.
         world_size: Number of ranks; None: the fewest that the layout needs.
+        gpu: The GPU of every rank; None: it is not known, so nothing says whether the run fits.
+        mfu: Model FLOPs utilization that the hours are counted with.
 
     Returns:
         A TOML file with the estimates as comments.
@@ -50,6 +58,9 @@ def format_dry_run(loaded: LoadedConfig, world_size: int | None = None) -> str:
         )
     lines += describe_model(config, objective, vocab_size)
     lines += describe_memory(config, objective, vocab_size, data_parallel_size)
+    if gpu is not None and vocab_size:
+        lines += describe_fit(config, objective, world_size, gpu)
+        lines += describe_time(config, objective, world_size, gpu, mfu)
     return config_to_toml(config) + "\n" + "".join(f"# {line}\n" for line in lines)
 
 
@@ -119,8 +130,53 @@ def describe_memory(
     return [
         f"memory of the fullest rank, GiB: {memory.total / GIB:.3g} = weights "
         f"{memory.weights / GIB:.3g} + gradients {memory.gradients / GIB:.3g} + optimizer "
-        f"{memory.optimizer / GIB:.3g} + EMA {memory.ema / GIB:.3g} + activations about "
-        f"{memory.activations / GIB:.3g}",
+        f"{memory.optimizer / GIB:.3g} + EMA {memory.ema / GIB:.3g} + activations "
+        f"{memory.activations / GIB:.3g} + head {memory.head / GIB:.3g}, with the largest "
+        f"micro-batch",
         f"checkpoint: {checkpoint / GIB:.3g} GiB; {keep_last} are kept, so up to "
         f"{(keep_last + 1) * checkpoint / GIB:.3g} GiB while one is saved",
+    ]
+
+
+def describe_fit(config: Config, objective: Objective, world_size: int, gpu: Gpu) -> list[str]:
+    """Describe whether the run fits a GPU."""
+    fit = measure_fit(config, objective, world_size, gpu)
+    return [f"{'fits' if fit.is_enough else 'does not fit'}: {fit}"]
+
+
+def check_fit(config: Config, world_size: int | None, gpu: Gpu) -> None:
+    """Refuse a run that does not fit a GPU.
+
+    Args:
+        config: The configuration.
+        world_size: Number of ranks; None: the fewest that the layout needs.
+        gpu: The GPU of every rank.
+
+    Raises:
+        ConfigError: Names the first cure that makes it fit.
+    """
+    world_size = world_size or config.parallel.model_parallel_size
+    objective = build_objective(
+        config.objective, seed=config.run.seed, mask_token_id=config.data.mask_token_id or 0
+    )
+    fit = measure_fit(config, objective, world_size, gpu)
+    if fit.is_enough or config.data.vocab_size is None:
+        return
+    cure = find_cure(config, objective, world_size, gpu)
+    remedy = f"set {cure}" if cure else "use more pipeline stages, or a GPU with more memory"
+    raise ConfigError(f"the run does not fit {gpu.name}: it needs {fit}; {remedy}")
+
+
+def describe_time(
+    config: Config, objective: Objective, world_size: int, gpu: Gpu, mfu: float
+) -> list[str]:
+    """Describe how long the run takes at a given utilization, validation and saves left out."""
+    num_tokens = config.data.sequence_length
+    vocab_size = config.data.vocab_size or 0
+    per_token = training_flops_per_token(config.model, vocab_size, objective, num_tokens)
+    tokens = config.train.num_steps * config.train.global_batch_size * num_tokens
+    gpu_hours = per_token * tokens / (mfu * gpu.bf16_flops) / 3600
+    return [
+        f"time at {mfu:.0%} MFU: {gpu_hours / world_size:,.1f} hours on {world_size} {gpu.name}, "
+        f"{gpu_hours:,.0f} GPU hours; pretrain.bench --simulate {gpu.name} estimates the MFU"
     ]

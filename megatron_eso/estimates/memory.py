@@ -3,35 +3,59 @@
 from dataclasses import dataclass
 
 from megatron_eso.config.sections import Config
+from megatron_eso.estimates.activations import COMPUTE_BYTES, FLOAT32_BYTES, RowBytes
+from megatron_eso.estimates.largest import LargestBatch, find_largest
 from megatron_eso.estimates.parameters import count_parameters, count_rank_parameters
 from megatron_eso.objectives.objective import Objective
-from megatron_eso.objectives.row_counts import RowCounts
 
-FLOAT32_BYTES = 4
 ADAM_BYTES = 8
-COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
+EXCHANGED = 2
+"""Hidden states on the way between two pipeline stages: one in each direction."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """Bytes on the fullest rank."""
+    """Bytes of tensors on a rank at the peak of the largest micro-batch.
+
+    Attributes:
+        weights: In the compute type.
+        gradients: Float32.
+        optimizer: Main parameters and moments.
+        ema: The moving average.
+        activations: What forward passes keep, and what the backward pass of a layer adds.
+        head: Logits of the last stage.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     ema: int
     activations: int
+    head: int
+
+    @property
+    def state(self) -> int:
+        """What a rank holds between steps."""
+        return self.weights + self.gradients + self.optimizer + self.ema
 
     @property
     def total(self) -> int:
-        """The sum of all parts, without the memory of the framework itself."""
-        return self.weights + self.gradients + self.optimizer + self.ema + self.activations
+        """The sum of all parts, without the memory of CUDA and NCCL."""
+        return self.state + self.activations + self.head
 
 
 def estimate_memory(
     config: Config, vocab_size: int, objective: Objective, data_parallel_size: int
 ) -> MemoryEstimate:
-    """Return the bytes on the fullest rank: activations estimated, everything else exact.
+    """Return the bytes on the fullest rank."""
+    estimates = estimate_stages(config, vocab_size, objective, data_parallel_size)
+    return max(estimates, key=lambda estimate: estimate.total)
+
+
+def estimate_stages(
+    config: Config, vocab_size: int, objective: Objective, data_parallel_size: int
+) -> list[MemoryEstimate]:
+    """Return the bytes on a rank of each pipeline stage: the state exact, the rest estimated.
 
     Args:
         config: The configuration.
@@ -41,78 +65,87 @@ def estimate_memory(
     """
     parallel = config.parallel
     shards = data_parallel_size if parallel.use_distributed_optimizer else 1
+    largest = find_largest(config, objective, data_parallel_size)
     estimates = []
     for stage in range(parallel.pipeline_model_parallel_size):
         parameters = count_rank_parameters(config.model, parallel, vocab_size, stage)
         owned = -(-parameters // shards)
         main = FLOAT32_BYTES if config.train.precision == "bf16" else 0
+        activations, head = estimate_activations(config, vocab_size, largest, stage)
         estimates.append(
             MemoryEstimate(
                 weights=parameters * COMPUTE_BYTES[config.train.precision],
                 gradients=parameters * FLOAT32_BYTES,
                 optimizer=owned * (ADAM_BYTES + main),
                 ema=owned * FLOAT32_BYTES if config.optimizer.ema_decay else 0,
-                activations=estimate_activations(config, vocab_size, objective, stage),
+                activations=activations,
+                head=head,
             )
         )
-    return max(estimates, key=lambda estimate: estimate.total)
+    return estimates
 
 
-def estimate_activations(config: Config, vocab_size: int, objective: Objective, stage: int) -> int:
-    """Return the bytes that a stage keeps for its backward pass.
+def estimate_activations(
+    config: Config, vocab_size: int, largest: LargestBatch, stage: int
+) -> tuple[int, int]:
+    """Return the bytes of a stage's activations and of its logits at the peak.
 
-    A row of a layer keeps the inputs of both norms in the residual stream's type and their outputs
-    in the compute type, queries, keys, values, attention output, and the MLP's width before and
-    after activation. Under full recomputation it keeps the layer's input only, and one layer keeps
-    everything. A stage holds one micro-batch for itself and one for each pipeline stage after it.
-    The last stage adds float32 logits and their softmax, each once for every loss row.
+    The peak is at the logits where they are larger than what the backward pass of a layer adds to
+    what is kept. Else it is in the backward pass of the stage's last layer.
 
     Args:
         config: The configuration.
         vocab_size: Tokens of the vocabulary, unpadded.
-        objective: The objective.
+        largest: The largest micro-batch.
         stage: The pipeline stage.
     """
-    model, parallel = config.model, config.parallel
-    compute = COMPUTE_BYTES[config.train.precision]
-    residual = FLOAT32_BYTES if model.fp32_residual_connection else compute
-    ranks = parallel.tensor_model_parallel_size
-    rows_ranks = ranks if parallel.sequence_parallel else 1
+    row, parallel = RowBytes.of(config), config.parallel
     stages = parallel.pipeline_model_parallel_size
-    gated = 3 if model.activation == "swiglu" else 2
-    heads = 2 * (model.num_attention_heads + model.num_query_groups) * model.head_dim
-    # Bytes of a row: the residual stream and norms, then everything in a layer.
-    stream = model.hidden_size * residual / rows_ranks
-    outer = 2 * stream + 2 * model.hidden_size * compute / rows_ranks
-    layer = outer + (heads + gated * model.ffn_hidden_size) * compute / ranks
-    # Micro-batches whose activations are alive at once.
-    num_layers = parallel.count_stage_layers(model.num_layers, stage)
-    in_flight = float(stages - stage)
-    if parallel.virtual_pipeline_model_parallel_size:
-        in_flight += (stages - 1) / parallel.virtual_pipeline_model_parallel_size
+    is_last = stage == stages - 1
+    rows, loss_rows = largest.rows, largest.loss_rows if is_last else 0
+    num_layers = parallel.count_stage_layers(config.model.num_layers, stage)
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    in_flight = count_in_flight(config, largest.num_micro_batches, stage)
+    # The layer whose backward pass comes first: the last one of the network, or one of all rows.
+    layer = row.layer * rows
+    computed, queries = rows, largest.queries
+    if is_last:
+        layer = row.last_row * rows + row.last_loss_row * loss_rows
+        computed = queries = loss_rows
+    backward = max(
+        row.count_mlp_backward(computed), row.count_attention_backward(computed, queries, rows)
+    )
+    # What is kept until the backward pass, in every layer and between the stages.
     if config.train.recompute_granularity == "full":
-        row = num_layers * stream * in_flight + layer
+        kept = in_flight * num_layers * row.stream * rows
+        kept += row.norm * loss_rows
+        backward += layer
     else:
-        row = num_layers * layer * in_flight
-    # All rows of a micro-batch, and the logits on the last stage.
-    counts = expect_micro_batch_rows(config, objective)
-    total = row * counts.rows
-    if stage == stages - 1:
-        vocab = model.pad_vocabulary(vocab_size)
-        total += 2 * FLOAT32_BYTES * vocab / ranks * counts.loss_rows
-    return round(total)
+        kept = in_flight * (num_layers * row.layer * rows)
+        kept += is_last * (layer - row.layer * rows)
+    kept += in_flight * row.rotary * rows
+    if stages > 1:
+        outputs = in_flight * chunks - is_last
+        kept += (outputs + EXCHANGED) * row.stream * rows
+    head = row.logit * config.model.pad_vocabulary(vocab_size) * loss_rows
+    if head >= backward:
+        return round(kept), round(head)
+    return round(kept + backward), 0
 
 
-def expect_micro_batch_rows(config: Config, objective: Objective) -> RowCounts:
-    """Return the rows of a micro-batch of all phases, or of the larger phase if it holds one."""
-    size, shares = config.train.micro_batch_size, [phase.share for phase in objective.phases]
-    expected = objective.expect_rows(config.data.sequence_length)
-    if not (shares[0] * size).is_integer():
-        return max(expected, key=lambda counts: counts.rows) * size
-    total = RowCounts()
-    for counts, share in zip(expected, shares, strict=True):
-        total += counts * (share * size)
-    return total
+def count_in_flight(config: Config, num_micro_batches: int, stage: int) -> float:
+    """Count the micro-batches of a stage that wait for their backward pass, of all its layers.
+
+    Each stage has one forward pass ahead for each stage after it; in an interleaved pipeline, two
+    for each, and all chunks but one of as many micro-batches as there are stages.
+    """
+    parallel = config.parallel
+    stages = parallel.pipeline_model_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    ahead = stages - stage - 1
+    if chunks > 1:
+        ahead = 2 * ahead + (chunks - 1) * stages
+    return min(ahead + 1, num_micro_batches * chunks) / chunks
 
 
 def estimate_checkpoint(config: Config, vocab_size: int) -> int:

@@ -86,6 +86,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.training.checkpointing": ("megatron_eso.files", "megatron_eso.retries")
     + (ERRORS + RANKS + CONFIG + RUNS + FINGERPRINT + STEPS + GUARDS + RECORDS),
     "megatron_eso.training": ERRORS + RANKS + CONFIG + OBJECTIVES + RUNS + ESTIMATES + SAMPLES,
+    "megatron_eso.simulation": ERRORS
+    + CONFIG
+    + OBJECTIVES
+    + ESTIMATES
+    + MODEL
+    + DISTRIBUTED
+    + OPTIMIZATION
+    + STEPS,
     "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.schedule",),
     "megatron_eso.sampler.__main__": ERRORS + COMMAND_LINE + SAMPLER,
     "megatron_eso.sampler.texts": ERRORS + COMMAND_LINE + COMPRESSION + SAMPLER + TOKENIZERS,
@@ -107,7 +115,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     + ("megatron_eso.sampler.layers_eso_lm",),
     "pretrain": ("megatron_eso", "checkpoints_conversion"),
 }
-USES_MEGATRON = ("megatron_eso.model", "megatron_eso.training", "pretrain")
+USES_MEGATRON = (
+    "megatron_eso.model",
+    "megatron_eso.training",
+    "megatron_eso.simulation",
+    "pretrain",
+)
 HOLDS_PARALLEL_STATE = "megatron_eso.training.distributed.parallel"
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc"}
 

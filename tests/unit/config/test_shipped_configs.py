@@ -21,7 +21,8 @@ LAYERS = {
         *TENSOR_PARALLEL_BASE,
         str(path.relative_to(SHIPPED_CONFIGS)),
     ]
-    for path in sorted((SHIPPED_CONFIGS / "parallel").glob("*.toml"))
+    for folder in ("parallel", "scale")
+    for path in sorted((SHIPPED_CONFIGS / folder).glob("*.toml"))
 }
 COMBINATIONS = WHOLE | LAYERS
 

@@ -1,0 +1,165 @@
+"""How long a step takes, from sizes alone: a rough form of the simulator, for many layouts at once.
+
+The bytes that kernels move are those that the simulator counts for this network under torch's own
+attention, per row and channel, per pair of a query and a key, and per logit.
+"""
+
+from dataclasses import dataclass
+
+from megatron_eso.config.sections import Config
+from megatron_eso.estimates.activations import COMPUTE_BYTES, FLOAT32_BYTES
+from megatron_eso.estimates.flops import BACKWARD_AND_FORWARD, forward_flops
+from megatron_eso.estimates.gpus import EFFICIENCY, GPUS_PER_NODE, Gpu
+from megatron_eso.estimates.parameters import count_rank_parameters
+from megatron_eso.objectives.objective import Objective
+from megatron_eso.objectives.row_counts import RowCounts
+
+ELEMENTWISE_BYTES = 530
+"""Moved for a row and channel of a layer, forward and backward, by all but matrix products."""
+STRICT_BYTES = 172
+"""Moved for a strict query, a key that it reads, and a head, forward and backward."""
+LOGIT_BYTES = 90
+"""Moved for a logit, forward and backward."""
+LAYER_KERNELS = 150
+"""Kernels of a layer, forward and backward."""
+GRADIENT_BYTES = 10
+"""Moved for a parameter to add its gradient of a micro-batch."""
+UPDATE_BYTES = 90
+"""Moved for a parameter that this rank updates."""
+RECOMPUTED = 4 / 3
+"""A step with recomputation over one without: three forward passes' worth become four."""
+OVERLAPPED = 0.8
+"""Share of a micro-batch's kernels that the exchange of gradients and weights can hide behind."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """Estimated seconds of a step on the slowest rank.
+
+    Attributes:
+        kernels: Forward and backward.
+        update: The optimizer.
+        communication: Time that kernels wait for other ranks.
+        bubble: Time that a stage waits at the beginning and the end of a pipeline.
+    """
+
+    kernels: float
+    update: float
+    communication: float
+    bubble: float
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return self.kernels + self.update + self.communication + self.bubble
+
+
+def estimate_step(config: Config, objective: Objective, world_size: int, gpu: Gpu) -> StepTime:
+    """Estimate a step.
+
+    Args:
+        config: A configuration that `check_layout` accepts, with its vocabulary.
+        objective: Its objective.
+        world_size: Number of ranks.
+        gpu: The GPU of every rank.
+    """
+    parallel, train = config.parallel, config.train
+    stages = parallel.pipeline_model_parallel_size
+    ranks = world_size // parallel.model_parallel_size
+    number = train.global_batch_size // train.micro_batch_size // ranks
+    parameters = max(
+        count_rank_parameters(config.model, parallel, config.data.vocab_size or 0, stage)
+        for stage in range(stages)
+    )
+    # A micro-batch on one stage, then everything of a step.
+    kernels = _estimate_micro_batch(config, objective, gpu)
+    kernels += GRADIENT_BYTES * parameters / _bandwidth(gpu)
+    exchange = _estimate_exchange(config, objective, gpu)
+    shards = ranks if parallel.use_distributed_optimizer else 1
+    moved = UPDATE_BYTES * parameters / shards + 2 * FLOAT32_BYTES * parameters
+    reduction = _estimate_reduction(config, ranks, parameters, kernels, gpu)
+    chunks = parallel.virtual_pipeline_model_parallel_size or 1
+    return StepTime(
+        kernels=number * kernels,
+        update=moved / _bandwidth(gpu),
+        communication=number * exchange + reduction,
+        bubble=(stages - 1) / chunks * (kernels + exchange),
+    )
+
+
+def _bandwidth(gpu: Gpu) -> float:
+    return gpu.bandwidth * EFFICIENCY.bandwidth
+
+
+def _expect_micro_batch(config: Config, objective: Objective) -> tuple[RowCounts, float]:
+    """Return the mean rows of a micro-batch, and the pairs of strict queries in a body layer."""
+    num_tokens, size = config.data.sequence_length, config.train.micro_batch_size
+    counts, strict = RowCounts(), 0.0
+    for phase, rows in zip(objective.phases, objective.expect_rows(num_tokens), strict=True):
+        counts += rows * (phase.share * size)
+        # Rows beyond the tokens are queries; what they read is what the last layer reads.
+        is_query = rows.rows > num_tokens
+        strict += phase.share * size * rows.loss_pairs * is_query
+    return counts, strict
+
+
+def _estimate_micro_batch(config: Config, objective: Objective, gpu: Gpu) -> float:
+    """Return the seconds of the kernels of a micro-batch on one stage."""
+    model, parallel = config.model, config.parallel
+    ranks, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    counts, strict = _expect_micro_batch(config, objective)
+    vocab_size = config.data.vocab_size or 0
+    # Matrix products at their speed, attention among them at its own.
+    pairs = (model.num_layers - 1) * (counts.pairs - strict)
+    flash = BACKWARD_AND_FORWARD * 4.0 * model.hidden_size * pairs
+    products = BACKWARD_AND_FORWARD * forward_flops(model, vocab_size, counts) - flash
+    peak = gpu.bf16_flops if COMPUTE_BYTES[config.train.precision] == 2 else gpu.fp32_flops
+    seconds = products / peak / EFFICIENCY.gemm + flash / peak / EFFICIENCY.flash
+    # Everything else at the memory's speed, or at the pace of its kernels.
+    split = ranks if parallel.sequence_parallel else (1 + ranks) / 2
+    elementwise = ELEMENTWISE_BYTES * model.hidden_size * counts.rows * model.num_layers / split
+    strict_pairs = strict * (model.num_layers - 1) + counts.loss_pairs
+    moved = elementwise + STRICT_BYTES * model.num_attention_heads * strict_pairs / ranks
+    moved += LOGIT_BYTES * model.pad_vocabulary(vocab_size) * counts.loss_rows / ranks
+    launches = LAYER_KERNELS * model.num_layers * EFFICIENCY.kernel_seconds
+    seconds = seconds / ranks + max(moved / _bandwidth(gpu), launches)
+    if config.train.recompute_granularity == "full":
+        seconds *= RECOMPUTED
+    return seconds / stages
+
+
+def _estimate_exchange(config: Config, objective: Objective, gpu: Gpu) -> float:
+    """Return the seconds that a micro-batch on one stage waits for tensor and pipeline ranks."""
+    model, parallel = config.model, config.parallel
+    ranks, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    counts, _ = _expect_micro_batch(config, objective)
+    size = counts.rows * model.hidden_size
+    seconds = 0.0
+    if ranks > 1:
+        # Two sums of the rows in each direction; recomputation repeats the forward ones.
+        sums = 6 if config.train.recompute_granularity == "full" else 4
+        volume = 2 * (ranks - 1) / ranks * size * COMPUTE_BYTES[config.train.precision]
+        seconds += sums * model.num_layers / stages * volume / (gpu.nvlink * EFFICIENCY.link)
+    if stages > 1:
+        link = gpu.nvlink if ranks * stages <= GPUS_PER_NODE else gpu.network
+        chunks = parallel.virtual_pipeline_model_parallel_size or 1
+        hidden = size * FLOAT32_BYTES / parallel.row_multiple
+        seconds += 2 * chunks * hidden / (link * EFFICIENCY.link)
+    return seconds
+
+
+def _estimate_reduction(
+    config: Config, ranks: int, parameters: int, micro_batch: float, gpu: Gpu
+) -> float:
+    """Return the seconds of a step that kernels wait for gradients and weights."""
+    if ranks == 1:
+        return 0.0
+    parallel = config.parallel
+    sharded = parallel.use_distributed_optimizer
+    weights = COMPUTE_BYTES[config.train.precision] if sharded else FLOAT32_BYTES
+    volume = (ranks - 1) / ranks * parameters * (FLOAT32_BYTES + weights)
+    per_node = max(1, GPUS_PER_NODE // parallel.model_parallel_size)
+    link = gpu.nvlink if ranks <= per_node else min(gpu.nvlink, per_node * gpu.network)
+    seconds = volume / (link * EFFICIENCY.link)
+    hidden = OVERLAPPED * micro_batch if parallel.overlap_grad_reduce else 0.0
+    return max(seconds - hidden, 0.05 * seconds)
