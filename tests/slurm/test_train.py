@@ -119,7 +119,7 @@ def test_requeue_and_killed_node(
     assert slurm.wait(job) == "COMPLETED", read_log(run)[-3000:]
     assert read_records(run) == read_records(straight)
     assert slurm.describe(job)["Restarts"] == "2"  # one by hand, one by the script
-    assert len(killed) == 2  # torchrun and its rank
+    assert len(killed) == 3  # the shell that srun started, torchrun and its rank
     assert [end["decision"] for end in read_restarts(run)] == ["requeue", "finished"]
     assert slurm.processes(job) == []
 
