@@ -11,9 +11,9 @@ from pretrain.preflight.verdict import node_bandwidths, pair_bandwidths, visible
 def describe(
     nodes: Sequence[NodeFacts], ranks: Sequence[RankFacts], measurements: Sequence[Measurement]
 ) -> list[str]:
-    """Return the lines; `measurements` may be empty."""
+    """Return the lines; without `measurements`, or where one failed, those of the nodes alone."""
     lines = [describe_node(node, ranks, measurements) for node in nodes]
-    if not measurements:
+    if not measurements or any(each.error for each in measurements):
         return lines
     pairs = pair_bandwidths(measurements)
     if pairs:
@@ -24,7 +24,7 @@ def describe(
         )
     if len(ranks) > 1:
         world = min(each.world_bandwidth for each in measurements)
-        is_exact = not any(each.error or each.wrong for each in measurements)
+        is_exact = not any(each.wrong for each in measurements)
         lines.append(
             f"all {len(ranks)} ranks: all-reduce {'exact' if is_exact else 'WRONG'}, "
             f"{world:.2f} GB/s"

@@ -141,8 +141,8 @@ def find_slow(measurements: Sequence[Measurement], limits: Limits) -> list[str]:
     for rank, each in enumerate(measurements):
         if each.gemm_tflops < limits.share * best:
             faults.append(
-                f"node {each.node}: the GPU of rank {rank} computes at {each.gemm_tflops:.1f} "
-                f"TFLOP/s, the fastest at {best:.1f} (--min-share {limits.share:g})"
+                f"node {each.node}: rank {rank} computes at {each.gemm_tflops:.3g} TFLOP/s, the "
+                f"fastest at {best:.3g} (--min-share {limits.share:g})"
             )
     within = node_bandwidths(measurements)
     for node, bandwidth in within.items():

@@ -28,7 +28,12 @@ def submit(slurm: SlurmCluster, run: Path, data: Path, launcher: str) -> int:
     return slurm.submit(
         *("--nodes=2", "--cpus-per-task=2", f"--output={run}/job.log"),
         *(SCRIPT, *tiny_arguments(run, data, endless)),
-        **{"PYTHON": sys.executable, "PREFLIGHT": "off", "LAUNCHER": launcher},
+        **{
+            "PYTHON": sys.executable,
+            "PREFLIGHT": "off",
+            "LAUNCHER": launcher,
+            "SAVE_SECONDS": "600",
+        },
         cwd=ROOT,
     )
 
@@ -97,3 +102,4 @@ def test_whatever_ends_the_job_early_the_ranks_save_first(
         saved[end.__name__] = newest_step(run) - reached
         assert saved[end.__name__] >= 0, (saved, read_log(run)[-3000:])
     assert slurm.describe(job)["Restarts"] == "4"
+    assert not (run / "logs" / "torchrun").exists()  # two files a rank, on the shared file system

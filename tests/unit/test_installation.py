@@ -1,4 +1,4 @@
-"""What the package asks pip for: every extra is used by the code and named in the README."""
+"""What setup.py requires: every extra is used by the code and named in the README."""
 
 import re
 from pathlib import Path

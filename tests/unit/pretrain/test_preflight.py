@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from pretrain.preflight.measurement import Measurement
+from megatron_eso.errors import UserError
+from pretrain.preflight.measurement import Measurement, Rank, measure_together
 from pretrain.preflight.meeting import World
 from pretrain.preflight.node_facts import NodeFacts, RankFacts, choose_gpu, count_devices
 from pretrain.preflight.places import MAX_ROUNDS, Places, pair_up
@@ -165,8 +166,7 @@ def test_slow_gpu_is_named() -> None:
         for rank, speed in enumerate(speeds)
     ]
     assert judge_measurements(measurements, LIMITS) == [
-        "node n2: the GPU of rank 2 computes at 310.0 TFLOP/s, the fastest at 705.0 "
-        "(--min-share 0.7)"
+        "node n2: rank 2 computes at 310 TFLOP/s, the fastest at 705 (--min-share 0.7)"
     ]
 
 
@@ -251,6 +251,34 @@ def test_partners_agree_and_have_the_same_place_on_their_nodes() -> None:
                 assert partners[partner][turn] == rank
                 assert partner % 4 == rank % 4
     assert [rank for rank in range(20) if places.is_first(rank)] == [0, 4, 8, 12, 16]
+
+
+def test_ranks_that_do_not_answer_are_named_with_their_nodes() -> None:
+    store = HashStore()
+    for rank in (1, 3):
+        store.set(f"preflight/numbers/{rank}", str(rank))
+    world = World(store=store, rank=0, size=5, timeout=timedelta(seconds=0.1))
+    with pytest.raises(
+        UserError, match=r"no answer \(numbers\) from ranks 2 \(n2\), 4 \(n3\) of 5"
+    ):
+        world.gather("numbers", 0, ["n1", "n1", "n2", "n2", "n3"])
+
+
+def test_measurement_that_hangs_ends_with_its_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hang = threading.Event()
+
+    def wait(_: Rank) -> float:
+        hang.wait()
+        raise RuntimeError("the test has ended")
+
+    monkeypatch.setattr(Rank, "_measure_gemm", wait)
+    world = World(store=HashStore(), rank=0, size=1, timeout=timedelta(seconds=2))
+    measured = measure_together(world, Places(("n1",)), tmp_path, 4096)
+    stages = {-1: "start", 0: "matrix product"}  # a busy machine may not get further
+    assert measured.error == f"{stages[measured.failed_stage]}: no end within 2 s"
+    hang.set()
 
 
 class CountingStore:
