@@ -19,9 +19,7 @@ setup(
             for suffix in ("", ".*")
         ]
     ),
-    package_data={
-        "pretrain": ["configs/*.toml", "configs/parallel/*.toml", "configs/scale/*.toml"]
-    },
+    package_data={"pretrain": ["configs/**/*.toml"]},
     install_requires=[
         "annotated-types",
         "megatron-core==0.16.1",
@@ -37,7 +35,6 @@ setup(
         "zstandard",
     ],
     extras_require={
-        "gpu": ["flash-attn", "transformer-engine[pytorch]>=2.9,<2.12"],
         "hf": ["transformers"],
         "wandb": ["wandb"],
         "remote": ["aiohttp", "fsspec", "gcsfs", "s3fs"],

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# For clusters that forbid requeue: submits the same job N times, each to start when the one before it
-# has ended, however that was. Whichever finishes the run, or finds that going on is of no use, cancels
-# the rest.
+# For clusters that forbid requeue: submits the same job N times. Each starts when the one before it has
+# ended, for whatever reason. The job that finishes the run, or finds that it cannot continue, cancels the
+# others.
 #
 #   slurm/chain.sh 10 --nodes 4 --gpus-per-node 8 slurm/train.sbatch base_1p7b.toml run.directory=runs/base
 set -euo pipefail

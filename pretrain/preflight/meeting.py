@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,35 +17,64 @@ from megatron_eso.ranks import launched_world_size, own_rank
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """The ranks, and the launcher's key-value store: it works where process groups may not."""
+    """The ranks, and the launcher's key-value store: it works where process groups may not.
+
+    Every message goes to rank 0 or comes from it, so requests grow with the ranks, not with their
+    square.
+    """
 
     store: Store
     rank: int
     size: int
     timeout: timedelta
 
-    def exchange(self, name: str, mine: Any) -> list[Any]:
-        """What each rank writes, by rank; JSON. Collective.
+    def gather(self, name: str, mine: Any, nodes: Sequence[str] = ()) -> list[Any]:
+        """Return what each rank writes, by rank, on rank 0 and nothing elsewhere; collective.
+
+        Args:
+            name: Of the message; used once.
+            mine: What this rank writes; JSON.
+            nodes: The node of each rank, for the error.
 
         Raises:
-            UserError: Some ranks write nothing in time; the message names them.
+            UserError: On rank 0: some ranks write nothing in time; the message names them.
         """
-        self.store.set(f"preflight/{name}/{self.rank}", json.dumps(mine))
-        deadline = time.monotonic() + self.timeout.total_seconds()
-        found, silent = [], []
-        for rank in range(self.size):
-            left = max(deadline - time.monotonic(), 0.1)
-            try:
-                self.store.wait([f"preflight/{name}/{rank}"], timedelta(seconds=left))
-                found.append(json.loads(self.store.get(f"preflight/{name}/{rank}")))
-            except RuntimeError:
-                silent.append(str(rank))
-        if silent:
+        keys = [f"preflight/{name}/{rank}" for rank in range(self.size)]
+        self.store.set(keys[self.rank], json.dumps(mine))
+        if self.rank > 0:
+            return []
+        try:
+            self.store.wait(keys, self.timeout)
+        except RuntimeError:
+            silent = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+            named = [f"{rank} ({nodes[rank]})" if nodes else str(rank) for rank in silent]
             raise UserError(
-                f"no word ({name}) from ranks {', '.join(silent)} of {self.size} within "
-                f"{self.timeout.total_seconds():g} s: look at their nodes' log and network"
-            )
-        return found
+                f"no answer ({name}) from ranks {', '.join(named)} of {self.size} within "
+                f"{self.timeout.total_seconds():g} s: look at the log and the network of their "
+                "nodes"
+            ) from None
+        return [json.loads(each) for each in self.store.multi_get(keys)]
+
+    def share(self, name: str, value: Any) -> Any:
+        """Return what rank 0 writes, on every rank; collective.
+
+        Args:
+            name: Of the message; used once.
+            value: JSON; that of rank 0 counts.
+
+        Raises:
+            UserError: Rank 0 writes nothing in time.
+        """
+        key = f"preflight/{name}"
+        if self.rank == 0:
+            self.store.set(key, json.dumps(value))
+            return value
+        # Rank 0 itself waits for the slowest rank, then the others for rank 0.
+        try:
+            self.store.wait([key], 2 * self.timeout)
+            return json.loads(self.store.get(key))
+        except RuntimeError as error:
+            raise UserError(f"{find_node()}: no answer ({name}) from rank 0: {error}") from error
 
     def leave(self) -> None:
         """Leave the store; rank 0, which may hold it, leaves last."""
@@ -83,5 +112,5 @@ def meet(timeout: timedelta) -> World:
 
 
 def find_node() -> str:
-    """The node as Slurm calls it, else the host."""
+    """Return the node's name as Slurm has it, else the host's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

@@ -1,9 +1,10 @@
-"""What a rank finds on its node by itself: GPUs, versions, disk."""
+"""What is found on a node without the others: GPUs, versions, disk."""
 
 import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +19,55 @@ OURS = ("megatron_eso", "pretrain")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Facts:
-    """What a rank finds on its node by itself."""
+class RankFacts:
+    """What a rank finds by itself.
+
+    Attributes:
+        node: Its node.
+        gpu: The UUID of the GPU that it takes; empty without one.
+        visible_gpus: The UUIDs of all GPUs that it sees.
+    """
 
     node: str
-    num_ranks: int  # on this node
-    num_gpus: int
+    gpu: str
+    visible_gpus: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeFacts:
+    """What the first rank of a node finds there.
+
+    Attributes:
+        node: The node.
+        num_devices: GPUs that the job should see, by Slurm or else by their device files.
+        gpu: The model of the first GPU.
+        versions: By package.
+        free_gib: Free space where the run directory is.
+        disk_error: Why the run directory cannot be written.
+    """
+
+    node: str
+    num_devices: int
     gpu: str
     versions: dict[str, str]
     free_gib: float
     disk_error: str
 
 
-def find_facts(run: Path) -> Facts:
-    """Look at this node."""
+def find_rank_facts() -> RankFacts:
+    """Look at the GPUs that this rank sees."""
+    visible = tuple(
+        str(torch.cuda.get_device_properties(index).uuid)
+        for index in range(torch.cuda.device_count())
+    )
+    own = choose_gpu(local_rank(), len(visible))
+    return RankFacts(
+        node=find_node(), gpu="" if own is None else visible[own], visible_gpus=visible
+    )
+
+
+def find_node_facts(run: Path) -> NodeFacts:
+    """Look at this node; writes a file into the run directory and removes it."""
     disk_error, free = "", 0.0
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -44,12 +80,10 @@ def find_facts(run: Path) -> Facts:
         probe.unlink()
     except OSError as error:
         disk_error = f"cannot write into {run}: {error.strerror}"
-    num_gpus = torch.cuda.device_count()
-    return Facts(
+    return NodeFacts(
         node=find_node(),
-        num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        num_gpus=num_gpus,
-        gpu=torch.cuda.get_device_name(0) if num_gpus else "",
+        num_devices=count_devices(Path("/dev")),
+        gpu=torch.cuda.get_device_name(0) if torch.cuda.device_count() else "",
         versions={"python": platform.python_version()}
         | {name: find_version(name) for name in PACKAGES}
         | {"megatron-eso": f"{find_version('megatron-eso')} ({hash_sources()})"},
@@ -58,8 +92,32 @@ def find_facts(run: Path) -> Facts:
     )
 
 
+def local_rank() -> int:
+    """Return this rank's number on its node."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def choose_gpu(number: int, num_visible: int) -> int | None:
+    """Return the index of the GPU that a rank takes; None where there is none for it.
+
+    Args:
+        number: Of the rank on its node.
+        num_visible: GPUs that the rank sees; a launcher may show each rank only its own.
+    """
+    index = number if num_visible > 1 else 0
+    return index if index < num_visible else None
+
+
+def count_devices(folder: Path) -> int:
+    """Count the GPUs that Slurm gave the job on this node, else the device files in `folder`."""
+    of_job = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if of_job.isdigit():
+        return int(of_job)
+    return sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in folder.iterdir())
+
+
 def find_version(package: str) -> str:
-    """The version that is installed."""
+    """Return the version that is installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

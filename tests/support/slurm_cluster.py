@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import tempfile
 import time
@@ -29,13 +30,15 @@ from tests.support.processes import HANG_SECONDS
 
 NODES = ("n1", "n2")
 CPUS_PER_NODE = 4  # on paper: Slurm does not count the real ones
+GPUS_PER_NODE = 2  # on paper: device files that Slurm takes for GPUs
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "setpriv")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 STOP_SECONDS = 60.0  # then the processes are killed
 POLL_SECONDS = 0.1
 LASTING = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
 
-# cred_expire: a requeued job waits for it to pass, 120 s by default.
+# cred_expire: a requeued job waits for it to pass, 120 s by default. KillWait, GraceTime: ranks can
+# save before they are killed, on a busy machine too.
 CONFIGURATION = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -50,7 +53,7 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool_%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd_%n.pid
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/{tracking}
 TaskPlugin=task/none
 MpiDefault=none
 SwitchType=switch/none
@@ -63,9 +66,17 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmdTimeout=300
-KillWait=3
+KillWait=600
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP GraceTime=600
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
+"""
+CGROUPS = """
+CgroupPlugin=cgroup/v1
+CgroupMountpoint=/sys/fs/cgroup
 """
 
 
@@ -77,10 +88,23 @@ def missing_programs() -> str | None:
     return None if os.geteuid() == 0 else "Slurm's daemons need root"
 
 
-class SlurmCluster:
-    """Two nodes of Slurm, started on entry and removed on exit."""
+def find_tracking() -> str:
+    """Return how Slurm finds the processes of a job: `cgroup`, as most clusters do, if it works.
 
-    def __init__(self) -> None:
+    With it, a signal other than KILL reaches only the processes that slurmstepd itself has started.
+    """
+    return "cgroup" if os.access("/sys/fs/cgroup/freezer/cgroup.procs", os.W_OK) else "linuxproc"
+
+
+class SlurmCluster:
+    """Two nodes of Slurm, started on entry and removed on exit.
+
+    Args:
+        settings: Lines of slurm.conf that replace those above.
+    """
+
+    def __init__(self, settings: str = "") -> None:
+        self._settings = settings
         self.folder = Path(tempfile.mkdtemp(prefix="slurm_"))
         self.folder.chmod(0o755)  # munged refuses a socket that others cannot reach
         self._daemons: list[subprocess.Popen[bytes]] = []
@@ -181,12 +205,21 @@ class SlurmCluster:
         host = socket.gethostname().partition(".")[0]
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
-            f"CPUs={CPUS_PER_NODE} State=UNKNOWN"
+            f"CPUs={CPUS_PER_NODE} Gres=gpu:{GPUS_PER_NODE} State=UNKNOWN"
             for name, port in zip(NODES, ports[1:], strict=True)
         )
         (self.folder / "slurm.conf").write_text(
-            CONFIGURATION.format(folder=self.folder, host=host, ports=ports, nodes=nodes)
+            CONFIGURATION.format(
+                folder=self.folder, host=host, ports=ports, nodes=nodes, tracking=find_tracking()
+            )
+            + self._settings
         )
+        (self.folder / "cgroup.conf").write_text(CGROUPS)
+        (self.folder / "gres.conf").write_text(
+            f"Name=gpu File={self.folder}/gpu[0-{GPUS_PER_NODE - 1}]\n"
+        )
+        for gpu in range(GPUS_PER_NODE):
+            os.mknod(self.folder / f"gpu{gpu}", stat.S_IFCHR | 0o600, os.makedev(1, 3 + 2 * gpu))
         for name in ("state", *(f"spool_{node}" for node in NODES)):
             (self.folder / name).mkdir()
         key = self.folder / "munge.key"
