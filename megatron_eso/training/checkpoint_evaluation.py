@@ -16,7 +16,12 @@ from megatron_eso.runs.checkpoint_state import read_checkpoint_state
 from megatron_eso.training.checkpointing.restore import refuse_damage
 from megatron_eso.training.checkpointing.state import load_weights
 from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-from megatron_eso.training.distributed.parallel import model_parallel_groups, process_group
+from megatron_eso.training.distributed.device import prepare_device
+from megatron_eso.training.distributed.parallel import (
+    find_timeout,
+    model_parallel_groups,
+    process_group,
+)
 from megatron_eso.training.steps.batches import ValidationBatches
 from megatron_eso.training.steps.evaluation import evaluate, evaluate_orders
 from megatron_eso.training.steps.train_state import TrainState, build_train_state
@@ -45,6 +50,7 @@ def evaluate_checkpoint(
         CheckpointError: The checkpoint is damaged, or lacks these weights.
         DataError: The shards are of another tokenizer.
     """
+    prepare_device(config)
     install_cpu_backend()
     # Which weights, and whether the data fit them.
     record = read_checkpoint_state(checkpoint)
@@ -61,7 +67,8 @@ def evaluate_checkpoint(
         objective, validation, config.validation, row_multiple=config.parallel.row_multiple
     )
     # The estimates, on all ranks.
-    with process_group(), model_parallel_groups(config.parallel) as groups:
+    timeout = find_timeout(config.watchdog)
+    with process_group(timeout), model_parallel_groups(config.parallel) as groups:
         state = load_state(checkpoint, config, weights, groups)
         estimate = evaluate(state, batches, groups, use_ema=False)
         answer = {

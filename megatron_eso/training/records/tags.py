@@ -48,6 +48,9 @@ STEP_SECONDS = _define("perf/step_seconds", "duration of the last step")
 DATA_WAIT_SECONDS = _define("perf/data_wait_seconds", "its wait for data, on rank 0")
 MFU = _define("perf/mfu", "FLOPs over the device's published peak (GPU only)")
 MEMORY_GIB = _define("perf/memory_gib", "peak memory of rank 0")
+MEMORY_RESERVED_GIB = _define(
+    "perf/memory_reserved_gib", "peak memory that torch's allocator held on rank 0 (GPU only)"
+)
 STRAGGLER_RANK = _define("perf/straggler_rank", "the slowest rank")
 STRAGGLER_SECONDS = _define("perf/straggler_seconds", "its forward and backward, mean of the steps")
 STRAGGLER_SPREAD = _define("perf/straggler_spread", "this over the median of all ranks")
