@@ -1,4 +1,4 @@
-"""`python -m checkpoints_conversion to-sampler | from-official | to-megatron | verify`."""
+"""Converts and compares checkpoints: to-sampler, from-official, to-megatron, verify."""
 
 import argparse
 import logging
@@ -27,7 +27,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 
 def run_to_sampler(args: argparse.Namespace) -> None:
-    """A distributed checkpoint of any layout to a sampler directory."""
+    """Convert a distributed checkpoint of any layout to a sampler directory."""
     done = convert_to_sampler(
         args.run_dir,
         args.out_dir,
@@ -42,7 +42,7 @@ def run_to_sampler(args: argparse.Namespace) -> None:
 
 
 def run_from_official(args: argparse.Namespace) -> None:
-    """An official Lightning checkpoint to a sampler directory."""
+    """Convert an official Lightning checkpoint to a sampler directory."""
     done = convert_from_official(
         args.ckpt,
         args.out_dir,
@@ -57,15 +57,16 @@ def run_from_official(args: argparse.Namespace) -> None:
 
 
 def run_to_megatron(args: argparse.Namespace) -> None:
-    """A sampler directory to a run directory that training starts from."""
+    """Convert a sampler directory to a run directory that training starts from."""
     done = convert_to_megatron(args.sampler_dir, args.run_dir)
     _say(
-        f"{done.directory}: {done.num_parameters} parameters; start from it by checkpoint.init_from"
+        f"{done.directory}: {done.num_parameters} parameters; to start training from it, set "
+        f"checkpoint.init_from={done.directory}"
     )
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Compare two checkpoints; 1 if they differ."""
+    """Compare two checkpoints of any kind; exit code 1 if they differ."""
     comparison = verify_checkpoints(
         args.a, args.b, step=args.step, weights=args.weights, mask_token_id=args.mask_token_id
     )
@@ -73,7 +74,8 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def report(comparison: Comparison, paths: tuple[Path, Path], tolerance: float) -> int:
-    """Print a comparison and return the exit code."""
+    """Print a comparison, and return the exit code: 0 for the same network, else 1."""
+    # What does not match.
     for side, path, loaded in zip("AB", paths, comparison.sides, strict=True):
         _say(
             f"{side}: {path}: {loaded.kind}, {loaded.weights} weights, {loaded.num_tensors} tensors"
@@ -86,6 +88,7 @@ def report(comparison: Comparison, paths: tuple[Path, Path], tolerance: float) -
     ):
         for line in lines:
             _say(f"{title}: {line}")
+    # How far the values differ.
     worst = max(
         comparison.tensor_errors, key=lambda name: comparison.tensor_errors[name], default=""
     )
@@ -102,11 +105,12 @@ def report(comparison: Comparison, paths: tuple[Path, Path], tolerance: float) -
 
 
 def build_command_line() -> CommandLine:
-    """The command line."""
+    """Build the parser; each command sets `run`, which takes the parsed arguments."""
     parser = CommandLine(prog="python -m checkpoints_conversion", description=__doc__)
     commands = parser.add_subparsers(required=True)
     kinds = ("ema", "raw")
 
+    # To a sampler directory.
     command = commands.add_parser("to-sampler", help=run_to_sampler.__doc__)
     command.add_argument("run_dir", type=existing_path, metavar="RUN_DIR")
     command.add_argument("out_dir", type=new_path, metavar="OUT_DIR")
@@ -123,33 +127,40 @@ def build_command_line() -> CommandLine:
         "--tokenizer",
         type=existing_path,
         metavar="PATH",
-        help="file or directory; none by default",
+        help="tokenizer's file or directory to copy (default: none)",
     )
     command.add_argument(
         "--mask-token-id",
         type=count(),
         metavar="N",
-        help="default: the tokenizer's, else the last row",
+        help="default: the tokenizer's, else the last row of the embedding",
     )
     command.set_defaults(run=run_from_official)
 
+    # To a run directory.
     command = commands.add_parser("to-megatron", help=run_to_megatron.__doc__)
     command.add_argument("sampler_dir", type=existing_path, metavar="SAMPLER_DIR")
     command.add_argument("run_dir", type=new_path, metavar="RUN_DIR")
     command.set_defaults(run=run_to_megatron)
 
+    # The comparison.
     command = commands.add_parser("verify", help=run_verify.__doc__)
     command.add_argument("a", type=existing_path, metavar="A")
     command.add_argument("b", type=existing_path, metavar="B")
-    command.add_argument("--step", type=count(), help="of run directories; default: the newest")
+    command.add_argument(
+        "--step", type=count(), help="step of run directories; default: the newest"
+    )
     command.add_argument(
         "--weights", choices=kinds, help="default: those of the sampler directory, else ema"
     )
     command.add_argument(
-        "--mask-token-id", type=count(), metavar="N", help="of official checkpoints"
+        "--mask-token-id", type=count(), metavar="N", help="mask token of official checkpoints"
     )
     command.add_argument(
-        "--tolerance", type=real_from_0, default=1e-4, help="of the logits; default %(default)s"
+        "--tolerance",
+        type=real_from_0,
+        default=1e-4,
+        help="largest difference of logits in equal networks (default: %(default)s)",
     )
     command.set_defaults(run=run_verify)
     return parser

@@ -1,4 +1,4 @@
-"""The conversions and the comparison as functions: paths in, what was done out."""
+"""The commands as functions: they take paths and return what was written or found."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +17,23 @@ from checkpoints_conversion.sampler_directory import write_sampler_directory
 from checkpoints_conversion.verify import Comparison, compare, load_any, recorded_weights
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
 from megatron_eso.runs.checkpoint import open_checkpoint
-from megatron_eso.sampler.directory import build_network, read_description, read_weights
-from megatron_eso.sampler.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler.directory import (
+    build_network,
+    read_description,
+    read_network_config,
+    read_weights,
+)
 
 Weights = Literal["ema", "raw"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversion:
-    """What a conversion wrote."""
+    """Result of a conversion."""
 
     directory: Path
     step: int | None
-    """Of the source; None where it states none."""
+    """Step of the source; None where it states none."""
     weights: str
     """`ema` or `raw`."""
     num_parameters: int
@@ -47,20 +51,21 @@ def convert_to_sampler(
 
     Args:
         run_dir: A run directory, or one of its `step_XXXXXXXX` folders.
-        out_dir: Must not exist, be empty, or be a sampler directory.
-        step: Which checkpoint of the run; by default the newest.
-        weights: By default EMA where there is one.
-        dtype: In which the weights are stored.
+        out_dir: The directory to write: a new one, an empty one or a sampler directory.
+        step: The step of the checkpoint; by default the newest.
+        weights: The weights to take; by default EMA where the checkpoint has it.
+        dtype: Dtype in which the weights are stored.
 
     Raises:
-        ConfigError: There is no checkpoint of this step, or `out_dir` holds something else.
-        CheckpointError: There is no checkpoint, it is damaged, or it is of an objective that the
-            sampler does not know.
+        ConfigError: The run has no checkpoint of this step, or `out_dir` holds something else.
+        CheckpointError: The run has no checkpoint, the checkpoint is damaged, or the sampler does
+            not know its objective.
         DataError: The run's tokenizer is damaged.
     """
     checkpoint = open_checkpoint(run_dir, step)
     config, tensors, description = read_network(checkpoint, weights)
-    build_network(config, tensors, torch.float32, "cpu")  # refuses shapes that do not fit
+    # Shapes that do not fit are refused.
+    build_network(config, tensors, torch.float32, "cpu", source=checkpoint.directory)
     write_sampler_directory(
         out_dir, description, tensors, dtype=dtype, tokenizer=checkpoint.tokenizer
     )
@@ -84,13 +89,14 @@ def convert_from_official(
 
     Args:
         ckpt: The checkpoint's file.
-        out_dir: Must not exist, be empty, or be a sampler directory.
-        weights: Which of the checkpoint's.
-        tokenizer: A file or a directory to copy.
-        mask_token_id: By default that of the tokenizer, or else the last embedding row.
+        out_dir: The directory to write: a new one, an empty one or a sampler directory.
+        weights: The weights to take.
+        tokenizer: A tokenizer's file or directory, to be copied.
+        mask_token_id: By default that of the tokenizer, or else the last row of the embedding.
 
     Raises:
-        CheckpointError: It is no checkpoint of the reference, damaged, or of another model.
+        CheckpointError: The file is no checkpoint of the reference, is damaged, or is of another
+            model.
         DataError: The tokenizer is damaged.
     """
     official = read_official(ckpt, weights)
@@ -98,7 +104,8 @@ def convert_from_official(
     config = infer_config(official, choose_mask_token(mask_token_id, tokenizer, vocab_size))
     description = describe_official(official, config)
     tensors = fold_official(official)
-    build_network(config, tensors, torch.float32, "cpu")  # refuses shapes that do not fit
+    # Shapes that do not fit are refused.
+    build_network(config, tensors, torch.float32, "cpu", source=ckpt)
     write_sampler_directory(out_dir, description, tensors, dtype=torch.float32, tokenizer=tokenizer)
     return Conversion(
         directory=out_dir,
@@ -109,7 +116,7 @@ def convert_from_official(
 
 
 def choose_mask_token(chosen: int | None, tokenizer: Path | None, vocab_size: int) -> int | None:
-    """Return the mask token that the caller names, or else that of a tokenizer of this size."""
+    """Return the chosen mask token, or else that of the tokenizer if it has `vocab_size` ids."""
     if chosen is None and tokenizer is not None and has_tokenizer(tokenizer):
         loaded = Tokenizer.load(tokenizer)
         return loaded.mask_token_id if loaded.vocab_size == vocab_size else None
@@ -120,17 +127,19 @@ def convert_to_megatron(sampler_dir: Path, run_dir: Path) -> Conversion:
     """Convert a sampler directory to a run directory that training starts from.
 
     Args:
-        sampler_dir: What one of the conversions above wrote.
-        run_dir: Must not exist, or be empty.
+        sampler_dir: A sampler directory.
+        run_dir: The directory to write: a new or an empty one.
 
     Raises:
-        ConfigError: The run directory exists.
-        CheckpointError: The sampler directory is none, or damaged.
+        ConfigError: `run_dir` is not empty.
+        CheckpointError: `sampler_dir` is no sampler directory, or is damaged.
         DataError: The tokenizer is damaged.
     """
     description = read_description(sampler_dir)
     tensors = {name: tensor.float() for name, tensor in read_weights(sampler_dir).items()}
-    build_network(NetworkConfig.from_dict(description), tensors, torch.float32, "cpu")
+    # Shapes that do not fit are refused.
+    config = read_network_config(sampler_dir)
+    build_network(config, tensors, torch.float32, "cpu", source=sampler_dir)
     write_run_directory(run_dir, description, tensors, sampler_dir)
     return Conversion(
         directory=run_dir,
@@ -148,18 +157,18 @@ def verify_checkpoints(
     weights: Weights | None = None,
     mask_token_id: int | None = None,
 ) -> Comparison:
-    """Compare two of: run directory, distributed checkpoint, sampler directory, official one.
+    """Compare two checkpoints of any kind that `load_any` reads.
 
     Args:
         a: One side.
         b: The other side.
-        step: Of run directories; by default the newest.
-        weights: By default raw where one side is a sampler directory of raw weights, else EMA where
-            there is one.
-        mask_token_id: Of official checkpoints; by default the last embedding row.
+        step: The step to take from run directories; by default the newest.
+        weights: The weights to take; by default raw where one side is a sampler directory of raw
+            weights, else EMA where the checkpoint has it.
+        mask_token_id: Mask token of official checkpoints; by default the last row of the embedding.
 
     Raises:
-        CheckpointError: A side is none of these, or damaged.
+        CheckpointError: A side is no checkpoint, or is damaged.
     """
     if weights is None and "raw" in (recorded_weights(a), recorded_weights(b)):
         weights = "raw"

@@ -1,7 +1,7 @@
-"""Which key of a run's configuration is which field of the sampler's `config.json`, both ways.
+"""Maps the keys of a run's configuration to the fields of a sampler's `config.json`, and back.
 
-A table says it; two functions walk the table. A new key of the model that changes what the network
-computes is one line here, one field of `NetworkConfig`, and one parameter of `EsoLMConfig`.
+Two functions apply one table. A new key of the model that changes what the network computes is one
+line here, one field of `NetworkConfig`, and one parameter of `EsoLMConfig`.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,28 +28,28 @@ def keep(value: Any) -> Any:
 
 
 def as_rotary_base(value: float) -> int:
-    """Return the base as the whole number that a run has.
+    """Return the rotary base as a whole number, which a run's configuration needs.
 
     Raises:
-        CheckpointError: It has one.
+        CheckpointError: The base is no whole number.
     """
     if not value.is_integer():
-        raise CheckpointError(f"rotary_base {value} is no whole number")
+        raise CheckpointError(f"rotary_base {value} is no whole number, as a run needs it")
     return int(value)
 
 
 @dataclass(frozen=True, slots=True)
 class SharedField:
-    """One value that both configurations have."""
+    """A value that both configurations have."""
 
     path: str
-    """`section.name` of a run's configuration: a key, or a property that follows from keys."""
+    """`section.name` in a run's configuration: a key, or a property that follows from keys."""
     field: str
-    """Its name in `NetworkConfig` and in `config.json`."""
+    """Name in `NetworkConfig` and in `config.json`."""
     to_network: Callable[[Any], Any] = keep
-    """The run's value as the network's."""
+    """Converts the run's value to the network's."""
     to_run: Callable[[Any], Any] = keep
-    """The inverse."""
+    """Converts the network's value to the run's."""
 
 
 SHARED_FIELDS = (
@@ -74,7 +74,11 @@ SHARED_FIELDS = (
 
 
 def describe_network(config: Config, source: object) -> NetworkConfig:
-    """Return the network that a run's configuration, read from `source`, describes.
+    """Return the network that a run's configuration describes.
+
+    Args:
+        config: The run's configuration.
+        source: The file that it was read from, for errors.
 
     Raises:
         CheckpointError: The configuration does not state the vocabulary.
@@ -92,11 +96,11 @@ def describe_network(config: Config, source: object) -> NetworkConfig:
 def build_run_config(
     network: NetworkConfig, description: Mapping[str, Any], directory: str
 ) -> Config:
-    """Describe the network by a configuration; of training it says the least that is valid.
+    """Describe a network by a run's configuration, whose values for training are placeholders.
 
     Args:
-        network: To be described.
-        description: Content of a sampler's `config.json`, which has `alpha_0` as well.
+        network: The network to describe.
+        description: The content of a sampler's `config.json`, which states `alpha_0`.
         directory: The run directory.
 
     Raises:
@@ -109,7 +113,7 @@ def build_run_config(
         )
     values: dict[str, dict[str, Any]] = {"data": {}, "model": {}}
     for shared in SHARED_FIELDS:
-        if shared.path in KEYS:  # what follows from keys is not set
+        if shared.path in KEYS:  # a property is not set
             section, _, name = shared.path.partition(".")
             values[section][name] = shared.to_run(getattr(network, shared.field))
     return Config(

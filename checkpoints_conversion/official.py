@@ -1,4 +1,4 @@
-"""The reference implementation's Lightning checkpoints: read, adaLN folded away, tensors renamed.
+"""Reads the reference's Lightning checkpoints, folds their adaLN and renames their tensors.
 
 Reference: github.com/s-sahoo/Eso-LMs, `models/dit.py`, `models/ema.py`, `trainer_base.py`. Its
     denoiser does not depend on time, so its adaLN is one constant vector, which folds exactly into
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 PREFIX = "backbone."
 ROTARY = "rotary_emb.inv_freq"
 NORM_EPSILON = 1e-5
+_REMEDY = "give a whole checkpoint of the reference"
 ROTARY_BASE = 10000.0
 ESO_LM_B = {
     "name": "esolm",
@@ -34,17 +35,18 @@ ESO_LM_B = {
     "diffusion_attn_mode": "causal",
     "sequential_attn_mode": "causal",
 }
-"""Settings that the network depends on; without time conditioning adaLN is constant."""
+"""Settings that the network depends on. Without time conditioning adaLN is constant."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OfficialCheckpoint:
-    """What a Lightning checkpoint of the reference holds for us."""
+    """The part of a Lightning checkpoint of the reference that the conversion uses."""
 
+    path: Path
     tensors: dict[str, Tensor]
-    """Raw or EMA weights by the reference's names without `backbone.`."""
+    """Raw or EMA weights by the reference's names without the prefix `backbone.`."""
     hyper_parameters: dict[str, Any]
-    """Dicts, lists and scalars of `hyper_parameters.config`; empty if there is none."""
+    """Dicts, lists and scalars of `hyper_parameters.config`; empty if the file has none."""
     step: int | None
     head_dim: int
     weights: str
@@ -52,7 +54,7 @@ class OfficialCheckpoint:
 
     @property
     def has_adaln(self) -> bool:
-        """Whether it is a diffusion transformer; the reference's AR model has none."""
+        """Whether the network has adaLN; the reference's AR model has none."""
         return any("adaLN_modulation" in name for name in self.tensors)
 
 
@@ -60,12 +62,13 @@ def read_official(path: str | Path, weights: str = "ema") -> OfficialCheckpoint:
     """Read a checkpoint without executing anything that its pickle names.
 
     Args:
-        path: zip-format Lightning checkpoint.
+        path: A Lightning checkpoint in zip format.
         weights: `ema` or `raw`.
 
     Raises:
-        CheckpointError: no checkpoint of the reference, or it has no such weights.
+        CheckpointError: The file is no checkpoint of the reference, or lacks these weights.
     """
+    # The state dict of the transformer, without the prefix.
     content = load_torch_file(path)
     if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
         raise CheckpointError(
@@ -81,6 +84,7 @@ def read_official(path: str | Path, weights: str = "ema") -> OfficialCheckpoint:
             f"{path}: state_dict has no {PREFIX}vocab_embed.embedding or {PREFIX}{ROTARY}; give a "
             "checkpoint of the reference's transformer"
         )
+    # The rotary frequencies state the head dimension; they are no parameter.
     head_dim = 2 * state.pop(ROTARY).numel()
     if weights == "ema":
         state = _ema_weights(path, content.get("ema"), state)
@@ -88,6 +92,7 @@ def read_official(path: str | Path, weights: str = "ema") -> OfficialCheckpoint:
     config = hyper_parameters.get("config") if isinstance(hyper_parameters, dict) else None
     step = content.get("global_step")
     return OfficialCheckpoint(
+        path=Path(path),
         tensors=state,
         hyper_parameters=config if isinstance(config, dict) else {},
         step=step if isinstance(step, int) else None,
@@ -98,13 +103,13 @@ def read_official(path: str | Path, weights: str = "ema") -> OfficialCheckpoint:
 
 
 def file_sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _ema_weights(path: str | Path, ema: Any, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The EMA list by name: it is in the order of the module's parameters, as the state dict is."""
+    """Return the EMA weights by name: the list has the order of the state dict."""
     shadow = ema.get("shadow_params") if isinstance(ema, Mapping) else None
     if not isinstance(shadow, list) or not shadow:
         raise CheckpointError(f"{path}: has no EMA weights; use --weights raw")
@@ -123,35 +128,42 @@ def _ema_weights(path: str | Path, ema: Any, raw: dict[str, Tensor]) -> dict[str
 
 
 def infer_config(checkpoint: OfficialCheckpoint, mask_token_id: int | None) -> NetworkConfig:
-    """The network of a checkpoint, from its shapes; `hyper_parameters` gives the length alone.
+    """Derive the network from the shapes; the length alone comes from `hyper_parameters`.
+
+    Args:
+        checkpoint: The checkpoint that was read.
+        mask_token_id: None: the last row of the embedding.
 
     Raises:
-        CheckpointError: shapes do not fit, or the mask token is not in the vocabulary.
+        CheckpointError: Blocks are missing, shapes do not fit each other, or the mask token is not
+            in the vocabulary.
     """
-    tensors = checkpoint.tensors
-    vocab_size, hidden_size = tensors["vocab_embed.embedding"].shape
+    # Sizes, by the shapes of the tensors.
+    path, tensors = checkpoint.path, checkpoint.tensors
+    embedding = tensors["vocab_embed.embedding"]
+    if embedding.dim() != 2:
+        raise CheckpointError(
+            f"{path}: its tensors do not fit each other in shape ({PREFIX}vocab_embed.embedding "
+            f"has {embedding.dim()} dimensions, not 2); {_REMEDY}"
+        )
+    vocab_size, hidden_size = embedding.shape
     layers = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     if layers != set(range(len(layers))) or not layers:
         numbers = ", ".join(map(str, sorted(layers))) or "none"
-        raise CheckpointError(f"the checkpoint has the blocks {numbers}; some are missing")
+        raise CheckpointError(f"{path}: has the blocks {numbers}; some are missing; {_REMEDY}")
     if hidden_size % checkpoint.head_dim:
         raise CheckpointError(
-            f"width {hidden_size} is no multiple of the head dimension {checkpoint.head_dim}"
+            f"{path}: width {hidden_size} is no multiple of the head dimension "
+            f"{checkpoint.head_dim}; {_REMEDY}"
         )
-    if mask_token_id is None:
-        mask_token_id = vocab_size - 1
-        logger.warning(
-            "the mask token is taken to be the last embedding row, %d; see --mask-token-id",
-            mask_token_id,
-        )
-    if not 0 <= mask_token_id < vocab_size:
-        raise CheckpointError(
-            f"--mask-token-id {mask_token_id} is not in the vocabulary of {vocab_size} tokens"
-        )
+    up_weight = tensors.get("blocks.0.mlp.0.weight")
+    if up_weight is None:
+        raise CheckpointError(f"{path}: has no tensor {PREFIX}blocks.0.mlp.0.weight; {_REMEDY}")
+    # The length is in no shape.
     max_length = _section(checkpoint, "model").get("length")
     if not isinstance(max_length, int):
         max_length = 1024
-        logger.warning("the checkpoint names no model.length; max_length is set to %d", max_length)
+        logger.warning("%s: states no model.length; max_length is set to %d", path, max_length)
     return NetworkConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -159,7 +171,7 @@ def infer_config(checkpoint: OfficialCheckpoint, mask_token_id: int | None) -> N
         num_attention_heads=hidden_size // checkpoint.head_dim,
         num_key_value_heads=hidden_size // checkpoint.head_dim,
         head_dim=checkpoint.head_dim,
-        intermediate_size=tensors["blocks.0.mlp.0.weight"].shape[0],
+        intermediate_size=up_weight.shape[0],
         activation="gelu",
         normalization="LayerNorm",
         norm_epsilon=NORM_EPSILON,
@@ -168,9 +180,26 @@ def infer_config(checkpoint: OfficialCheckpoint, mask_token_id: int | None) -> N
         qk_layernorm=False,
         head_bias=True,
         tie_word_embeddings=False,
-        mask_token_id=mask_token_id,
+        mask_token_id=_choose_mask_token(path, mask_token_id, vocab_size),
         max_length=max_length,
     )
+
+
+def _choose_mask_token(path: Path, chosen: int | None, vocab_size: int) -> int:
+    if chosen is None:
+        logger.warning(
+            "%s: states no mask token; the last row of the embedding, %d, is taken: see "
+            "--mask-token-id",
+            path,
+            vocab_size - 1,
+        )
+        return vocab_size - 1
+    if not 0 <= chosen < vocab_size:
+        raise CheckpointError(
+            f"{path}: has a vocabulary of {vocab_size} tokens, which lacks --mask-token-id "
+            f"{chosen}; give one from 0 to {vocab_size - 1}"
+        )
+    return chosen
 
 
 def _section(checkpoint: OfficialCheckpoint, name: str) -> dict[str, Any]:
@@ -179,27 +208,30 @@ def _section(checkpoint: OfficialCheckpoint, name: str) -> dict[str, Any]:
 
 
 def describe_official(checkpoint: OfficialCheckpoint, config: NetworkConfig) -> dict[str, Any]:
-    """The entries of `config.json`.
+    """Return the entries of a sampler's `config.json` that describe network and source.
 
     Raises:
-        CheckpointError: the checkpoint is of the reference's AR model, of another algorithm or of
+        CheckpointError: The checkpoint is of the reference's AR model, of another algorithm or of
             variant A.
     """
+    # Other models are refused.
+    path = checkpoint.path
     if not checkpoint.has_adaln:
         raise CheckpointError(
-            "the checkpoint has no adaLN: it is of the reference's AR model; give one of an Eso-LM"
+            f"{path}: has no adaLN: it is of the reference's AR model; give one of an Eso-LM"
         )
     algorithm = _section(checkpoint, "algo")
     for key, wanted in ESO_LM_B.items():
         if algorithm.get(key, wanted) != wanted:
             raise CheckpointError(
-                f"the checkpoint's algo.{key} is {algorithm[key]!r}, not {wanted!r}; give a "
-                "checkpoint of Eso-LM (B)"
+                f"{path}: its algo.{key} is {algorithm[key]!r}, not {wanted!r}; give a checkpoint "
+                "of Eso-LM (B)"
             )
+    # Without a schedule the network is that of pure diffusion.
     alpha_0 = algorithm.get("alpha_0")
     if not isinstance(alpha_0, int | float):
         alpha_0 = 1.0
-        logger.warning("the checkpoint names no algo.alpha_0; alpha_0 is set to 1")
+        logger.warning("%s: states no algo.alpha_0; alpha_0 is set to 1", path)
     return {
         **asdict(config),
         "alpha_0": float(alpha_0),
@@ -214,24 +246,37 @@ def describe_official(checkpoint: OfficialCheckpoint, config: NetworkConfig) -> 
 
 
 def fold_official(checkpoint: OfficialCheckpoint) -> dict[str, Tensor]:
-    """Tensors of the sampler, float32, each tensor of the checkpoint used exactly once.
+    """Return the sampler's tensors in float32, by the sampler's names.
+
+    Each tensor of the checkpoint is used exactly once.
 
     Raises:
-        CheckpointError: a tensor is missing or left over.
+        CheckpointError: A tensor is missing, left over, or of a shape that does not fit.
     """
     source = dict(checkpoint.tensors)
     try:
         tensors = _fold(source, checkpoint.has_adaln)
     except KeyError as error:
-        raise CheckpointError(f"the checkpoint has no tensor {PREFIX}{error.args[0]}") from None
+        raise CheckpointError(
+            f"{checkpoint.path}: has no tensor {PREFIX}{error.args[0]}; {_REMEDY}"
+        ) from None
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: its tensors do not fit each other in shape ({error}); {_REMEDY}"
+        ) from None
     if source:
         names = ", ".join(sorted(source))
-        raise CheckpointError(f"the checkpoint's tensors {names} are of no known use")
+        raise CheckpointError(f"{checkpoint.path}: its tensors {names} are unknown; {_REMEDY}")
     return {name: tensor.to(torch.float32).contiguous() for name, tensor in tensors.items()}
 
 
 def _fold(source: dict[str, Tensor], has_adaln: bool) -> dict[str, Tensor]:
-    """Take each tensor out of `source`; float64, so that the fold itself rounds once."""
+    """Fold the constant adaLN, in float64, so that the result is rounded once.
+
+    Args:
+        source: The tensors by the reference's names; each that is used is taken out.
+        has_adaln: Whether the network has adaLN; without it nothing is folded.
+    """
 
     def take(name: str) -> Tensor:
         return source.pop(name).to(torch.float64)
@@ -248,6 +293,7 @@ def _fold(source: dict[str, Tensor], has_adaln: bool) -> dict[str, Tensor]:
         )
         return list((weight @ condition + bias).chunk(chunks))
 
+    # The embedding, then the layers: norms with scale and shift, output projections with gates.
     tensors = {"embed_tokens.weight": take("vocab_embed.embedding")}
     num_layers = sum(name.endswith("norm1.weight") for name in source)
     for layer in range(num_layers):
@@ -268,6 +314,7 @@ def _fold(source: dict[str, Tensor], has_adaln: bool) -> dict[str, Tensor]:
         tensors[f"{new}mlp.up_proj.bias"] = take(f"{old}mlp.0.bias")
         tensors[f"{new}mlp.down_proj.weight"] = gate_2[:, None] * take(f"{old}mlp.2.weight")
         tensors[f"{new}mlp.down_proj.bias"] = gate_2 * take(f"{old}mlp.2.bias")
+    # The last norm, with its scale and shift, and the head.
     final = take("output_layer.norm_final.weight")
     shift, scale = modulation("output_layer.", 2, final)
     tensors["norm.weight"] = final * (1 + scale)
@@ -278,7 +325,10 @@ def _fold(source: dict[str, Tensor], has_adaln: bool) -> dict[str, Tensor]:
 
 
 def _constant_condition(source: dict[str, Tensor]) -> Tensor:
-    """SiLU of the reference's timestep embedding at sigma = 0: cosines of 0, then sines of 0."""
+    """Compute SiLU of the reference's timestep embedding at sigma = 0, float64.
+
+    The embedding of 0 is the cosines of 0, then the sines of 0.
+    """
     weights = [
         source.pop(f"sigma_map.mlp.{i}.{kind}") for i in (0, 2) for kind in ("weight", "bias")
     ]

@@ -1,9 +1,9 @@
-"""Which tensor of a distributed checkpoint is which tensor of the sampler, both ways. torch only.
+"""Maps the tensors of a distributed checkpoint to those of the sampler, and back; torch only.
 
-It is a table of entries; two pure functions walk it. Layouts that differ: Megatron-Core
-keeps the query, key and value rows of a group together (`[q_1..q_r, k, v]` per group), SwiGLU's
-gate and up projection in one matrix, and the vocabulary padded. Residual gates (a scale per output
-channel) fold into the output projections on the way out.
+Two pure functions apply a table of entries. Three arrangements differ: Megatron-Core keeps the
+query, key and value rows of a group together (`[q_1..q_r, k, v]` per group), keeps SwiGLU's gate
+and up projection in one matrix, and pads the vocabulary. Residual gates (a scale per output
+channel) are folded into the output projections of the sampler.
 
 Shape suffixes: G key/value groups, S = heads per group + 2, D head dimension.
 """
@@ -20,32 +20,32 @@ from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 
 class Layout(Enum):
-    """How the rows of a Megatron tensor become the rows of sampler tensors."""
+    """Arrangement of the rows of a Megatron tensor, as seen from the sampler's tensors."""
 
     SAME = "same"
     QKV = "qkv"
-    """Interleaved by group; three tensors."""
+    """Three tensors, interleaved by group."""
     HALVES = "halves"
-    """One above the other; two tensors."""
+    """Two tensors, one above the other."""
     VOCABULARY = "vocabulary"
-    """Padded at the end."""
+    """One tensor, padded at the end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a distributed checkpoint."""
+    """A tensor of a distributed checkpoint, and the sampler's tensors that it holds."""
 
     key: str
-    """Its name there."""
+    """Name in the distributed checkpoint."""
     names: tuple[str, ...]
-    """What it becomes in the sampler."""
+    """Names in the sampler."""
     layout: Layout = Layout.SAME
     gate: str | None = None
-    """Name of the residual gate that scales its rows."""
+    """Name of the residual gate that scales the rows; None: no gate scales them."""
 
 
 def list_entries(config: NetworkConfig) -> list[Entry]:
-    """The tensors of a network, in the order of its layers."""
+    """List the tensors of a network, in the order of its layers."""
     entries = [
         Entry("embedding.word_embeddings.weight", ("embed_tokens.weight",), Layout.VOCABULARY)
     ]
@@ -66,11 +66,18 @@ def _norm_kinds(config: NetworkConfig) -> tuple[str, ...]:
 
 
 def _list_layer(config: NetworkConfig, old: str, new: str) -> list[Entry]:
-    """The tensors of one layer, with the prefixes of both sides."""
+    """List the tensors of one layer.
+
+    Args:
+        config: Describes the network.
+        old: Prefix of the layer in a distributed checkpoint.
+        new: Prefix of the layer in the sampler.
+    """
     is_gated = config.activation == "swiglu"
     linear_kinds = ("weight", "bias") if config.add_bias_linear else ("weight",)
     attention, mlp = f"{old}self_attention.", f"{old}mlp."
     up_names = ("gate_proj", "up_proj") if is_gated else ("up_proj",)
+    # The norms, which Megatron-Core fuses into the projections that read them.
     entries = []
     for kind in _norm_kinds(config):
         fused = f"layer_norm_{kind}"
@@ -85,6 +92,7 @@ def _list_layer(config: NetworkConfig, old: str, new: str) -> list[Entry]:
                 )
                 for which in ("q", "k")
             ]
+    # The projections.
     for kind in linear_kinds:
         qkv = tuple(f"{new}self_attn.{name}_proj.{kind}" for name in ("q", "k", "v"))
         up = tuple(f"{new}mlp.{name}.{kind}" for name in up_names)
@@ -106,29 +114,36 @@ def _list_layer(config: NetworkConfig, old: str, new: str) -> list[Entry]:
 
 
 def list_keys(config: NetworkConfig, *, residual_gates: bool) -> list[str]:
-    """Names of the tensors that `map_to_sampler` needs."""
+    """List the names of the tensors that `map_to_sampler` needs."""
     entries = list_entries(config)
     gates = {entry.gate for entry in entries if entry.gate is not None}
     return [entry.key for entry in entries] + (sorted(gates) if residual_gates else [])
 
 
 def map_to_sampler(
-    config: NetworkConfig, tensors: Mapping[str, Tensor], *, residual_gates: bool
+    config: NetworkConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    residual_gates: bool,
+    source: object = "checkpoint",
 ) -> dict[str, Tensor]:
     """Rename, split, fold and cut the tensors of a distributed checkpoint.
 
     Args:
-        config: of the network.
-        tensors: by Megatron key; each is used, none is left over.
-        residual_gates: whether the checkpoint has them.
+        config: Describes the network.
+        tensors: The tensors by Megatron-Core's names; each is used.
+        residual_gates: Whether the checkpoint has residual gates.
+        source: Where the tensors come from, for errors.
 
     Raises:
-        CheckpointError: a tensor is missing, left over, or of a shape that does not fit.
+        CheckpointError: A tensor is missing, left over, or of a shape that does not fit.
     """
     keys = list_keys(config, residual_gates=residual_gates)
     for key in sorted(set(keys) ^ tensors.keys()):
-        problem = "of no known use" if key in tensors else "missing"
-        raise CheckpointError(f"tensor {key} is {problem}; the configuration is of another model")
+        problem = "unknown" if key in tensors else "missing"
+        raise CheckpointError(
+            f"{source}: tensor {key} is {problem}; its configuration is of another model"
+        )
     mapped: dict[str, Tensor] = {}
     for entry in list_entries(config):
         tensor = tensors[entry.key]
@@ -137,10 +152,10 @@ def map_to_sampler(
             tensor = tensor * gate.reshape(-1, *[1] * (tensor.dim() - 1))
         try:
             parts = _split(config, entry, tensor)
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             raise CheckpointError(
-                f"tensor {entry.key} has the shape {tuple(tensor.shape)}, which does not fit the "
-                "configuration"
+                f"{source}: tensor {entry.key} has the shape {tuple(tensor.shape)}, which does not "
+                "fit its configuration; that is of another model"
             ) from None
         mapped |= zip(entry.names, parts, strict=True)
     return {name: tensor.contiguous() for name, tensor in mapped.items()}
@@ -149,7 +164,13 @@ def map_to_sampler(
 def map_to_megatron(
     config: NetworkConfig, tensors: Mapping[str, Tensor], *, padded_vocab_size: int
 ) -> dict[str, Tensor]:
-    """The inverse of `map_to_sampler` without residual gates, the vocabulary padded with zeros."""
+    """Invert `map_to_sampler` without residual gates, and pad the vocabulary with zeros.
+
+    Args:
+        config: Describes the network.
+        tensors: The tensors by the sampler's names.
+        padded_vocab_size: Rows of embedding and head, with padding.
+    """
     mapped = {}
     for entry in list_entries(config):
         parts = [tensors[name] for name in entry.names]
@@ -168,10 +189,7 @@ def map_to_megatron(
 def _split(config: NetworkConfig, entry: Entry, tensor: Tensor) -> list[Tensor]:
     if entry.layout is Layout.VOCABULARY:
         if tensor.shape[0] < config.vocab_size:
-            raise CheckpointError(
-                f"tensor {entry.key} has {tensor.shape[0]} rows for a vocabulary of "
-                f"{config.vocab_size} tokens; the configuration is of another model"
-            )
+            raise ValueError("fewer rows than the vocabulary has tokens")
         return [tensor[: config.vocab_size]]
     if entry.layout is Layout.HALVES:
         return list(tensor.chunk(2))

@@ -1,4 +1,4 @@
-"""Run directories: the network of a checkpoint, and a run directory made from a network."""
+"""Reads the network of a run's checkpoint, and writes a run directory from a network."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -27,16 +27,16 @@ from megatron_eso.runs.torch_dist import list_shapes, read_tensors, write_tensor
 from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 MAIN_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.", "")
-"""Where the float32 main parameters may be; the model's own tensors come last."""
+"""Prefixes of the float32 main parameters; the model's own tensors come last."""
 SAMPLER_OBJECTIVES = ("eso_lm",)
-"""Objectives whose network the sampler has."""
+"""Objectives whose network the sampler implements."""
 
 
 def refuse_objective(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint of an objective whose network the sampler does not have.
+    """Refuse a checkpoint whose objective is none of `SAMPLER_OBJECTIVES`.
 
     Raises:
-        CheckpointError: `objective.name` is another one.
+        CheckpointError: The sampler does not know `objective.name`.
     """
     name = checkpoint.config.objective.name
     if name not in SAMPLER_OBJECTIVES:
@@ -52,22 +52,24 @@ def read_network(
 ) -> tuple[NetworkConfig, dict[str, Tensor], dict[str, Any]]:
     """Return the network, its tensors by the sampler's names, and the content of `config.json`.
 
-    Nothing of it depends on the layout of the run that wrote the checkpoint.
+    The result does not depend on the layout of the run that wrote the checkpoint.
 
     Args:
-        checkpoint: where from.
-        weights: `ema` or `raw`; by default EMA where there is one.
+        checkpoint: The checkpoint to read.
+        weights: `ema` or `raw`; by default EMA where the checkpoint has it.
 
     Raises:
-        CheckpointError: there are no such weights, a tensor is missing, damaged or of another
-            shape, or the sampler does not know the run's objective.
+        CheckpointError: The checkpoint lacks these weights, a tensor is missing, damaged or of
+            another shape, or the sampler does not know the run's objective.
     """
+    # Which network, and which weights of it.
     refuse_objective(checkpoint)
     config = describe_network(checkpoint.config, checkpoint.directory / CONFIG_FILE)
     if weights is None:
         weights = "ema" if checkpoint.has_ema else "raw"
     if weights == "ema" and not checkpoint.has_ema:
         raise CheckpointError(f"{checkpoint.directory}: has no EMA weights; use --weights raw")
+    # The name of each tensor in the checkpoint, then its values.
     residual_gates = checkpoint.config.model.residual_gates
     shapes = list_shapes(checkpoint.metadata)
     prefixes = (EMA_PREFIX,) if weights == "ema" else MAIN_PREFIXES
@@ -88,7 +90,10 @@ def read_network(
             "sha256": hash_tensors(tensors),
         },
     }
-    return config, map_to_sampler(config, tensors, residual_gates=residual_gates), description
+    mapped = map_to_sampler(
+        config, tensors, residual_gates=residual_gates, source=checkpoint.directory
+    )
+    return config, mapped, description
 
 
 def write_run_directory(
@@ -102,14 +107,15 @@ def write_run_directory(
     `pretrain.train` starts from it by `checkpoint.init_from`. It appears complete or not at all.
 
     Args:
-        directory: must not exist, or be empty.
-        description: content of a sampler's `config.json`.
-        tensors: by the sampler's names.
-        tokenizer: a file or directory, or None.
+        directory: The directory to write: a new or an empty one.
+        description: The content of a sampler's `config.json`.
+        tensors: The network's tensors by the sampler's names.
+        tokenizer: A tokenizer's file or directory, or None.
 
     Raises:
-        CheckpointError: the directory exists, or Megatron-Core has no such network.
-        DataError: the tokenizer is damaged.
+        ConfigError: `directory` is not empty, or cannot be written.
+        CheckpointError: Megatron-Core has no such network, or the disk is full.
+        DataError: The tokenizer is damaged.
     """
     network = NetworkConfig.from_dict(description)
     config = build_run_config(network, description, str(directory))

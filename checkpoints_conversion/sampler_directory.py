@@ -1,4 +1,4 @@
-"""Writing a sampler directory: weights, configuration, tokenizer, code for transformers."""
+"""Writes a sampler directory: weights, configuration, tokenizer, code for transformers."""
 
 import hashlib
 import json
@@ -41,21 +41,22 @@ def write_sampler_directory(
     tokenizer: Path | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a sampler directory; it appears complete or not at all. An older one is replaced.
+    """Write a sampler directory; it appears complete or not at all, and replaces an older one.
 
     Args:
-        directory: must not exist, be empty, or be a sampler directory.
-        description: the network's fields, `alpha_0`, `variant` and `source`.
-        tensors: by the sampler's names.
-        dtype: in which the weights are stored.
-        tokenizer: a file or directory, or None.
-        max_shard_bytes: above it the weights are split, with an index.
+        directory: The directory to write: a new one, an empty one or a sampler directory.
+        description: The network's fields, `alpha_0`, `variant` and `source`.
+        tensors: The network's tensors by the sampler's names.
+        dtype: Dtype in which the weights are stored.
+        tokenizer: A tokenizer's file or directory, or None.
+        max_shard_bytes: Size of weights above which they are split, with an index.
 
     Raises:
-        ConfigError: the directory holds something else.
-        CheckpointError: the tokenizer is not there.
-        DataError: the tokenizer is damaged.
+        ConfigError: The directory holds something else, or cannot be written.
+        CheckpointError: The tokenizer is missing, or the disk is full.
+        DataError: The tokenizer is damaged.
     """
+    # The contents of the two JSON files.
     config = {
         "architectures": [MODEL_CLASS.partition(".")[2]],
         "auto_map": {
@@ -74,6 +75,7 @@ def write_sampler_directory(
         "temperature": 1.0,
         "top_p": 1.0,
     }
+    # All files, below another name until they are complete.
     if is_sampler_directory(directory):
         logger.warning("%s: is a sampler directory already, and is replaced", directory)
     with new_directory(directory, replaces=is_sampler_directory) as partial:
@@ -88,7 +90,7 @@ def write_sampler_directory(
 
 
 def is_sampler_directory(directory: Path) -> bool:
-    """Whether its `config.json` is that of an Eso-LM sampler."""
+    """Return whether the `config.json` of a directory is that of an Eso-LM sampler."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -97,12 +99,12 @@ def is_sampler_directory(directory: Path) -> bool:
 
 
 def write_sorted_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON as every conversion does, so that equal weights give equal bytes."""
+    """Write JSON with sorted keys, so that equal content gives equal bytes."""
     write_json(path, content, indent=2, sort_keys=True)
 
 
 def write_weights(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
-    """Write `model.safetensors`, or shards and their index where it would be too large."""
+    """Write `model.safetensors`, or shards of at most `max_shard_bytes` and their index."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -125,7 +127,7 @@ def write_weights(directory: Path, tensors: Mapping[str, Tensor], max_shard_byte
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values in the order of the names."""
+    """Return the SHA-256 over names, dtypes, shapes and values, in the order of the names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -135,7 +137,11 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def list_unknown_files(directory: Path) -> list[Path]:
-    """The files of a directory that are not those of a sampler directory itself."""
+    """List the files of a directory that do not belong to a sampler directory.
+
+    Raises:
+        CheckpointError: The directory does not exist.
+    """
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: not found; give a tokenizer's file or directory")
     names = OWN_FILES if is_sampler_directory(directory) else set()
@@ -147,16 +153,17 @@ def list_unknown_files(directory: Path) -> list[Path]:
 
 
 def copy_tokenizer(tokenizer: Path | None, directory: Path, description: Mapping[str, Any]) -> None:
-    """Write the files of a tokenizer that transformers opens too; of an unknown kind, copy all.
+    """Write a tokenizer's files as transformers reads them; copy those of an unknown kind.
 
     Args:
-        tokenizer: a file, or a directory that may hold other things of ours as well.
-        directory: to write to.
-        description: has the `vocab_size` and `mask_token_id` of the network.
+        tokenizer: A file, or a directory, which may be a sampler directory.
+        directory: The directory to write to.
+        description: Has the `vocab_size` and `mask_token_id` of the network.
 
     Raises:
-        CheckpointError: there is no such tokenizer, or a file of an unknown one has a name of ours.
-        DataError: it is damaged.
+        CheckpointError: The tokenizer is missing, or one of its files has the name of a file of
+            sampler directories.
+        DataError: The tokenizer is damaged.
     """
     if tokenizer is None:
         return
@@ -166,8 +173,8 @@ def copy_tokenizer(tokenizer: Path | None, directory: Path, description: Mapping
         network = description["vocab_size"], description["mask_token_id"]
         if ours != network:
             logger.warning(
-                "%s: has %d tokens and the mask token %d, the network %d and %d; is it the "
-                "network's tokenizer?",
+                "%s: has %d tokens and the mask token %d, the network %d and %d; check that it is "
+                "the network's tokenizer",
                 *(tokenizer, *ours, *network),
             )
         loaded.save(directory)
@@ -185,15 +192,15 @@ def copy_tokenizer(tokenizer: Path | None, directory: Path, description: Mapping
 def new_directory(
     directory: Path, replaces: Callable[[Path], bool] | None = None
 ) -> Iterator[Path]:
-    """Yield a directory that takes the name `directory` at the end, or never.
+    """Yield a directory to fill, which takes the name `directory` at the end; an error removes it.
 
     Args:
-        directory: Must not exist, be empty, or satisfy `replaces`.
-        replaces: Whether an existing directory may be replaced; by default none.
+        directory: The final path: a new one, an empty directory, or one that `replaces` accepts.
+        replaces: Returns whether an existing directory may be replaced; None: none may be.
 
     Raises:
-        ConfigError: The directory exists and must not be replaced, or is a wrong place to write.
-        CheckpointError: The disk refuses.
+        ConfigError: The directory must not be replaced, or nothing can be written there.
+        CheckpointError: The disk is full or fails.
     """
     try:
         with new_folder(directory.absolute(), replaces=replaces) as partial:

@@ -1,4 +1,4 @@
-"""Audit of two checkpoints of any of the four kinds: tensors by name, and logits of both phases.
+"""Compares two checkpoints of any kind: tensors by name, and the logits of both phases.
 
 Shape suffixes: B samples, T slots.
 """
@@ -25,7 +25,12 @@ from megatron_eso.randomness.purposes import Purpose
 from megatron_eso.runs.checkpoint import open_checkpoint
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.torch_dist import is_torch_dist
-from megatron_eso.sampler.directory import build_network, read_description, read_weights
+from megatron_eso.sampler.directory import (
+    build_network,
+    read_description,
+    read_network_config,
+    read_weights,
+)
 from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 
 MAX_TEST_LENGTH = 32
@@ -33,18 +38,19 @@ MAX_TEST_LENGTH = 32
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Loaded:
-    """The network of one side."""
+    """A network that was loaded for the comparison."""
 
+    path: Path
     kind: str
     config: NetworkConfig
     tensors: dict[str, Tensor]
-    """By the sampler's names. Every tensor of the source was used exactly once."""
+    """Tensors by the sampler's names; each tensor of the source was used exactly once."""
     weights: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Side:
-    """What was compared on one side."""
+    """Facts about one side of a comparison."""
 
     kind: str
     weights: str
@@ -53,7 +59,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """What two networks have and have not in common."""
+    """Differences of two networks."""
 
     sides: tuple[Side, Side]
     config_differences: list[str]
@@ -61,20 +67,20 @@ class Comparison:
     only_in_b: list[str]
     shape_differences: list[str]
     tensor_errors: dict[str, float]
-    """Largest absolute difference of each tensor that both have in the same shape."""
+    """Largest absolute difference of each tensor that both have in one shape."""
     logits_errors: dict[str, float]
-    """Largest absolute difference of the logits of each phase; empty without a match."""
+    """Largest absolute difference of the logits of each phase; empty unless the sides match."""
 
     @property
     def matches(self) -> bool:
-        """Whether both describe the same network, tensor by tensor."""
+        """Whether configurations, names and shapes are equal."""
         return not (
             self.config_differences or self.only_in_a or self.only_in_b or self.shape_differences
         )
 
 
 def recorded_weights(path: str | Path) -> str | None:
-    """Which weights a sampler directory was made of; None for anything else."""
+    """Return which weights a sampler directory holds; None for another kind of checkpoint."""
     if not is_sampler_directory(Path(path)):
         return None
     source = read_description(path).get("source")
@@ -91,28 +97,33 @@ def load_any(
     """Load a sampler or run directory, a distributed checkpoint or an official one.
 
     Args:
-        path: of any of them.
-        step: of a run directory; default its newest.
-        weights: `ema` or `raw`, where there is a choice; default EMA where there is one.
-        mask_token_id: of an official checkpoint; default its last row.
+        path: The directory or file.
+        step: The step to take from a run directory; by default the newest.
+        weights: `ema` or `raw`, where the checkpoint has both; by default EMA where it has it.
+        mask_token_id: Mask token of an official checkpoint; by default the last row of the
+            embedding.
 
     Raises:
-        CheckpointError: it is none of them, or damaged.
+        CheckpointError: The path is none of these, or damaged.
     """
     path = Path(path)
+    # A file is an official checkpoint.
     if path.is_file():
         official = read_official(path, weights or "ema")
         config = infer_config(official, mask_token_id)
         describe_official(official, config)  # refuses other models
         return Loaded(
+            path=path,
             kind="official checkpoint",
             config=config,
             tensors=fold_official(official),
             weights=official.weights,
         )
+    # The kind of a directory follows from its files.
     if is_sampler_directory(path):
-        config = NetworkConfig.from_dict(read_description(path))
+        config = read_network_config(path)
         return Loaded(
+            path=path,
             kind="sampler directory",
             config=config,
             tensors=read_weights(path),
@@ -122,13 +133,15 @@ def load_any(
         checkpoint = open_checkpoint(path, step)
         config, tensors, description = read_network(checkpoint, weights)
         return Loaded(
+            path=path,
             kind="distributed checkpoint",
             config=config,
             tensors=tensors,
             weights=description["source"]["weights"],
         )
     raise CheckpointError(
-        f"{path}: neither a sampler directory, a run directory, a distributed checkpoint nor a file"
+        f"{path}: is neither a sampler directory, a run directory, a distributed checkpoint nor a "
+        "file; name one of these"
     )
 
 
@@ -161,7 +174,9 @@ def _describe(loaded: Loaded) -> Side:
 
 
 def _compare_logits(a: Loaded, b: Loaded) -> dict[str, float]:
-    networks = [build_network(x.config, x.tensors, torch.float32, "cpu") for x in (a, b)]
+    networks = [
+        build_network(x.config, x.tensors, torch.float32, "cpu", source=x.path) for x in (a, b)
+    ]
     errors = {"diffusion": 0.0, "sequential": 0.0}
     with torch.no_grad():
         for x_BT, z_BT, permutation_BT in _probe(a.config):
@@ -170,18 +185,21 @@ def _compare_logits(a: Loaded, b: Loaded) -> dict[str, float]:
                 "sequential": [n.sequential_logits(z_BT, x_BT, permutation_BT) for n in networks],
             }.items():
                 error = float((pair[0] - pair[1]).abs().max())
-                # NaN must not pass for a small error.
+                # NaN is no small error.
                 errors[phase] = max(errors[phase], error if error == error else float("inf"))
     return errors
 
 
 def _probe(config: NetworkConfig) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Fixed texts, masked texts and orders with 0, 1, half, and all but one clean slots."""
+    """Yield fixed texts, masked texts and orders with 0, 1, half, and all but one clean slots.
+
+    Each is int64 `[1, T]`: the text, the text with mask tokens, and the order of slots.
+    """
     length = min(config.max_length, MAX_TEST_LENGTH)
     for case, num_clean in enumerate(sorted({0, min(1, length - 1), length // 2, length - 1})):
         bits = random_bits(0, Purpose.PROBE, case, 2 * length).reshape(2, length)
         x_T = torch.from_numpy((bits[0] >> np.uint64(11)).astype(np.int64)) % config.vocab_size
-        # The mask token stands for unknown text only.
+        # A clean text has no mask token.
         x_T = torch.where(x_T == config.mask_token_id, (x_T + 1) % config.vocab_size, x_T)
         permutation_T = torch.from_numpy(np.argsort(bits[1], kind="stable"))
         z_T = x_T.clone()

@@ -1,1 +1,1 @@
-"""Text to token shards: the commands of `python -m data_tools`."""
+"""Makes token shards from text: the commands of `python -m data_tools`."""

@@ -1,4 +1,4 @@
-"""`python -m data_tools`: text to tokenizers and token shards, and looking at them."""
+"""`python -m data_tools`: makes tokenizers and token shards from text, and inspects them."""
 
 from data_tools.reading_commands import add_reading_commands
 from data_tools.writing_commands import add_writing_commands
@@ -10,14 +10,14 @@ def main(argv: list[str] | None = None) -> None:
     """Run a subcommand.
 
     Raises:
-        ConfigError: the command line does not fit what is on the disk.
-        DataError: text, tokenizer or shards are missing or damaged.
+        ConfigError: The command line is wrong, or does not fit the files that it names.
+        DataError: Text, tokenizer or shards are missing or damaged.
     """
     parser = CommandLine(
         prog="python -m data_tools",
-        description="Text to tokenizers and token shards, and looking at them.",
+        description="Makes tokenizers and token shards from text, and inspects them.",
     )
-    # A module for each kind of command: it adds their arguments and the function that runs them.
+    # Each module adds the arguments of its commands and the functions that run them.
     commands = parser.add_subparsers(dest="command", required=True)
     add_writing_commands(commands)
     add_reading_commands(commands)

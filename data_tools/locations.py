@@ -1,4 +1,4 @@
-"""What a command line names: a dataset's directory or URL, or that of its two splits."""
+"""The arguments that name a dataset by its directory or URL, and the cache for its shards."""
 
 import argparse
 
@@ -14,22 +14,22 @@ def add_location(command: argparse.ArgumentParser, *, nargs: str | None = None) 
         metavar="DIR|URL",
         type=existing_location,
         nargs=nargs,
-        help="of a dataset, or of train and validation; s3://, gs://, https://",
+        help="a dataset, or the folder of its train and validation splits; s3://, gs://, https://",
     )
     command.add_argument(
         "--cache-directory",
         metavar="DIR",
-        help="for copies of shards that have a URL (default: in TMPDIR)",
+        help="for local copies of remote shards (default: in TMPDIR)",
     )
     command.add_argument(
         "--cache-gib",
         type=positive_real,
         default=100.0,
         metavar="N",
-        help="largest size of these copies together (default: 100)",
+        help="largest total size of these copies (default: 100)",
     )
 
 
 def open_cache(arguments: argparse.Namespace) -> ShardCache:
-    """The cache that the arguments of `add_location` name."""
+    """Open the cache that the arguments of `add_location` name."""
     return ShardCache.at(arguments.cache_directory, arguments.cache_gib)

@@ -13,7 +13,8 @@ from megatron_eso.command_line import count
 
 
 def add_reading_commands(commands: Any) -> None:
-    """Add the subcommands to argparse's; each sets `run`, which takes the parsed arguments."""
+    """Add the subcommands to the parser; each sets `run`, which takes the parsed arguments."""
+    # Commands on datasets.
     verify = commands.add_parser("verify", help="check every byte of datasets")
     add_location(verify, nargs="+")
     verify.set_defaults(
@@ -23,10 +24,10 @@ def add_reading_commands(commands: Any) -> None:
     )
 
     inspect = commands.add_parser(
-        "inspect", help="say what a dataset holds and how long its documents are, or show a row"
+        "inspect", help="print what a dataset holds and how long its documents are, or one row"
     )
     add_location(inspect)
-    inspect.add_argument("--row", type=count(), help="print this row as text, and where it lies")
+    inspect.add_argument("--row", type=count(), help="print this row as text, and its place")
     inspect.add_argument("--sequence-length", type=count(1), default=1024, metavar="T")
     inspect.set_defaults(
         run=lambda found: inspect_datasets(
@@ -34,26 +35,27 @@ def add_reading_commands(commands: Any) -> None:
         )
     )
 
+    # Commands on runs.
     blend = commands.add_parser(
-        "blend", help="say what a run draws from each corpus: shares, epochs, warnings"
+        "blend", help="print what a run draws from each corpus: shares, epochs, warnings"
     )
     _add_run(blend)
     blend.add_argument(
         "--tokens",
         type=count(),
         metavar="N",
-        help="budget in tokens; 300e9 is understood (default: the run's)",
+        help="budget in tokens, such as 300e9 (default: the run's)",
     )
     blend.set_defaults(
         run=lambda found: report_blend(found.run_or_config, found.tokens, found.json)
     )
 
     order = commands.add_parser(
-        "order", help="say what a sample of a run is: corpus, epoch, row, documents, text"
+        "order", help="print what a sample of a run is: corpus, epoch, row, documents, text"
     )
     _add_run(order)
     order.add_argument(
-        "--sample", type=count(), nargs="+", required=True, metavar="N", help="samples, from 0"
+        "--sample", type=count(), nargs="+", required=True, metavar="N", help="numbers from 0"
     )
     order.set_defaults(
         run=lambda found: report_order(found.run_or_config, found.sample, found.json)

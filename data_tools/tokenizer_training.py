@@ -1,4 +1,4 @@
-"""`train-tokenizer`: a lossless SentencePiece tokenizer with a mask token, reproducibly."""
+"""`train-tokenizer`: trains a lossless SentencePiece tokenizer with a mask token, reproducibly."""
 
 import heapq
 import io
@@ -31,20 +31,20 @@ TRAINING_FILE = "tokenizer_training.json"
 
 _SAMPLE_BYTES = 256 * 2**20
 _NUM_ROUND_TRIPS = 1000
-# Fixed, since the order in which SentencePiece sums scores depends on it, and so do the pieces.
+# Fixed: the order in which SentencePiece sums scores depends on it, and so do the pieces.
 _NUM_THREADS = 8
-# Longer lines are cut: the trainer would leave them out.
+# The trainer leaves out longer lines, so they are cut.
 _LINE_CHARACTERS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerOptions:
-    """Which tokenizer to train, and on what."""
+    """Options of `train-tokenizer`."""
 
     inputs: Sequence[str]
     """Files, folders, globs, or standard input."""
     vocab_size: int
-    """Ids, the mask token among them."""
+    """Number of ids, including the mask token."""
     out: Path
     text: TextOptions = TextOptions()
     model_type: Literal["unigram", "bpe"] = "unigram"
@@ -56,8 +56,8 @@ def train_tokenizer(options: TokenizerOptions) -> Tokenizer:
     Large inputs are sampled by the hash of their text, so that memory stays bounded.
 
     Raises:
-        ConfigError: the vocabulary size does not fit the text, or a path is wrong.
-        DataError: the text is damaged.
+        ConfigError: The vocabulary size does not fit the text, or a path is wrong.
+        DataError: The text is damaged.
     """
     start = time.monotonic()
     with new_output(options.out) as building:
@@ -83,19 +83,19 @@ def train_tokenizer(options: TokenizerOptions) -> Tokenizer:
 
 
 class _Sample:
-    """The segments of the lowest hashes, as many as there is room for."""
+    """The segments with the lowest hashes, up to a number of bytes."""
 
     def __init__(self, num_bytes: int) -> None:
         self._room = num_bytes
         self._seen = 0
-        # The smallest entry is the segment of the highest hash, of equal ones the last.
+        # The smallest entry is the segment with the highest hash; of equal hashes, the last one.
         self._heap: list[tuple[int, int, bytes]] = []
-        # A removed segment's hash bounds all later ones, so that what is kept depends on the
-        # segments alone and not on when room was made.
+        # The hash of a removed segment bounds all later ones, so that the result depends on the
+        # segments alone and not on when one was removed.
         self._bound = 2**64
 
     def add(self, segment: bytes) -> None:
-        """Take a segment if its hash allows."""
+        """Keep a segment if its hash is low enough."""
         value = xxhash.xxh3_64_intdigest(segment)
         self._seen += 1
         if value >= self._bound:
@@ -108,7 +108,7 @@ class _Sample:
             self._room += len(segment)
 
     def segments(self) -> list[bytes]:
-        """The segments in the order in which they were added."""
+        """Return the segments in the order in which they were added."""
         return [segment for _, _, segment in sorted(self._heap, key=lambda entry: -entry[1])]
 
 
@@ -129,7 +129,8 @@ def _sample_text(options: TokenizerOptions) -> list[bytes]:
     progress.finish()
     for problem in problems:
         sys.stderr.write(
-            f"train-tokenizer: {num_problems} bad places left out, first {problem.describe()}\n"
+            f"train-tokenizer: {num_problems} broken lines, rows or files left out, first: "
+            f"{problem.describe()}\n"
         )
     segments = sample.segments()
     if not segments:
@@ -150,14 +151,14 @@ def _train_model(sample: Sequence[bytes], options: TokenizerOptions) -> bytes:
             model_writer=model,
             model_type=options.model_type,
             vocab_size=options.vocab_size,
-            # Lossless: no normalization, all white space kept, any byte has a piece.
+            # Lossless: no normalization, all white space is kept, every byte has a piece.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             byte_fallback=True,
             allow_whitespace_only_pieces=True,
             character_coverage=0.9995,
-            # The trainer receives lines, which hold no newline.
+            # The trainer receives lines, so it cannot learn the newline.
             user_defined_symbols=["\n", "\t"],
             unk_id=0,
             bos_id=1,
@@ -169,7 +170,7 @@ def _train_model(sample: Sequence[bytes], options: TokenizerOptions) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        # The message follows its place in the source: "Internal: file(line) [check] ...".
+        # SentencePiece puts its source line before the message: "Internal: file(line) [check] ...".
         message = str(error).rpartition("] ")[2]
         if "ocabulary size" in message or "vocab_size" in message:
             raise ConfigError(
@@ -180,11 +181,11 @@ def _train_model(sample: Sequence[bytes], options: TokenizerOptions) -> bytes:
 
 
 def _explain_size(message: str) -> str:
-    """What SentencePiece says about a size, with the options of this command."""
+    """Put SentencePiece's message about a size into the words of this command."""
     if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return f"its characters and the special ids are {found[1]}; give that or more"
     if found := re.search(r"value <= (\d+)", message):
-        return f"it has pieces for {found[1]}; give that or less, or more text"
+        return f"it yields {found[1]} pieces; give that or less, or more text"
     return message
 
 
@@ -206,5 +207,5 @@ def _report(out: Path, tokenizer: Tokenizer, sample: Sequence[bytes], seconds: f
         f"in {seconds:.1f} s\n"
         f"fingerprint: model {fingerprint.model_sha256}, pieces {fingerprint.pieces_sha256}\n"
         f"round trip: {exact} of {len(tried)} texts exact; "
-        f"U+2581 in them (comes back as a space): {special}\n"
+        f"U+2581 in them (decoded as a space): {special}\n"
     )

@@ -1,7 +1,4 @@
-"""The subcommands that write tokenizers and datasets.
-
-train-tokenizer, build, merge, import-tokens, corpus.
-"""
+"""The subcommands that write: train-tokenizer, build, merge, import-tokens, corpus."""
 
 import argparse
 import os
@@ -13,7 +10,7 @@ from data_tools.imports.formats import OPTIONS, describe_formats
 from data_tools.imports.importer import ImportOptions, import_tokens
 from data_tools.text.embedded_corpus import write_corpus
 from data_tools.text.formats import STANDARD_INPUT_FORMATS
-from data_tools.text.inputs import parse_separator
+from data_tools.text.inputs import STANDARD_INPUT, parse_separator
 from data_tools.text.interface import TextOptions
 from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
 from megatron_eso.command_line import count, existing_path, new_path, quote, share
@@ -29,18 +26,18 @@ MAX_VOCAB_SIZE = 2**31 - 1
 
 
 def add_writing_commands(commands: Any) -> None:
-    """Add the subcommands to argparse's; each sets `run`, which takes the parsed arguments."""
+    """Add the subcommands to the parser; each sets `run`, which takes the parsed arguments."""
     _add_train_tokenizer(commands)
     _add_build(commands)
 
-    merge = commands.add_parser("merge", help="make the dataset of a build in parts")
-    merge.add_argument("out", type=new_path, metavar="OUT", help="--out of the parts")
+    merge = commands.add_parser("merge", help="make the dataset from the parts of a build")
+    merge.add_argument("out", type=new_path, metavar="OUT", help="the --out of the parts")
     _add_workers(merge)
     merge.set_defaults(run=lambda found: merge_parts(found.out, found.workers))
 
     _add_import_tokens(commands)
 
-    corpus = commands.add_parser("corpus", help="write the English text that Python carries")
+    corpus = commands.add_parser("corpus", help="write the English text that comes with Python")
     corpus.add_argument("--out", type=new_path, required=True, help="JSONL file to make")
     corpus.set_defaults(run=_write_corpus)
 
@@ -57,7 +54,7 @@ def _add_train_tokenizer(commands: Any) -> None:
         "--vocab-size",
         type=count(1, MAX_VOCAB_SIZE),
         required=True,
-        help="ids, the mask token among them",
+        help="number of ids, including the mask token",
     )
     train.add_argument("--out", type=new_path, required=True, help="directory to make")
     train.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
@@ -78,9 +75,10 @@ def _add_build(commands: Any) -> None:
     build = commands.add_parser(
         "build",
         help="build token shards from text",
-        description="Build token shards from text. An interrupted build goes on when it is run "
+        description="Build token shards from text. An interrupted build continues when it is run "
         "again. The result depends neither on --workers and --part nor on interruptions.",
     )
+    # What is read and written, and by how many processes.
     _add_input(build)
     build.add_argument(
         "--tokenizer",
@@ -96,9 +94,10 @@ def _add_build(commands: Any) -> None:
         "--part",
         type=_part,
         metavar="I/N",
-        help="do part I of N (from 0) only, as one job of an array, each with the same other "
-        "options; `merge OUT` makes the dataset when all parts are done",
+        help="encode part I of N only (I from 0), as one job of an array; all other options must "
+        "be equal; `merge OUT` makes the dataset when all parts are done",
     )
+    # Which documents, in which order and in how large files.
     build.add_argument(
         "--validation",
         type=share,
@@ -109,7 +108,7 @@ def _add_build(commands: Any) -> None:
     build.add_argument(
         "--deduplicate",
         action="store_true",
-        help="leave out every document whose text, byte for byte, an earlier one has",
+        help="leave out every document whose text equals an earlier one byte for byte",
     )
     build.add_argument(
         "--shuffle",
@@ -118,18 +117,7 @@ def _add_build(commands: Any) -> None:
         help="put the documents of the whole input into a random order (16 bytes of disk cache "
         "and a short read per document when merging)",
     )
-    build.add_argument(
-        "--record-tokens",
-        type=count(1, MAX_RECORD_TOKENS),
-        default=RECORD_TOKENS,
-        help="default: %(default)s",
-    )
-    build.add_argument(
-        "--shard-records",
-        type=count(1, MAX_SHARD_RECORDS),
-        default=SHARD_RECORDS,
-        help="default: %(default)s",
-    )
+    _add_sizes(build)
     build.set_defaults(run=lambda found: build_dataset(_build_options(found)))
 
 
@@ -153,6 +141,7 @@ def _add_import_tokens(commands: Any) -> None:
     command = commands.add_parser(
         "import-tokens", help="make token shards from token files of other programs"
     )
+    # What is read and written.
     command.add_argument(
         "--from",
         dest="kind",
@@ -168,7 +157,7 @@ def _add_import_tokens(commands: Any) -> None:
         type=existing_path,
         required=True,
         metavar="PATH",
-        help="with which the tokens were made",
+        help="the tokenizer that made the tokens",
     )
     command.add_argument("--out", type=new_path, required=True, help="directory to make")
     command.add_argument(
@@ -178,18 +167,8 @@ def _add_import_tokens(commands: Any) -> None:
         metavar="SHARE",
         help="share of the documents, chosen by the hash of their tokens, for OUT/validation",
     )
-    command.add_argument(
-        "--record-tokens",
-        type=count(1, MAX_RECORD_TOKENS),
-        default=RECORD_TOKENS,
-        help="default: %(default)s",
-    )
-    command.add_argument(
-        "--shard-records",
-        type=count(1, MAX_SHARD_RECORDS),
-        default=SHARD_RECORDS,
-        help="default: %(default)s",
-    )
+    _add_sizes(command)
+    # What is done with them.
     command.set_defaults(
         run=lambda found: import_tokens(
             ImportOptions(
@@ -206,29 +185,31 @@ def _add_import_tokens(commands: Any) -> None:
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
+    # Which files.
     parser.add_argument(
         "--input",
         nargs="+",
         required=True,
         metavar="PATH",
-        help=".jsonl or .parquet files (a document a line or row), .txt files, all but Parquet "
-        "also .gz or .zst; folders of them, quoted globs, or - for standard input, "
-        "which is JSONL (see --format); a .json file may be one array of objects",
+        help=".jsonl or .parquet files (one document per line or row), .json files (one array of "
+        "objects, or as .jsonl), .txt files, all but Parquet also .gz or .zst; folders of them, "
+        "quoted globs, or - for standard input (see --format)",
     )
     parser.add_argument(
         "--format",
         choices=STANDARD_INPUT_FORMATS,
-        default=STANDARD_INPUT_FORMATS[0],
-        help="of standard input; files show it by their suffix (default: %(default)s)",
+        help=f"format of standard input (default: {STANDARD_INPUT_FORMATS[0]}); that of a file "
+        "follows from its suffix",
     )
+    # How the documents lie in them.
     parser.add_argument(
-        "--text-key", default="text", metavar="KEY", help="of the text in JSONL and Parquet"
+        "--text-key", default="text", metavar="KEY", help="key of the text in JSONL and Parquet"
     )
     parser.add_argument(
         "--document-separator",
         type=_separator,
         metavar="TEXT",
-        help=r"what stands between the documents of .txt files, \n and \x1e understood "
+        help=r"text between the documents of .txt files, with escapes such as \n and \x1e "
         "(default: each file is a document)",
     )
     parser.add_argument(
@@ -240,9 +221,14 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 
 
 def _text_options(found: argparse.Namespace) -> TextOptions:
+    if found.format is not None and STANDARD_INPUT not in found.input:
+        raise ConfigError(
+            f"--format {found.format}: is for standard input, --input {STANDARD_INPUT}; leave it "
+            "out, since the format of a file follows from its suffix"
+        )
     return TextOptions(
         text_key=found.text_key,
-        standard_input=found.format,
+        standard_input=found.format or STANDARD_INPUT_FORMATS[0],
         document_separator=found.document_separator,
         on_error=found.on_error,
     )
@@ -255,6 +241,23 @@ def _add_workers(parser: argparse.ArgumentParser) -> None:
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes; the result does not depend on it (default: one per core)",
+    )
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--record-tokens",
+        type=count(1, MAX_RECORD_TOKENS),
+        default=RECORD_TOKENS,
+        metavar="N",
+        help="tokens of a record (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shard-records",
+        type=count(1, MAX_SHARD_RECORDS),
+        default=SHARD_RECORDS,
+        metavar="N",
+        help="records of a shard (default: %(default)s)",
     )
 
 
@@ -271,7 +274,7 @@ def _part(text: str) -> Part:
     number, slash, total = text.partition("/")
     whole = count()
     if not slash or not number.isdecimal() or not total.isdecimal():
-        raise argparse.ArgumentTypeError(f"{quote(text)} is not of the form I/N")
+        raise argparse.ArgumentTypeError(f"{quote(text)} is not of the form I/N, such as 0/8")
     part = Part(number=whole(number), count=whole(total))
     if part.number >= part.count:
         raise argparse.ArgumentTypeError(f"{quote(text)}: parts are numbered from 0 to N-1")

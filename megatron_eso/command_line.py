@@ -1,4 +1,4 @@
-"""Command lines: errors of one line, and the numbers and paths that several commands take."""
+"""Command lines: errors of one line, and the types of numbers and paths in arguments."""
 
 import argparse
 import errno
@@ -9,28 +9,30 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_eso.quantities import parse_count
+from megatron_eso.ranks import wait_for_first_rank
 
 MAX_COUNT = 2**63 - 1
 _MAX_QUOTED = 200
 
 
 class CommandLine(argparse.ArgumentParser):
-    """argparse's parser; an error is one line on stderr, exit code 2."""
+    """A parser of argparse whose errors are one line on stderr, with exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Print what is wrong, without the usage, and exit."""
+        """Print the error without the usage, and exit with code 2."""
+        wait_for_first_rank()
         line = " ".join(message.removeprefix("argument ").split())
         self.exit(2, f"error: {line}; see `{self.prog} --help`\n")
 
 
 def quote(text: str) -> str:
-    """The text that a user wrote, shortened, for an error."""
+    """Return a text of the user, shortened for an error."""
     short = text if len(text) <= _MAX_QUOTED else f"{text[:_MAX_QUOTED]}..."
     return short if short.strip() and short.isprintable() else repr(short)
 
 
 def count(low: int = 0, high: int = MAX_COUNT) -> Callable[[str], int]:
-    """Return a type of argument: a whole number of this range; `1e9` is one."""
+    """Return a parser of whole numbers from `low` to `high`; it accepts `1e9`."""
 
     def parse(text: str) -> int:
         try:
@@ -39,25 +41,25 @@ def count(low: int = 0, high: int = MAX_COUNT) -> Callable[[str], int]:
             value = -1
         if not low <= value <= high:
             top = f" to {high}" if high < MAX_COUNT else ""
-            raise argparse.ArgumentTypeError(f"{quote(text)} is no whole number from {low}{top}")
+            raise argparse.ArgumentTypeError(f"{quote(text)} is not a whole number from {low}{top}")
         return value
 
     return parse
 
 
 def real(text: str) -> float:
-    """A type of argument: a finite number."""
+    """Parse a finite number."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{quote(text)} is no number")
+        raise argparse.ArgumentTypeError(f"{quote(text)} is not a number")
     return value
 
 
 def positive_real(text: str) -> float:
-    """A type of argument: a finite number above 0."""
+    """Parse a finite number above 0."""
     value = real(text)
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{quote(text)} is not above 0")
@@ -65,7 +67,7 @@ def positive_real(text: str) -> float:
 
 
 def real_from_0(text: str) -> float:
-    """A type of argument: a finite number of 0 or more."""
+    """Parse a finite number of 0 or more."""
     value = real(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{quote(text)} is negative")
@@ -73,7 +75,7 @@ def real_from_0(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """A type of argument: a number between 0 and 1, neither of them."""
+    """Parse a number between 0 and 1, without 0 and 1."""
     value = real(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{quote(text)} is not between 0 and 1")
@@ -81,7 +83,7 @@ def share(text: str) -> float:
 
 
 def existing_path(text: str) -> Path:
-    """A type of argument: a file or folder that exists."""
+    """Parse the path of an existing file or folder."""
     path = Path(text)
     try:
         if not text:
@@ -93,7 +95,7 @@ def existing_path(text: str) -> Path:
 
 
 def new_path(text: str) -> Path:
-    """A type of argument: a path with a name of its own, which may exist or not."""
+    """Parse a path that ends with the name of a file or folder, which may exist."""
     path = Path(text)
     if path.name in ("", ".."):
         raise argparse.ArgumentTypeError(f"{quote(text)} names no new file or folder")

@@ -1,7 +1,7 @@
-"""gzip and zstd streams to text, several members or frames one after the other.
+"""Decompression of gzip and zstd streams with one or several members or frames.
 
-The libraries' own readers accept a truncated zstd stream without an error; here the end is checked.
-A file that was cut exactly between two members cannot be told from a whole one.
+The readers of the libraries accept a truncated zstd stream without an error; here the end is
+checked. A file that was cut exactly between two members looks like a whole file.
 """
 
 import zlib
@@ -14,11 +14,11 @@ Compression = Literal["gzip", "zstd"]
 
 SUFFIXES: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 
-# The part of a stream that is decompressed at once. zstd gives all that is in it: with 1 KiB a few
-# megabytes at most, even of text that repeats itself.
+# The part of a stream that is decompressed at once. zstd returns all text of the part: for 1 KiB at
+# most a few megabytes, even of repetitive text.
 _SLICE_BYTES: dict[Compression, int] = {"gzip": 2**16, "zstd": 2**10}
 _OUTPUT_BYTES = 2**20
-# `zstd --long=31`, in which large corpora are published.
+# The window of `zstd --long=31`, with which large corpora are published.
 _MAX_WINDOW_BYTES = 2**31
 _MAGIC: dict[Compression, bytes] = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
 
@@ -27,11 +27,11 @@ _Decoder: TypeAlias = "zlib._Decompress | zstandard.ZstdDecompressionObj"
 
 
 class DamageError(Exception):
-    """The rest of a stream cannot be read; the message is for the user."""
+    """The rest of a stream cannot be read; the message is written for the user."""
 
 
 def find_compression(first_bytes: bytes) -> Compression | None:
-    """The compression of a stream that begins like this."""
+    """Return the compression of a stream with these first bytes; None where it has none."""
     for compression, magic in _MAGIC.items():
         if first_bytes.startswith(magic):
             return compression
@@ -39,17 +39,21 @@ def find_compression(first_bytes: bytes) -> Compression | None:
 
 
 def decompress(chunks: Iterable[bytes], compression: Compression) -> Iterator[bytes]:
-    """The text of a compressed stream.
+    """Yield the content of a compressed stream.
+
+    Args:
+        chunks: The compressed bytes.
+        compression: Their compression.
 
     Raises:
-        DamageError: the stream is truncated, damaged or another kind of file.
+        DamageError: The stream is truncated or damaged, or has another format.
     """
     decoder = None
     begun = False
     for data in _slice(chunks, _SLICE_BYTES[compression]):
         while data:
             if decoder is None:
-                # Tapes and block devices pad gzip files with zeros.
+                # Tapes and block devices add zeros to the end of gzip files.
                 data = data.lstrip(b"\0") if begun and compression == "gzip" else data
                 if not data:
                     break

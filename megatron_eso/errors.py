@@ -1,6 +1,6 @@
-"""The errors that users meet, each one line: what is wrong, where (file, key, value), the remedy.
+"""The errors that users can correct: one line with the fault, file, key, value and remedy.
 
-Everything else that escapes from a command is a bug and shows its traceback.
+Any other exception of a command is a bug and shows its traceback.
 """
 
 import os
@@ -10,14 +10,16 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from megatron_eso.ranks import wait_for_first_rank
+
 
 class UserError(Exception):
-    """Something that the user can correct, in one line; a command ends with `exit_code`."""
+    """An error that the user can correct, in one line; a command ends with `exit_code`."""
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        """Keep `message` on one line, whatever text of another library it quotes."""
+        """Put `message` on one line, because it may quote text of other libraries."""
         super().__init__(" ".join(message.split()))
 
 
@@ -28,15 +30,15 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Shards, tokenizers or text that are missing, damaged or do not fit."""
+    """Shards, tokenizers or text are missing, damaged or do not fit."""
 
 
 class CheckpointError(UserError):
-    """Checkpoints that are missing, damaged or do not fit."""
+    """A checkpoint is missing, damaged or does not fit."""
 
 
 class TrainingError(UserError):
-    """Training that cannot go on."""
+    """Training cannot continue."""
 
 
 def report_error(error: UserError) -> None:
@@ -47,25 +49,26 @@ def report_error(error: UserError) -> None:
 def run_command(
     main: Callable[[list[str] | None], int | None], argv: list[str] | None = None
 ) -> NoReturn:
-    """Run a command's `main` and exit with what it returns, or with the code of its UserError.
+    """Run a command's `main` and exit with its return value, or with the code of its UserError.
 
-    Use it under `if __name__ == "__main__"`. argparse exits with 2 by itself. Ctrl-C, and a reader
-    of stdout that has closed it (`| head`), end the process by the signal, without a traceback.
+    Use it under `if __name__ == "__main__"`. argparse itself exits with 2. Ctrl-C, or a closed
+    reader of stdout (`| head`), ends the process by the signal, without a traceback.
 
     Args:
-        main: takes the arguments (None: those of the process), returns an exit code or None.
-        argv: passed to `main`.
+        main: The command: it takes the arguments and returns an exit code or None.
+        argv: The arguments for `main`; None: those of the process.
     """
     try:
         code = main(argv)
         sys.stdout.flush()
     except UserError as error:
+        wait_for_first_rank()
         report_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         end_by_signal(signal.SIGINT)
     except BrokenPipeError:
-        # It may be of another pipe or socket, and then it is a bug.
+        # The error of another pipe or socket is a bug.
         if not is_stdout_closed():
             raise
         end_by_signal(signal.SIGPIPE)
@@ -73,14 +76,14 @@ def run_command(
 
 
 def end_by_signal(number: signal.Signals) -> NoReturn:
-    """End this process as the signal does by default; a shell sees 128 + number."""
+    """End this process by the default action of a signal; a shell reports 128 + number."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
-    os._exit(128 + number)  # where the signal is blocked
+    os._exit(128 + number)  # if the signal is blocked
 
 
 def is_stdout_closed() -> bool:
-    """Return whether stdout is a pipe that nobody reads any more."""
+    """Return whether stdout is a pipe without a reader."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))

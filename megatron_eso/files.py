@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all, whenever a process is killed.
+"""Files and folders that appear whole or not at all, even if a process is killed.
 
-A file is written as `NAME.unfinished` and a folder as `.NAME.building`; both take their name by a
-rename, once everything is on the disk. The next writer of the same name removes what a killed one
-left.
+A file is written as `NAME.unfinished` and a folder as `.NAME.building`. A rename gives them their
+names after everything is on the disk. The next writer of the same name removes the remains of a
+killed writer.
 """
 
 import errno
@@ -18,7 +18,7 @@ from megatron_eso.errors import UserError
 from megatron_eso.locks import hold_lock
 
 LOCK_FILE = "lock"
-"""In an unfinished folder: its writer holds this lock."""
+"""A file in an unfinished folder; its writer holds this lock."""
 _WRONG_PLACE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR),
     *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
@@ -27,13 +27,13 @@ _WRONG_PLACE = (
 
 @contextmanager
 def new_path(path: Path, unfinished: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path; what the body writes there takes the name `path` at the end.
+    """Yield a temporary path; the file that the body writes there gets the name `path` at the end.
 
-    An existing file is replaced. If the body raises, the temporary file is removed and `path` is
-    as it was.
+    An existing file is replaced. If the body raises, the temporary file is removed and `path` does
+    not change.
 
     Args:
-        path: Of the file.
+        path: The final path.
         unfinished: The temporary path, in the same folder; by default `NAME.unfinished`.
     """
     unfinished = unfinished or path.with_name(f"{path.name}.unfinished")
@@ -49,34 +49,37 @@ def new_path(path: Path, unfinished: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a stream; what the body writes to it is the content of `path` at the end.
+    """Yield a stream; the bytes that the body writes become the content of `path` at the end.
 
-    An existing file is replaced. If the body raises, `path` is as it was.
+    An existing file is replaced. If the body raises, `path` does not change.
     """
     with new_path(path) as unfinished, unfinished.open("wb") as stream:
         yield stream
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace the file's content; on the disk when this returns."""
+    """Replace the content of a file; it is on the disk when this returns."""
     with new_file(path) as stream:
         stream.write(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file's content, in UTF-8; on the disk when this returns."""
+    """Replace the content of a file by text in UTF-8; it is on the disk when this returns."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(
     path: Path, value: Mapping[str, Any], *, indent: int = 1, sort_keys: bool = False
 ) -> None:
-    """Replace the file's content by an object in JSON; on the disk when this returns."""
+    """Replace the content of a file by a JSON object; it is on the disk when this returns."""
     write_text(path, json.dumps(value, indent=indent, sort_keys=sort_keys) + "\n")
 
 
 def write_once(path: Path, text: str) -> None:
-    """Write a file unless it exists; of several processes one writes it. On the disk afterwards."""
+    """Write a file unless it exists; it is on the disk when this returns.
+
+    If several processes call this, one of them writes the file.
+    """
     if path.exists():
         return
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
@@ -95,19 +98,19 @@ def new_folder(
     replaces: Callable[[Path], bool] | None = None,
     building: Path | None = None,
 ) -> Iterator[Path]:
-    """Yield an empty folder; with what the body writes there it takes the name `folder` at the end.
+    """Yield an empty folder, which gets the name `folder` after the body has filled it.
 
-    If the body raises, that folder is removed and `folder` is as it was. What a killed process left
-    is removed at the start.
+    If the body raises, the new folder is removed and `folder` does not change. The remains of a
+    killed process are removed at the start.
 
     Args:
-        folder: Must not exist, be empty, or satisfy `replaces`.
-        replaces: Whether an existing folder, which is not empty, may be replaced; by default none.
-        building: Where it is written, in the same parent folder; by default `.NAME.building`.
+        folder: The final path; it is missing or empty, or `replaces` returns true for it.
+        replaces: Returns whether an existing folder may be replaced; None: it may not.
+        building: The temporary path, in the same parent folder; by default `.NAME.building`.
 
     Raises:
         FileExistsError: `folder` holds something that must not be replaced.
-        UserError: Another process is writing the same folder, or the file system gives no locks.
+        UserError: Another process is writing the same folder, or the file system has no locks.
     """
     building = building or folder.with_name(f".{folder.name}.building")
     _check_replaceable(folder, replaces)
@@ -115,7 +118,7 @@ def new_folder(
         if not lock.is_held:
             raise UserError(f"another process is writing {building}; wait for it")
         try:
-            # Again, since another process may have written it before this one held the lock.
+            # Check again: another process may have written it before this one held the lock.
             _check_replaceable(folder, replaces)
             empty_folder(building)
             yield building
@@ -127,7 +130,7 @@ def new_folder(
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether there is something other than an empty folder."""
+    """Return whether the path exists and is not an empty folder."""
     try:
         return any(folder.iterdir())
     except FileNotFoundError:
@@ -137,12 +140,12 @@ def is_taken(folder: Path) -> bool:
 
 
 def is_wrong_place(error: OSError) -> bool:
-    """Whether the path is at fault: it leads nowhere, or this user may not write there."""
+    """Return whether the path causes the error: it is invalid, or this user may not write there."""
     return error.errno in _WRONG_PLACE
 
 
 def empty_folder(folder: Path) -> None:
-    """Remove everything in an unfinished folder but its lock."""
+    """Remove everything in an unfinished folder except its lock."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -151,11 +154,11 @@ def empty_folder(folder: Path) -> None:
 
 
 def remove_folder(folder: Path, leftover: Path) -> None:
-    """Remove a folder; it has its name as long as it is whole, whenever this process is killed.
+    """Remove a folder, which loses its name before its first file is removed.
 
     Args:
-        folder: To remove.
-        leftover: The name that it has while it is being removed, in the same parent folder.
+        folder: The folder to remove.
+        leftover: The name of the folder during its removal, in the same parent folder.
     """
     shutil.rmtree(leftover, ignore_errors=True)
     folder.replace(leftover)
@@ -163,13 +166,13 @@ def remove_folder(folder: Path, leftover: Path) -> None:
 
 
 def rename(source: Path, target: Path) -> None:
-    """Give a file or folder another name; the new name is on the disk when this returns."""
+    """Rename a file or folder; the new name is on the disk when this returns."""
     source.replace(target)
     sync_path(target.parent)
 
 
 def sync_path(path: Path) -> None:
-    """Write a file's content, or the names in a folder, to the disk."""
+    """Write the content of a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -178,7 +181,7 @@ def sync_path(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Write every file below `folder`, and their names, to the disk."""
+    """Write every file below `folder`, with its name, to the disk."""
     for path in (*folder.rglob("*"), folder):
         sync_path(path)
 
@@ -189,13 +192,13 @@ def _check_replaceable(folder: Path, replaces: Callable[[Path], bool] | None) ->
 
 
 def _put_in_place(building: Path, folder: Path) -> None:
-    """Give a finished folder its name; what has the name now is removed."""
+    """Give a finished folder its name; remove the folder that had the name before."""
     replaced = folder.with_name(f".{folder.name}.replaced")
     if is_taken(folder):
         shutil.rmtree(replaced, ignore_errors=True)
         folder.replace(replaced)
     rename(building, folder)
-    # Not before: another process would take the lock and empty the folder.
+    # The lock file is removed last: without it, another process could empty the folder.
     (folder / LOCK_FILE).unlink()
     sync_path(folder)
     shutil.rmtree(replaced, ignore_errors=True)

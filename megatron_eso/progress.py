@@ -1,4 +1,4 @@
-"""Progress of long work: share done, speed, time left."""
+"""Progress reports of long work: share done, speed and time left."""
 
 import sys
 import threading
@@ -12,15 +12,15 @@ _TERMINAL_SECONDS = 0.5
 
 
 class Progress:
-    """Reports how many bytes are done; several threads may count.
+    """A count of the bytes that are done, which reports progress; several threads may count.
 
-    The report is a line each 10 seconds. On a terminal one line is renewed instead.
+    It reports one line every 10 seconds. On a terminal, it renews one line instead.
 
     Args:
-        label: Names the work.
-        total_bytes: Of all the work; 0 if nobody knows.
-        done_bytes: What an earlier run has done; it does not count for the speed.
-        report: Takes each line, for example a logger's `info`; None writes to stderr.
+        label: Name of the work.
+        total_bytes: Bytes of the whole work; 0 where they are unknown.
+        done_bytes: Bytes that an earlier run has done; they do not count for the speed.
+        report: Receives each line, for example a logger's `info`; None: write to stderr.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Progress:
         self._lock = threading.Lock()
 
     def advance(self, num_bytes: int) -> None:
-        """Count bytes as done and report if it is time; negative ones are not done after all."""
+        """Add bytes that are done, and report every few seconds; a negative number removes them."""
         with self._lock:
             self._done += num_bytes
             now = time.monotonic()
@@ -54,7 +54,7 @@ class Progress:
         """Report the end.
 
         Returns:
-            Seconds taken.
+            The seconds since the start.
         """
         now = time.monotonic()
         self._write(now)

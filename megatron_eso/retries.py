@@ -1,4 +1,4 @@
-"""Call again what failed, after pauses."""
+"""Retries of a failed call after pauses."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -14,17 +14,20 @@ def retry(
     pauses: Iterable[float],
     on_error: Callable[[Exception, float], None],
 ) -> _T:
-    """Call until there is no error, as often as there are pauses, and once more.
+    """Call a function until it succeeds: one attempt, and one more after each pause.
 
     Args:
-        call: Called without arguments.
-        errors: Those after which it is called again; all others, and that of the last call, escape.
+        call: The function, without arguments.
+        errors: The errors after which it is called again; other errors are raised at once.
         pauses: Seconds to wait after each failure.
-        on_error: Called before each pause with the error and the seconds; it logs both. It raises
-            to give up.
+        on_error: Called before each pause with the error and the seconds, which it logs. It may
+            raise to give up.
 
     Returns:
-        What `call` returns.
+        The return value of `call`.
+
+    Raises:
+        Exception: The error of the last attempt.
     """
     for seconds in pauses:
         try:

@@ -1,7 +1,7 @@
-"""Evaluates a run's checkpoint on any layout, under torchrun or alone.
+"""Evaluates a checkpoint of a run on any layout, under torchrun or alone.
 
 Prints one JSON object: the NELBO in nats per token with its standard error, its parts by phase, the
-perplexity, and with --any-order the bound of the exact likelihood over that many orders.
+perplexity, and with --any-order K the likelihood bound over K random orders per sample.
 """
 
 import argparse
@@ -21,39 +21,45 @@ from megatron_eso.config.values import check_value, parse_override
 from megatron_eso.data.remote.datasets import existing_location
 from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.samples.validation_data import ValidationData
-from megatron_eso.errors import ConfigError, UserError, run_command
+from megatron_eso.errors import ConfigError, run_command
 from megatron_eso.ranks import is_first_rank, launched_world_size
 from megatron_eso.runs.run_directory import CONFIG_FILE, RunDirectory
 from megatron_eso.runs.steps import find_step, is_checkpoint, list_checkpoints
 from megatron_eso.training.records.log import start_logging
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Evaluate; returns the exit code."""
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate, and print the result on rank 0; collective over the ranks that were launched.
+
+    Raises:
+        ConfigError: The command line or the layout is wrong.
+        CheckpointError: The checkpoint is damaged.
+        DataError: The validation shards are missing or damaged.
+    """
     arguments = parse_command_line(argv)
     start_logging()
     logging.getLogger().setLevel(logging.WARNING)
-    try:
-        checkpoint = choose_checkpoint(arguments.run_dir, arguments.step)
-        config, validation = configure(checkpoint, arguments.data, arguments.overrides)
-        # Imported once the configuration is known to be sound: importing takes seconds.
-        from megatron_eso.training.checkpoint_evaluation import evaluate_checkpoint
+    checkpoint = choose_checkpoint(arguments.run_dir, arguments.step)
+    config, validation = configure(checkpoint, arguments.data, arguments.overrides)
+    # Imported after the configuration is checked: the import takes seconds.
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.device import prepare_device
 
-        answer = evaluate_checkpoint(
-            checkpoint, config, validation, arguments.weights, arguments.any_order
-        )
-    except UserError as error:
-        if is_first_rank():
-            raise
-        return error.exit_code
+    prepare_device(config)
+    install_cpu_backend()
+    from megatron_eso.training.checkpoint_evaluation import evaluate_checkpoint
+
+    answer = evaluate_checkpoint(
+        checkpoint, config, validation, arguments.weights, arguments.any_order
+    )
     if is_first_rank():
         sys.stdout.write(json.dumps(answer) + "\n")
-    return 0
 
 
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = CommandLine(prog="python -m pretrain.evaluate", description=__doc__)
+    # Which checkpoint, on which layout.
     parser.add_argument(
         "run_dir",
         type=existing_path,
@@ -64,15 +70,28 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
         "overrides",
         nargs="*",
         metavar="section.key=value",
-        help="such as parallel.tensor_model_parallel_size=2 or validation.num_samples=512",
+        help="such as parallel.tensor_model_parallel_size=2 or validation.num_samples=512; the "
+        "model's keys are those of the run",
     )
-    parser.add_argument("--step", type=count(), help="default: the newest complete checkpoint")
     parser.add_argument(
-        "--data", type=existing_location, metavar="DIR", help="default: the run's validation shards"
+        "--step", type=count(), help="step (default: that of the newest complete checkpoint)"
     )
-    parser.add_argument("--weights", choices=("ema", "raw"), help="default: ema where there is one")
+    # What is computed, on which data.
     parser.add_argument(
-        "--any-order", type=count(1), metavar="K", default=0, help="orders per sample"
+        "--data",
+        type=existing_location,
+        metavar="DIR",
+        help="shards (default: the run's data.validation)",
+    )
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), help="default: ema where the checkpoint has it"
+    )
+    parser.add_argument(
+        "--any-order",
+        type=count(1),
+        metavar="K",
+        default=0,
+        help="random orders per sample for the likelihood bound (default: no bound)",
     )
     return parser.parse_intermixed_args(argv)
 
@@ -82,10 +101,10 @@ def choose_checkpoint(path: Path, step: int | None) -> Path:
 
     Args:
         path: A run directory, or one of its `step_XXXXXXXX` folders.
-        step: Of a checkpoint of the run.
+        step: Step of the checkpoint; None takes the newest.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: The run has no such checkpoint.
     """
     if step is None and is_checkpoint(path):
         return path
@@ -94,17 +113,23 @@ def choose_checkpoint(path: Path, step: int | None) -> Path:
     if found is None:
         what = "no complete checkpoint" if step is None else f"no checkpoint of step {step}"
         names = ", ".join(path.name for path in list_checkpoints(run.checkpoints)) or "none"
-        raise ConfigError(f"{run.path}: {what}; there are: {names}")
+        raise ConfigError(f"{run.path}: has {what}; complete checkpoints: {names}")
     return found
 
 
 def configure(
     checkpoint: Path, data: str | None, overrides: list[str]
 ) -> tuple[Config, ValidationData]:
-    """The checkpoint's configuration with the overrides, and the shards to evaluate on.
+    """Return the checkpoint's configuration with the overrides, and the validation data.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        data: Location of the validation shards; None: those of the run.
+        overrides: Values as `section.key=value`.
 
     Raises:
-        ConfigError: They do not fit each other or the number of ranks.
+        ConfigError: The values do not fit each other or the number of ranks.
+        DataError: The shards are missing or damaged.
     """
     source = checkpoint / CONFIG_FILE
     written = read_config(source)
@@ -112,7 +137,7 @@ def configure(
     _check_layout(config, origins)
     validation = ValidationData.open(config.data)
     if validation is None:
-        raise ConfigError("data.validation is not set in the run: name shards with --data DIR")
+        raise ConfigError(f"{source}: data.validation is not set; name shards by --data DIR")
     stage_shards(validation.sources)
     config = with_vocabulary(
         dataclasses.replace(config, model=written.model),
@@ -126,10 +151,16 @@ def configure(
 def override(
     written: Config, source: str, data: str | None, overrides: list[str]
 ) -> tuple[Config, Origins]:
-    """Return a configuration with other values, and where each was set.
+    """Return a configuration with other values, and the origin of each value.
+
+    Args:
+        written: The configuration of the checkpoint.
+        source: File of that configuration.
+        data: Location of the validation shards; None: those of the run.
+        overrides: Values as `section.key=value`.
 
     Raises:
-        ConfigError: An override is none, changes the model, or does not fit the rest.
+        ConfigError: An override is malformed, changes the model, or does not fit the other values.
     """
     values: dict[str, Any] = {key: written.get(key) for key in KEYS if written.get(key) is not None}
     origins = dict.fromkeys(values, source)
@@ -137,7 +168,7 @@ def override(
     for argument in overrides:
         match = OVERRIDE.fullmatch(argument)
         if match is None:
-            raise ConfigError(f"{COMMAND_LINE}: {argument}: is not section.key=value")
+            raise ConfigError(f"{COMMAND_LINE}: {argument}: is not of the form section.key=value")
         changes[match["key"]] = parse_override(match["key"], match["text"])
     for key, value in changes.items():
         values[key] = check_value(key, value, COMMAND_LINE)
@@ -152,15 +183,14 @@ def override(
 
 
 def _check_layout(config: Config, origins: Origins) -> None:
-    """Refuse a layout that the ranks do not divide into, with the hint that others do."""
+    """Refuse a layout that does not fit the number of ranks, and name one that does."""
     num_ranks = launched_world_size()
     try:
         check_layout(config, num_ranks, origins)
     except ConfigError as error:
         raise ConfigError(
-            f"{error}; or evaluate on another layout than the run's: any one reads the checkpoint, "
-            "such as parallel.tensor_model_parallel_size=1 "
-            "parallel.pipeline_model_parallel_size=1"
+            f"{error}; or choose another layout, since any layout reads the checkpoint: "
+            "parallel.tensor_model_parallel_size=1 parallel.pipeline_model_parallel_size=1"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Initial weights from a sampler directory, made readable as a run's checkpoint."""
+"""Converts initial weights of a sampler directory to a checkpoint that a run can load."""
 
 import shutil
 from pathlib import Path
@@ -10,10 +10,14 @@ from megatron_eso.runs.steps import newest
 
 
 def convert_initial_weights(init_from: str | None, run: RunDirectory) -> None:
-    """Convert `checkpoint.init_from` to `RUN_DIR/init_from`, if it is a sampler directory.
+    """Convert `checkpoint.init_from` to `RUN_DIR/init_from` if it is a sampler directory.
 
-    The conversion is made anew at each start until the run has a checkpoint of its own, and then
-    removed. On rank 0, which holds the run's directory.
+    Rank 0 calls this, since it writes the run directory. Each start converts again until the run
+    has a checkpoint; after that, the conversion is removed.
+
+    Args:
+        init_from: Value of `checkpoint.init_from`.
+        run: The run directory.
 
     Raises:
         CheckpointError: The sampler directory is damaged.

@@ -1,7 +1,7 @@
-"""The whole way on a small machine: text, shards, an Eso-LM on Megatron-Core, a sampler, samples.
+"""Trains a small Eso-LM from text to samples, by the commands that a user would run.
 
-Runs the commands that a user would, and shows each. What an earlier run finished is kept; a run
-that was interrupted goes on where it stood. `make quickstart` calls this.
+It prints each command. Results of an earlier run are kept, and interrupted training continues.
+`make quickstart` runs this.
 """
 
 import json
@@ -35,7 +35,7 @@ NUM_SAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One command, and the path that exists once it has finished."""
+    """A command of the quickstart, and the path that exists when it has finished."""
 
     title: str
     product: Path
@@ -44,13 +44,20 @@ class Stage:
 
 
 class StageError(UserError):
-    """A command of the quickstart failed; its own output explains why."""
+    """Error of a quickstart whose command failed; the output of the command has the reason."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the stages that are not finished, and print what came out."""
+    """Run the stages that are not finished, and print the results.
+
+    Raises:
+        ConfigError: An override is wrong.
+        StageError: A command failed.
+    """
     parser = CommandLine(prog="python -m pretrain.quickstart", description=__doc__)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="values over quickstart.toml"
+    )
     overrides = parser.parse_args(argv).overrides
     config = load_config([str(CONFIG), *overrides]).config
     run, data = Path(config.run.directory), Path(config.data.train_corpora[0]).parent.parent
@@ -62,12 +69,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def plan_stages(config: Config, overrides: list[str], data: Path, sampler: Path) -> list[Stage]:
-    """The commands in order."""
+    """List the stages in order.
+
+    Args:
+        config: Configuration of the run.
+        overrides: Values over the configuration file, as `section.key=value`.
+        data: Folder for text, tokenizer and shards.
+        sampler: Sampler directory to make.
+    """
+    # Paths, and the beginnings of commands.
     run = Path(config.run.directory)
     corpus, tokenizer, shards = data / "corpus.jsonl", data / "tokenizer", data / "shards"
     module = [sys.executable, "-m"]
     tools = [*module, "data_tools"]
     launch = [*module, "torch.distributed.run", "--standalone"]
+    # From text to a sampler directory.
     return [
         Stage(
             "collect English text from this Python installation",
@@ -102,13 +118,13 @@ def plan_stages(config: Config, overrides: list[str], data: Path, sampler: Path)
 
 
 def is_training_finished(status: Path) -> bool:
-    """Whether the run has reached its last step, by its status."""
+    """Return whether the status of a run states that it has finished."""
     found = read_status(status)
     return found is not None and found.state == "finished"
 
 
 def run_stage(title: str, stage: Stage) -> None:
-    """Run a stage's command unless it is finished.
+    """Run the command of a stage unless it is finished.
 
     Raises:
         StageError: The command failed.
@@ -118,22 +134,25 @@ def run_stage(title: str, stage: Stage) -> None:
         return
     show(f"\n[{title}]\n$ {shlex.join([relative_python(), *stage.command[1:]])}")
     stage.product.parent.mkdir(parents=True, exist_ok=True)
-    # One thread for each of the processes: gloo and torch would otherwise fight for the cores.
+    # One thread per process, since the processes share the cores.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     code = subprocess.run(stage.command, env=environment, check=False).returncode
     if code != 0:
-        raise StageError(f"{stage.title}: the command above failed with exit code {code}")
+        raise StageError(
+            f"{stage.title}: the command above failed with exit code {code}; correct what it "
+            "reports and run the quickstart again"
+        )
 
 
 def show_results(config: Config, run: Path, sampler: Path, seconds: float) -> None:
-    """Print perplexities, samples and where everything is."""
+    """Print perplexities, samples, and the paths of the results."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     validations = [line[VAL_PERPLEXITY] for line in lines if VAL_PERPLEXITY in line]
     validation = TokenDataset.open(str(config.data.validation))
     unigram = unigram_perplexity(validation, config.data.sequence_length)
     show("\nvalidation perplexity (of the NELBO, EMA weights)")
     show(f"  before training  {validations[0]:9.1f}   (vocabulary {validation.vocab_size})")
-    show(f"  unigram model    {unigram:9.1f}   (of the validation text's own counts)")
+    show(f"  unigram model    {unigram:9.1f}   (by the token counts of the validation text)")
     show(f"  after training   {validations[-1]:9.1f}")
     sample = [sys.executable, "-m", "megatron_eso.sampler", "sample", str(sampler)]
     sample += ["--num-samples", str(NUM_SAMPLES), "--seed", "1"]
@@ -142,14 +161,14 @@ def show_results(config: Config, run: Path, sampler: Path, seconds: float) -> No
     show(f"\nthis took {seconds / 60:.1f} minutes")
     show(f"TensorBoard logs   {run / 'tensorboard'}   (tensorboard --logdir {run})")
     show(f"sampler directory  {sampler}")
-    show("next, what the paper's 125M run takes on 8 GPUs:")
+    show("next, plan the paper's 125M run on 8 GPUs:")
     plan = ["-m", "pretrain.train", "owt_small.toml", f"data.train={config.data.train}"]
     plan += [f"data.validation={config.data.validation}", "validation.num_samples=0"]
     show(shlex.join([relative_python(), *plan, "--dry-run", "--world-size", "8"]))
 
 
 def unigram_perplexity(dataset: TokenDataset, sequence_length: int) -> float:
-    """Perplexity of the rows that are validated under their own token frequencies."""
+    """Compute the perplexity of the validation rows under their own token frequencies."""
     rows = dataset.rows(np.arange(dataset.num_rows(sequence_length)), sequence_length)
     counts = np.bincount(rows.ravel())
     shares = counts[counts > 0] / rows.size
@@ -157,13 +176,13 @@ def unigram_perplexity(dataset: TokenDataset, sequence_length: int) -> float:
 
 
 def relative_python() -> str:
-    """This interpreter as one types it here."""
+    """Return the path of this interpreter, relative to the current folder if it is below."""
     python = Path(sys.executable)
     return str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python)
 
 
 def show(text: str) -> None:
-    """Print a line of the report at once."""
+    """Print text and flush it, so that it comes before the output of the next command."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

@@ -27,6 +27,9 @@ from megatron_eso.training.checkpointing.kept_keys import (
     find_checkpoint,
 )
 
+PLAN_ATTEMPTS = 2
+"""Attempts of the dry run to reach remote data; the start of a run makes more."""
+
 logger = logging.getLogger("pretrain")
 
 
@@ -88,7 +91,7 @@ def list_unreachable(loaded: LoadedConfig) -> list[str]:
     for dataset in _list_datasets(traced):
         try:
             if dataset.is_remote:
-                RemoteFolder(dataset.location).read_manifest()
+                RemoteFolder(dataset.location, PLAN_ATTEMPTS).read_manifest()
         except DataError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 raise

@@ -1,7 +1,7 @@
-"""How a run stands, read from its directory: `python -m pretrain.status RUN_DIR [--watch]`.
+"""Prints the state of a run, read from its directory.
 
-Needs neither torch nor a GPU, and disturbs nothing: run it over ssh on any machine that sees the
-directory.
+It needs neither torch nor a GPU and changes nothing, so it can run on any machine that reads the
+directory, also while the run trains.
 """
 
 import json
@@ -24,19 +24,19 @@ from megatron_eso.runs.steps import newest
 from megatron_eso.training.records import tags
 
 _CLEAR_SCREEN = "\033[H\033[2J"
-# A run replaces its status with every line of its log; a longer silence is reported.
+# A run writes its status with every line of its log; a longer silence is reported.
 _SILENCE_SECONDS = 600.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """What is known of a run.
+    """Facts about a run from the files of its directory.
 
     Attributes:
-        run: Its directory.
-        status: Its `status.json`.
-        metrics: The newest values in `metrics.jsonl`, by tag.
-        checkpoint: The newest one.
+        run: The run directory.
+        status: Content of `status.json`.
+        metrics: The newest values of `metrics.jsonl`, by tag.
+        checkpoint: The newest checkpoint; None if the run has none.
     """
 
     run: RunDirectory
@@ -46,10 +46,10 @@ class Report:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the status once, or every few seconds until the run ends.
+    """Print the state of a run once, or every few seconds until the run ends.
 
     Raises:
-        ConfigError: the directory holds no run.
+        ConfigError: The directory holds no run.
     """
     parser = CommandLine(prog="python -m pretrain.status", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
@@ -60,9 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         const=5.0,
         default=None,
         metavar="SECONDS",
-        help="print again every so many seconds (5), until the run has ended",
+        help="print again every SECONDS (default: 5) until the run ends",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object a time")
+    parser.add_argument("--json", action="store_true", help="print one JSON object each time")
     arguments = parser.parse_args(argv)
     while True:
         report = read_report(RunDirectory(arguments.run))
@@ -79,10 +79,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_report(run: RunDirectory) -> Report:
-    """Read what the run's files state.
+    """Read the files of a run directory.
 
     Raises:
-        ConfigError: the directory holds no run.
+        ConfigError: The directory holds no run.
     """
     status = run.read_status()
     if status is None:
@@ -98,7 +98,13 @@ def read_report(run: RunDirectory) -> Report:
 
 
 def describe_run(report: Report, now: float) -> Iterator[str]:
-    """Yield the status, a line for each thing to know; `now` in seconds since the epoch."""
+    """Yield the state of a run as lines of text.
+
+    Args:
+        report: Facts about the run.
+        now: Present time in seconds since the epoch.
+    """
+    # The run and its process.
     status, metrics = report.status, report.metrics
     age = now - status.time
     job = f"job {status.job}, " if status.job else ""
@@ -106,9 +112,10 @@ def describe_run(report: Report, now: float) -> Iterator[str]:
     yield f"run          {report.run.path}"
     yield (
         f"state        {status.state}{reason} ({job}process {status.pid} on {status.host}), "
-        f"{format_seconds(age)} ago"
+        f"updated {format_seconds(age)} ago"
     )
     yield from _describe_silence(report, age)
+    # How far it is, and how well it trains.
     yield f"step         {_describe_step(status)}"
     if tags.LOSS in metrics:
         yield f"loss         {_describe_loss(metrics)}"
@@ -125,6 +132,7 @@ def describe_run(report: Report, now: float) -> Iterator[str]:
         )
     if status.state == "running" and status.seconds_left is not None:
         yield f"ETA          {format_seconds(status.seconds_left)}"
+    # What remains of it if it ends, and where it runs.
     if report.checkpoint is not None:
         written = format_seconds(now - report.checkpoint.stat().st_mtime)
         yield f"checkpoint   {report.checkpoint.name}, {written} ago"
@@ -140,18 +148,18 @@ def describe_run(report: Report, now: float) -> Iterator[str]:
 
 
 def _describe_silence(report: Report, age: float) -> Iterator[str]:
-    """Yield a line where a run that calls itself running may have ended; `age` in seconds."""
+    """Yield a line if a run that states to be running may have ended; `age` is in seconds."""
     if is_gone(report.status):
         yield (
-            f"             its process is gone and left no reason: look into {report.run.logs}, "
+            f"             its process is gone and wrote no reason: read {report.run.logs}, "
             f"and start the run again"
         )
     elif report.status.state == "running" and age > _SILENCE_SECONDS:
-        yield f"             no sign of life for {format_seconds(age)}: look into {report.run.logs}"
+        yield f"             no update for {format_seconds(age)}: read {report.run.logs}"
 
 
 def _describe_step(status: RunStatus) -> str:
-    """Return the step, and how far it is in the run where that is known."""
+    """Return the step, with its share of the run if the number of steps is known."""
     if not status.num_steps:
         return str(status.step)
     if status.step > status.num_steps:
@@ -160,9 +168,9 @@ def _describe_step(status: RunStatus) -> str:
 
 
 def is_gone(status: RunStatus) -> bool:
-    """Return whether a run that calls itself running has no process on this host any more.
+    """Return whether a run that states to be running has no process on this host.
 
-    Of a run on another host nothing is known.
+    For a run on another host the answer is False.
     """
     if status.state != "running" or status.host != socket.gethostname():
         return False
@@ -170,13 +178,13 @@ def is_gone(status: RunStatus) -> bool:
         os.kill(status.pid, 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # it is there, and another user's
+    except PermissionError:  # the process of another user
         return False
     return False
 
 
 def _describe_loss(metrics: dict[str, float]) -> str:
-    """Return the loss, that of each phase which the run's objective has, and what went wrong."""
+    """Return the loss, that of each phase, and the numbers of skipped steps and rollbacks."""
     phases = [
         f"{phase} {value:.4f}"
         for tag, value in metrics.items()
@@ -184,12 +192,12 @@ def _describe_loss(metrics: dict[str, float]) -> str:
     ]
     return (
         f"{metrics[tags.LOSS]:.4f} ({', '.join(phases)}), skipped steps "
-        f"{metrics[tags.SKIPPED_STEPS]:.0f}, times gone back {metrics[tags.ROLLBACKS]:.0f}"
+        f"{metrics[tags.SKIPPED_STEPS]:.0f}, rollbacks {metrics[tags.ROLLBACKS]:.0f}"
     )
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Return the report as one object, with text in place of what JSON has no number for."""
+    """Return the report as one JSON object, where values that are not finite are text."""
     content = report.status.to_json()
     if report.checkpoint is not None:
         content["last_checkpoint"] = report.checkpoint.name

@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import logging
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import LoadedConfig, load_config
 from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.errors import UserError, run_command
-from megatron_eso.ranks import is_first_rank, launched_world_size
+from megatron_eso.ranks import launched_world_size
 from megatron_eso.runs.restarts import write_failure
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.training.records.log import start_logging
@@ -26,29 +25,19 @@ from megatron_eso.training.records.wandb_log import check_wandb
 
 logger = logging.getLogger("pretrain")
 
-REPORT_SECONDS = 10.0
-"""How long the other ranks wait for rank 0 to report an error that all ranks have."""
-
 
 def main(argv: list[str] | None = None) -> int:
     """Train, or print the plan of the run; return the exit code."""
     arguments = parse_arguments(argv)
+    loaded = load_config(arguments.layers, folder=SHIPPED_CONFIGS)
+    if arguments.dry_run:
+        check_wandb(loaded.config.run.wandb_project)
+        print_plan(loaded, arguments.world_size)
+        return 0
     try:
-        loaded = load_config(arguments.layers, folder=SHIPPED_CONFIGS)
-        if arguments.dry_run:
-            check_wandb(loaded.config.run.wandb_project)
-            print_plan(loaded, arguments.world_size)
-            return 0
-        try:
-            train(loaded)
-        except UserError as error:
-            record_failure(loaded.config.run.directory, error)
-            raise
-    except UserError:
-        if not is_first_rank():
-            # A launcher ends all ranks when one has ended, so rank 0 reports first. A rank that
-            # still runs after the wait has an error that rank 0 does not have.
-            time.sleep(REPORT_SECONDS)
+        train(loaded)
+    except UserError as error:
+        record_failure(loaded.config.run.directory, error)
         raise
     return 0
 
@@ -66,6 +55,11 @@ def train(loaded: LoadedConfig) -> None:
         logger.warning("%s", warning)
     validation = inputs.validation
     stage_shards(inputs.train.sources + (validation.sources if validation else []))
+    from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.device import prepare_device
+
+    prepare_device(inputs.config)
+    install_cpu_backend()
     from megatron_eso.training.job import run_job
     from pretrain.initial_weights import convert_initial_weights
 

@@ -24,7 +24,7 @@ def world() -> Iterator[World]:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with small datasets, `train` and `validation`; see tests/support/tiny_data.py."""
+    """Build small datasets, `train` and `validation`; see tests/support/tiny_data.py."""
     return build_tiny_data(tmp_path_factory.mktemp("tiny_data"))
 
 

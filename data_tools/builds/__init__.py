@@ -1,1 +1,1 @@
-"""Text to datasets of token shards, resumably and in parallel."""
+"""Builds datasets of token shards from text, in parallel and with resumption."""

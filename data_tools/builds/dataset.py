@@ -1,12 +1,12 @@
-"""`build`: text files to datasets of token shards, and `merge` for a build in parts.
+"""`build`: makes datasets of token shards from text files; `merge` completes a build in parts.
 
-Two stages; each continues where it was after any interruption:
+A build has two stages. Each continues after an interruption:
 
-    encode   the input, span by span, to tokens in OUT.building/spans (encode_spans.py)
-    merge    the spans to shards, which appear as OUT once they are complete (merge_spans.py)
+    encode   the input, span by span, to tokens in OUT.building/spans (span_encoder.py)
+    merge    the spans to shards, which appear as OUT when they are complete (merging.py)
 
-An array of jobs shares the first stage: part i of n encodes the spans with number % n == i. The
-bytes of OUT depend on the input and the options in `build_plan.BuildPlan` alone.
+The jobs of an array share the first stage: part i of n encodes the spans with number % n == i. The
+bytes of OUT depend on the input and the options in `plan.BuildPlan` alone.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ from megatron_eso.locks import hold_lock
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """One of several processes that share a build."""
+    """The share of one process in a build."""
 
     number: int = 0
     count: int = 1
@@ -65,22 +65,22 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions:
-    """Which dataset to build, and how."""
+    """Options of `build`."""
 
     inputs: Sequence[str]
-    """Files, folders of them, globs, `-` for standard input."""
+    """Files, folders, globs, or `-` for standard input."""
     tokenizer: str
     out: Path
     text: TextOptions = TextOptions()
     num_workers: int = 1
     validation_share: float = 0.0
-    """Above 0 the datasets `out/train` and `out/validation` are made."""
+    """Share of the documents for `out/validation`; 0 makes one dataset, `out`."""
     deduplicate: bool = False
-    """Leave out documents whose text an earlier document has."""
+    """Whether documents are left out whose text equals an earlier one."""
     shuffle_seed: int | None = None
     """Key of a random order of the documents; None: the order of the input."""
     part: Part | None = None
-    """Encode this part of the input only, to be merged later."""
+    """The part to encode, to be merged later; None builds the whole."""
     record_tokens: int = RECORD_TOKENS
     shard_records: int = SHARD_RECORDS
     span_bytes: int = SPAN_BYTES
@@ -88,15 +88,15 @@ class BuildOptions:
 
 
 def build_dataset(options: BuildOptions) -> dict[Split, str]:
-    """Build the dataset, or two with a validation share; equal input gives equal bytes.
+    """Build one dataset, or two with a validation share; equal input gives equal bytes.
 
     Returns:
-        The id of each dataset by split; nothing for a part.
+        The id of each dataset by split; empty for a part.
 
     Raises:
-        ConfigError: an input or the output path is wrong, or the options are not those with which
-            an interrupted build was begun.
-        DataError: text or tokenizer are damaged or do not fit.
+        ConfigError: An input or the output path is wrong, or an interrupted build has other
+            options.
+        DataError: Text or tokenizer are damaged or do not fit.
     """
     building = building_path(options.out)
     with explain_place(options.out):
@@ -125,14 +125,14 @@ def build_dataset(options: BuildOptions) -> dict[Split, str]:
 
 
 def merge_parts(out: Path, num_workers: int = 1) -> dict[Split, str]:
-    """Merge what the parts of a build have encoded.
+    """Merge the spans that the parts of a build have encoded.
 
     Returns:
         The id of each dataset by split.
 
     Raises:
-        ConfigError: there is nothing to merge.
-        DataError: parts are missing, or another process is writing.
+        ConfigError: No part was encoded, or the output path is wrong.
+        DataError: Parts are missing, or another process is writing.
     """
     building = building_path(out)
     with explain_place(out):
@@ -150,7 +150,7 @@ def merge_parts(out: Path, num_workers: int = 1) -> dict[Split, str]:
 def _resume(
     building: Path, wanted: BuildPlan, tokenizer: Tokenizer, options: BuildOptions
 ) -> StoredPlan:
-    """The plan of the directory; the wanted one if there is none, or hardly any work was done."""
+    """Return the stored plan; store the wanted one if there is none or little work was done."""
     stored = read_plan(building)
     if options.part is None and (
         stored is None or (stored.plan != wanted and _is_little(building, options.commit_bytes))
@@ -158,7 +158,7 @@ def _resume(
         empty_folder(building)
         stored = None
     if stored is None:
-        # There are spans until they are merged: the folder is older than the plan.
+        # Made before the plan: a plan without this folder means that all spans are merged.
         (building / SPANS_FOLDER).mkdir(exist_ok=True)
         part = options.part or Part()
         offered = StoredPlan(plan=wanted, num_parts=part.count, tokenizer_files=tokenizer.files())
@@ -168,7 +168,7 @@ def _resume(
 
 
 def _is_little(building: Path, num_bytes: int) -> bool:
-    """Whether less text has been encoded than an interruption may cost anyway."""
+    """Return whether fewer than `num_bytes` of text have been encoded."""
     folder = building / SPANS_FOLDER
     begun = [
         SpanFiles(directory=folder, number=int(path.stem)) for path in folder.glob("*.journal")
@@ -203,7 +203,7 @@ def _choose_spans(spans: Sequence[Span], options: BuildOptions) -> list[Span]:
 
 @contextlib.contextmanager
 def _hold_lock(building: Path, *, shared: bool = False) -> Iterator[None]:
-    """Keep other processes out of an unfinished build, but for those with a shared lock."""
+    """Lock an unfinished build against other processes; parts share their lock."""
     with contextlib.ExitStack() as stack:
         with explain_place(building):
             building.parent.mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,7 @@ def _explain_disk_errors(building: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
             raise
         raise DataError(
-            f"cannot write {building}: {error.strerror}; correct that and run again, it goes on"
+            f"cannot write {building}: {error.strerror}; correct that and run again to continue"
         ) from error
 
 
@@ -252,7 +252,7 @@ def _report_part(options: BuildOptions, spans: Sequence[Span], building: Path) -
         f"part {options.part.number}/{options.part.count}: {len(chosen)} of {len(spans)} spans, "
         f"{sum(state.num_documents for state in chosen)} documents, "
         f"{sum(state.num_tokens for state in chosen)} tokens; "
-        f"when all parts are there: python -m data_tools merge {options.out}\n"
+        f"when all parts are done: python -m data_tools merge {options.out}\n"
     )
 
 
@@ -269,7 +269,7 @@ def _report(out: Path, plan: BuildPlan, report: MergeReport | None) -> dict[Spli
     notes = report.notes
     sys.stdout.write(
         f"round trip: {notes.exact_round_trips} of {notes.round_trips} sampled documents exact; "
-        f"U+2581 in the text (comes back as a space): {notes.word_boundary_characters}; "
+        f"U+2581 in the text (decoded as a space): {notes.word_boundary_characters}; "
         f"empty documents left out: {notes.empty_documents}\n"
     )
     if report.num_duplicates is not None:

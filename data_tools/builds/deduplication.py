@@ -1,7 +1,7 @@
-"""Which documents have the text of an earlier one, by the 128-bit hash of the text.
+"""Marks the documents whose text equals an earlier one, by the 128-bit hash of the text.
 
 The hashes are split into buckets by their lowest bits. A pass over all documents takes the hashes
-of one bucket, sorts them with the places of their documents, and marks all but the first of each.
+of one bucket, sorts them with the numbers of their documents, and marks all but the first of each.
 """
 
 import itertools
@@ -17,20 +17,20 @@ from data_tools.builds.workers import map_in_order
 from megatron_eso.files import new_path
 
 BUCKET_DOCUMENTS = 2**24
-"""About how many documents a pass holds in memory, at some 50 bytes each."""
+"""Documents that a pass holds in memory, about 50 bytes each."""
 BLOCK_DOCUMENTS = 2**16
-"""Documents that are read at once."""
+"""Documents that are read in one block."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CountedSpan:
-    """A span that is encoded whole."""
+    """An encoded span, with the number of its documents."""
 
     files: SpanFiles
     num_documents: int
 
     def iterate_blocks(self) -> Iterator[tuple[int, npt.NDArray[np.void]]]:
-        """Yield the documents in blocks, each with the number of its first."""
+        """Yield the documents in blocks (DOCUMENT_DTYPE), each with the number of its first one."""
         for first in range(0, self.num_documents, BLOCK_DOCUMENTS):
             count = min(BLOCK_DOCUMENTS, self.num_documents - first)
             yield first, read_documents(self.files, first, count)
@@ -42,18 +42,18 @@ def mark_duplicates(
     num_workers: int,
     bucket_documents: int = BUCKET_DOCUMENTS,
 ) -> None:
-    """Write a byte per document in the order of the input: 1 for a duplicate, else 0.
+    """Write one byte per document in the order of the input: 1 for a duplicate, else 0.
 
     Args:
-        spans: all documents.
-        path: the file to write; if it exists it stays as it is.
-        num_workers: processes; each takes a bucket at a time.
-        bucket_documents: documents of a bucket.
+        spans: The spans with all documents.
+        path: The file to write; an existing file is kept.
+        num_workers: Number of processes; each takes one bucket at a time.
+        bucket_documents: Approximate number of documents in a bucket.
     """
     if path.exists():
         return
     num_documents = sum(span.num_documents for span in spans)
-    # A power of two, so that the lowest bits name the bucket.
+    # A power of two, so that the lowest bits are the number of the bucket.
     num_buckets = 1 << max(0, -(-num_documents // bucket_documents) - 1).bit_length()
     finder = _DuplicateFinder(spans=spans, num_buckets=num_buckets)
     workers = min(num_workers, num_buckets)
@@ -70,7 +70,7 @@ class _DuplicateFinder:
     num_buckets: int
 
     def __call__(self, bucket: int) -> npt.NDArray[np.int64]:
-        """The numbers of a bucket's duplicates in the order of the input, int64."""
+        """Return a bucket's duplicates by their numbers in the input, int64, unsorted."""
         mask = np.uint64(self.num_buckets - 1)
         lows, highs, numbers = [], [], []
         base = 0
@@ -82,7 +82,7 @@ class _DuplicateFinder:
                 numbers.append(chosen + (base + first))
             base += span.num_documents
         low, high, number = (np.concatenate(parts) for parts in (lows, highs, numbers))
-        # Stable: of equal hashes the first in the input comes first.
+        # The sort is stable: equal hashes keep the order of the input.
         order = np.lexsort((high, low))
         low, high = low[order], high[order]
         is_repeated = np.flatnonzero((low[1:] == low[:-1]) & (high[1:] == high[:-1])) + 1
@@ -90,7 +90,7 @@ class _DuplicateFinder:
 
 
 def read_marks(path: Path, spans: Sequence[CountedSpan]) -> list[npt.NDArray[np.uint8]]:
-    """The marks of each span's documents, uint8 [documents], mapped from the file."""
+    """Return the marks of each span's documents, uint8 [documents], mapped from the file."""
     marks = np.memmap(path, dtype=np.uint8, mode="r")
     ends = itertools.accumulate(span.num_documents for span in spans)
     return [marks[end - span.num_documents : end] for span, end in zip(spans, ends, strict=True)]

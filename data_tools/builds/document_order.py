@@ -1,11 +1,11 @@
-"""Which documents a split gets, and in which order: as places of tokens in the encoded spans.
+"""Chooses the documents of a split and their order, as addresses in the encoded spans.
 
-A document's place is `span << 40 | number of its first token in the span`. The documents are taken
-in blocks, so that memory does not grow with their number; any block is found without those before.
+The address of a document is `span << 40 | number of its first token in the span`. The documents are
+read in blocks, so that memory does not grow with their number; each block is found by its number.
 
-In input order a block is a stretch of a span's documents, less those that are left out. In random
-order block b is what the keyed permutation of all documents makes of the positions
-[b * BLOCK_DOCUMENTS, ...); it looks their places up in a file of 16 bytes a document.
+In the order of the input a block is a stretch of a span's documents, without those that are left
+out. In random order, block b holds the documents that the keyed permutation gives for the numbers
+from b * BLOCK_DOCUMENTS on; their addresses come from a file of 16 bytes per document.
 
 Shapes: D documents of a block, B blocks.
 """
@@ -26,20 +26,23 @@ from megatron_eso.randomness.purposes import Purpose
 
 SPAN_SHIFT = 40
 
-_PLACE_DTYPE = np.dtype([("place", "<u8"), ("num_tokens", "<u8")])
+_ADDRESS_DTYPE = np.dtype([("address", "<u8"), ("num_tokens", "<u8")])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selection:
-    """Which of all documents go to a split."""
+    """Condition for the documents of a split."""
 
     split: Split
     validation_share: float
     marks: Path | None
-    """Marks of the duplicates, which are left out; None: they stay."""
+    """File with the marks of the duplicates, which are left out; None keeps duplicates."""
 
     def choose(self, documents: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
-        """Which documents are of this split, by the hash of their text; duplicates included."""
+        """Return which documents belong to this split by the hash of their text, bool [D].
+
+        Duplicates are included.
+        """
         threshold = np.uint64(int(self.validation_share * 2**64))
         if self.split == "validation":
             return np.asarray(documents["hash_low"] < threshold)
@@ -48,40 +51,40 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitCounts:
-    """What a split holds."""
+    """Sizes of a split."""
 
     num_documents: int
     num_text_bytes: int
     num_duplicates: int
     slice_documents: tuple[npt.NDArray[np.int64], ...]
-    """Documents of each slice of each span."""
+    """Number of documents in each slice of each span."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentOrder(ABC):
-    """The documents of a split in their order, by blocks."""
+    """The documents of a split in their order, in blocks."""
 
     block_ends_B: npt.NDArray[np.int64]
-    """Tokens up to the end of each block."""
+    """Number of tokens up to the end of each block."""
 
     @abstractmethod
     def read_block(self, block: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Places and numbers of tokens of a block's documents, int64 [D] each."""
+        """Return addresses and token counts of a block's documents, int64 [D] each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputOrder(DocumentOrder):
-    """The order of the input."""
+    """The documents in the order of the input."""
 
     spans: Sequence[CountedSpan]
     selection: Selection
     span_B: npt.NDArray[np.int64]
     first_document_B: npt.NDArray[np.int64]
     first_token_B: npt.NDArray[np.int64]
-    """Where in the span's tokens the block begins."""
+    """Number of the block's first token in the span."""
 
     def read_block(self, block: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Places and numbers of tokens of a block's documents."""
+        """Return addresses and token counts of a block's documents."""
         number = int(self.span_B[block])
         first = int(self.first_document_B[block])
         span = self.spans[number]
@@ -100,15 +103,15 @@ class InputOrder(DocumentOrder):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RandomOrder(DocumentOrder):
-    """A random order, the same for the same key and number of documents."""
+    """The documents in a random order, a function of the key and the number of documents."""
 
-    places: Path
+    addresses: Path
     num_documents: int
     keys: npt.NDArray[np.uint64]
 
     def read_block(self, block: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Places and numbers of tokens of a block's documents."""
-        return _read_shuffled(self.places, self.num_documents, self.keys, block)
+        """Return addresses and token counts of a block's documents."""
+        return _read_shuffled(self.addresses, self.num_documents, self.keys, block)
 
 
 def survey(
@@ -116,12 +119,15 @@ def survey(
     slices: Sequence[npt.NDArray[np.int64]],
     selection: Selection,
 ) -> tuple[InputOrder, SplitCounts]:
-    """Go through all documents once and find those of a split.
+    """Read all documents once, and find those of a split.
 
     Args:
-        spans: all documents.
-        slices: the documents of each slice of each span, int64.
-        selection: which documents to take.
+        spans: The spans with all documents.
+        slices: For each span, the number of documents in each of its slices, int64.
+        selection: The condition for the documents of the split.
+
+    Returns:
+        The split's documents in the order of the input, and its sizes.
     """
     counter = _Counter()
     marks = None if selection.marks is None else read_marks(selection.marks, spans)
@@ -145,28 +151,28 @@ def survey(
     return order, counter.counts()
 
 
-def shuffle(order: InputOrder, counts: SplitCounts, seed: int, places: Path) -> RandomOrder:
-    """Put the documents of an order into a random one.
+def shuffle(order: InputOrder, counts: SplitCounts, seed: int, addresses: Path) -> RandomOrder:
+    """Put the documents of a split into a random order.
 
     Args:
-        order: the documents of the split in the order of the input.
-        counts: what the split holds.
-        seed: key of the random order, in [0, 2^64).
-        places: file to write, 16 bytes a document.
+        order: The documents in the order of the input.
+        counts: The sizes of the split.
+        seed: Key of the random order, in [0, 2^64).
+        addresses: The file to write, 16 bytes per document.
     """
-    with places.open("wb") as file:
+    with addresses.open("wb") as file:
         for block in range(len(order.block_ends_B)):
-            place_D, num_tokens_D = order.read_block(block)
-            table = np.empty(len(place_D), dtype=_PLACE_DTYPE)
-            table["place"], table["num_tokens"] = place_D, num_tokens_D
+            address_D, num_tokens_D = order.read_block(block)
+            table = np.empty(len(address_D), dtype=_ADDRESS_DTYPE)
+            table["address"], table["num_tokens"] = address_D, num_tokens_D
             file.write(table.data)
     keys = _shuffle_keys(seed)
     num_tokens = [
-        int(_read_shuffled(places, counts.num_documents, keys, block)[1].sum())
+        int(_read_shuffled(addresses, counts.num_documents, keys, block)[1].sum())
         for block in range(-(-counts.num_documents // BLOCK_DOCUMENTS))
     ]
     return RandomOrder(
-        places=places,
+        addresses=addresses,
         num_documents=counts.num_documents,
         keys=keys,
         block_ends_B=np.cumsum(num_tokens, dtype=np.int64),
@@ -174,9 +180,9 @@ def shuffle(order: InputOrder, counts: SplitCounts, seed: int, places: Path) -> 
 
 
 def find_in_input(document: int, num_documents: int, seed: int) -> int:
-    """The number in the order of the input of a document of a split in random order."""
-    place = np.array([document], dtype=np.uint64)
-    return int(permute(place, num_documents, _shuffle_keys(seed))[0])
+    """Return the number in the input of a document of a shuffled split."""
+    number = np.array([document], dtype=np.uint64)
+    return int(permute(number, num_documents, _shuffle_keys(seed))[0])
 
 
 def _shuffle_keys(seed: int) -> npt.NDArray[np.uint64]:
@@ -228,10 +234,10 @@ class _Counter:
 
 
 def _read_shuffled(
-    places: Path, num_documents: int, keys: npt.NDArray[np.uint64], block: int
+    addresses: Path, num_documents: int, keys: npt.NDArray[np.uint64], block: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     first = block * BLOCK_DOCUMENTS
     last = min(first + BLOCK_DOCUMENTS, num_documents)
     chosen = permute(np.arange(first, last, dtype=np.uint64), num_documents, keys)
-    table = np.memmap(places, dtype=_PLACE_DTYPE, mode="r")[chosen]
-    return table["place"].astype(np.int64), table["num_tokens"].astype(np.int64)
+    table = np.memmap(addresses, dtype=_ADDRESS_DTYPE, mode="r")[chosen]
+    return table["address"].astype(np.int64), table["num_tokens"].astype(np.int64)

@@ -1,15 +1,15 @@
-"""What a build has encoded so far, on the disk: it continues there after any interruption.
+"""Stores the encoded spans with a journal, by which a build continues after an interruption.
 
-Of each span of the input there are three files, to which one process appends:
+Each span of the input has three files, to which one process appends:
 
     NNNNN.tokens      the ids of the documents, each with its end-of-text token
     NNNNN.documents   DOCUMENT_DTYPE of each document
     NNNNN.journal     JSON lines, each a commit: how much of the other two is valid, and for which
                       units of the span
 
-A line of the journal is written once the tokens and documents that it counts are on the disk. A
+A line of the journal is written after the tokens and documents that it counts are on the disk. A
 process that continues cuts the files back to the last whole line. The journal is locked while it is
-written; the kernel frees the lock of a process that ends.
+written; the kernel releases the lock of a process that ends.
 """
 
 import dataclasses
@@ -30,12 +30,12 @@ from megatron_eso.errors import DataError
 from megatron_eso.locks import try_lock
 
 COMMIT_BYTES = 16 * 2**20
-"""Bytes of text between two commits: the most that an interruption costs."""
+"""Bytes of text between two commits: the most that an interruption loses."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SpanFiles:
-    """Names of a span's files."""
+    """Paths of a span's files."""
 
     directory: Path
     number: int
@@ -47,7 +47,7 @@ class SpanFiles:
 
     @property
     def documents(self) -> Path:
-        """File with what is kept of each document."""
+        """File of the documents' sizes and hashes."""
         return self.directory / f"{self.number:05d}.documents"
 
     @property
@@ -58,28 +58,28 @@ class SpanFiles:
 
 @dataclass(kw_only=True, slots=True)
 class SpanState:
-    """What has been encoded of a span."""
+    """Progress of a span's encoding."""
 
     num_units: int = 0
     num_tokens: int = 0
     num_documents: int = 0
     num_text_bytes: int = 0
     open_tokens: int = 0
-    """Tokens after the last document that has ended."""
+    """Tokens after the end of the last complete document."""
     open_text_bytes: int = 0
     raw_bytes: int = 0
     """Bytes of the input that were read."""
     digest: int | None = None
-    """`Unit.digest` of the last unit; None: there is none."""
+    """`Unit.digest` of the last unit; None before the first unit."""
     is_complete: bool = False
     notes: EncodingNotes = field(default_factory=EncodingNotes)
     slice_documents: dict[int, int] = field(default_factory=dict)
-    """Documents of the slices that have some."""
+    """Number of documents by slice, for slices that have any."""
     sources: dict[int, SourceRead] = field(default_factory=dict)
-    """What was read of the slices that are finished."""
+    """Size and hash of each finished slice."""
 
 
-# The fields of which a commit holds what is new, not all.
+# Fields of which a commit holds the new entries only.
 _GROWING = ("slice_documents", "sources")
 _COUNTS = tuple(
     each.name for each in dataclasses.fields(SpanState) if each.name not in (*_GROWING, "notes")
@@ -87,19 +87,19 @@ _COUNTS = tuple(
 
 
 def read_state(files: SpanFiles) -> SpanState:
-    """The state by a span's journal; an empty state if there is no journal."""
+    """Read the progress of a span from its journal; an empty state without a journal."""
     return _replay(files.journal)[0]
 
 
 def read_problems(files: SpanFiles) -> Iterator[Problem]:
-    """The problems of a span, in order."""
+    """Yield the problems of a span, in order."""
     for commit, _ in _read_commits(files.journal):
         for problem in commit["problems"]:
             yield Problem(**problem)
 
 
 def read_documents(files: SpanFiles, first: int, count: int) -> npt.NDArray[np.void]:
-    """Documents of a span, DOCUMENT_DTYPE [count]."""
+    """Read documents of a span from number `first` on, DOCUMENT_DTYPE [count]."""
     itemsize = DOCUMENT_DTYPE.itemsize
     documents = np.fromfile(
         files.documents, dtype=DOCUMENT_DTYPE, count=count, offset=first * itemsize
@@ -110,11 +110,11 @@ def read_documents(files: SpanFiles, first: int, count: int) -> npt.NDArray[np.v
 
 
 class TokenReader:
-    """Reads tokens of spans, with few files open at a time.
+    """A reader of the tokens of spans, which keeps few files open.
 
     Args:
-        spans: all of them, by number.
-        dtype: type of the tokens.
+        spans: All spans, by number.
+        dtype: Dtype of the tokens.
     """
 
     _MAX_OPEN = 128
@@ -125,7 +125,7 @@ class TokenReader:
         self._open: dict[int, int] = {}
 
     def read(self, span: int, start: int, count: int) -> npt.NDArray[np.unsignedinteger]:
-        """Tokens [count] from the place `start` of a span."""
+        """Read the tokens [count] of a span from number `start` on."""
         descriptor = self._open.get(span)
         if descriptor is None:
             if len(self._open) == self._MAX_OPEN:
@@ -144,18 +144,18 @@ class TokenReader:
 
 
 class SpanWriter:
-    """Appends to a span's files, from where they are.
+    """A writer that appends to a span's files after their last commit.
 
     Args:
-        files: names of the files.
-        dtype: type of the tokens.
-        commit_bytes: bytes of text between two commits.
+        files: Paths of the files.
+        dtype: Dtype of the tokens.
+        commit_bytes: Bytes of text between two commits.
 
     Raises:
-        DataError: another process is writing the span.
+        DataError: Another process is writing the span.
 
     Attributes:
-        state: what has been encoded, committed or not.
+        state: Progress of the span, committed or not.
     """
 
     def __init__(
@@ -184,6 +184,7 @@ class SpanWriter:
         """Append a unit's tokens and documents."""
         assert unit.number == self.state.num_units, "units must come in order, each once"
         state, documents = self.state, encoded.documents
+        # The first document may have begun in an earlier unit.
         if len(documents):
             documents["num_tokens"][0] += state.open_tokens
             documents["num_text_bytes"][0] += state.open_text_bytes
@@ -192,6 +193,7 @@ class SpanWriter:
         state.open_text_bytes += encoded.open_text_bytes
         self._tokens.write(encoded.tokens.data)
         self._documents.write(documents.data)
+        # The state counts the unit; what is new goes into the next commit.
         state.num_units += 1
         state.num_tokens += len(encoded.tokens)
         state.num_documents += len(documents)
@@ -211,13 +213,13 @@ class SpanWriter:
             self._commit()
 
     def finish(self) -> None:
-        """Commit what is left, and that this is the whole span."""
-        assert not self.state.open_tokens, "the span ends inside of a document"
+        """Commit the rest, and mark the span as complete."""
+        assert not self.state.open_tokens, "the span ends inside a document"
         self.state.is_complete = True
         self._commit()
 
     def close(self) -> None:
-        """Close the files; what is not committed will be encoded again."""
+        """Close the files; what is not committed is encoded again by the next process."""
         self._tokens.close()
         self._documents.close()
         self._journal.close()
@@ -244,7 +246,7 @@ class SpanWriter:
 
 
 def _replay(journal: Path) -> tuple[SpanState, int]:
-    """The state after the last commit, and the bytes of the journal up to there."""
+    """Return the state after the last commit, and the bytes of the journal up to it."""
     state, num_bytes = SpanState(), 0
     for commit, stop in _read_commits(journal):
         num_bytes = stop
@@ -259,7 +261,7 @@ def _replay(journal: Path) -> tuple[SpanState, int]:
 
 
 def _read_commits(journal: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each commit with the number of bytes up to its end; what a kill has cut off is left out."""
+    """Yield each whole commit with the number of bytes up to its end."""
     if not journal.exists():
         return
     num_bytes = 0
@@ -276,7 +278,7 @@ def _read_commits(journal: Path) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def _open_at(path: Path, num_bytes: int) -> BinaryIO:
-    """Open to append after `num_bytes`; the rest of the file is dropped."""
+    """Open a file to append after `num_bytes`, and cut off the rest."""
     file = path.open("ab")
     if file.tell() < num_bytes:
         file.close()
@@ -292,5 +294,5 @@ def _flush(file: BinaryIO) -> None:
 
 def _damaged(path: Path) -> DataError:
     return DataError(
-        f"{path} is shorter than its journal tells; remove {path.parent.parent} and build again"
+        f"{path} is shorter than its journal states; remove {path.parent.parent} and build again"
     )

@@ -1,8 +1,8 @@
-"""The second stage of `build`: encoded spans to datasets, published as one directory.
+"""The second stage of `build`: makes datasets from encoded spans, and publishes them at once.
 
-Everything is written to `OUT.building/dataset`, which takes the name OUT at the end. Each step can
-be repeated: what a killed process has finished stays, the rest is written again. The spans are used
-until all is written; then one rename marks them as finished.
+All files are written to `OUT.building/dataset`, which is renamed to OUT at the end. Each step can
+be repeated: after a kill, finished files are kept and the others are written again. When all files
+are written, one rename marks the spans as finished.
 """
 
 import json
@@ -40,7 +40,7 @@ from megatron_eso.files import is_taken, rename, sync_path
 
 SPANS_FOLDER = "spans"
 SKIPPED_FILE = "skipped.jsonl"
-"""What was left out of the input since it is no text: a JSON object per line."""
+"""Names the lines, rows and files that were left out: a JSON object per line."""
 
 _DATASET_FOLDER = "dataset"
 _PACKING_FOLDER = "packing"
@@ -49,7 +49,7 @@ _FINISHED_FOLDER = "finished"
 
 @dataclass(kw_only=True, slots=True)
 class MergeReport:
-    """What the user should know of a merge."""
+    """Facts about a merge that the user should know."""
 
     notes: EncodingNotes = field(default_factory=EncodingNotes)
     num_duplicates: int | None = None
@@ -61,10 +61,10 @@ def merge_spans(
     """Write the datasets to `building/dataset`, then mark the spans as finished.
 
     Returns:
-        What was found; None where an earlier process has done all of it.
+        Facts about the merge; None where an earlier process has completed it.
 
     Raises:
-        DataError: spans are missing, or a split has no documents.
+        DataError: Spans are missing, or a split has no documents.
     """
     folder = building / SPANS_FOLDER
     if not folder.exists():
@@ -77,24 +77,24 @@ def merge_spans(
 
 
 def publish_datasets(building: Path, out: Path) -> None:
-    """Give the finished datasets their name, and remove the rest of the build."""
+    """Rename the finished datasets to `out`, and remove the rest of the build."""
     dataset = building / _DATASET_FOLDER
     if dataset.exists():
         rename(dataset, out)
-    # The plan is removed last: as long as it is there, the next start removes the rest.
+    # The plan is removed last: while it exists, the next start removes the rest.
     for folder in (_FINISHED_FOLDER, _PACKING_FOLDER):
         shutil.rmtree(building / folder, ignore_errors=True)
     shutil.rmtree(building)
 
 
 def is_published(building: Path, out: Path) -> bool:
-    """Whether a killed process has published `out`, and not yet removed the building."""
+    """Return whether a killed process has published `out` without removing `building`."""
     is_left = any((building / name).exists() for name in (SPANS_FOLDER, _DATASET_FOLDER))
     return (building / PLAN_FILE).exists() and is_taken(out) and not is_left
 
 
 def split_directories(directory: Path, validation_share: float) -> dict[Split, Path]:
-    """The folder of each dataset."""
+    """Return the folder of each dataset by split."""
     if validation_share:
         return {"train": directory / "train", "validation": directory / "validation"}
     return {"all": directory}
@@ -126,6 +126,7 @@ class _Merge:
         ]
 
     def run(self, num_workers: int) -> MergeReport:
+        # Which documents each split gets, and in which order.
         self._dataset.mkdir(exist_ok=True)
         self._packing.mkdir(exist_ok=True)
         marks = self._packing / "duplicates.u8" if self._plan.deduplicate else None
@@ -135,6 +136,7 @@ class _Merge:
         found = {split: self._arrange(split, marks) for split in directories}
         counts = {split: count for split, (_, count) in found.items()}
         _check_not_empty(counts, self._plan.validation)
+        # The shards, then the manifests.
         packed = {
             split: PackedSplit(
                 directory=directories[split], notes=self._packing / split, order=order
@@ -146,6 +148,7 @@ class _Merge:
         for split, one in packed.items():
             self._publish_split(split, one, counts[split])
         sync_path(self._dataset)
+        # What the user should know.
         report = MergeReport()
         for state in self._states:
             report.notes.add(state.notes)
@@ -165,8 +168,8 @@ class _Merge:
         order, counts = survey(self._counted, slices, selection)
         if self._plan.shuffle is None:
             return order, counts
-        places = self._packing / f"{split}.places"
-        return shuffle(order, counts, self._plan.shuffle, places), counts
+        addresses = self._packing / f"{split}.addresses"
+        return shuffle(order, counts, self._plan.shuffle, addresses), counts
 
     def _publish_split(self, split: Split, packed: PackedSplit, counts: SplitCounts) -> None:
         publisher = DatasetPublisher(packed.directory, self._format)

@@ -1,4 +1,4 @@
-"""Where a command writes: the directory that `--out` names."""
+"""The directory that `--out` names: its checks, and its name while it is written."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from megatron_eso.files import is_taken, is_wrong_place, new_folder
 
 
 def building_path(out: Path) -> Path:
-    """Where `out` is written before it is complete."""
+    """Return the path at which `out` is written until it is complete."""
     return out.with_name(f"{out.name}.building")
 
 
 def check_absent(out: Path) -> None:
-    """Refuse a place that holds something.
+    """Refuse an output path that is taken.
 
     Raises:
         ConfigError: `out` exists and is no empty directory, or is no possible path.
@@ -27,10 +27,10 @@ def check_absent(out: Path) -> None:
 
 @contextlib.contextmanager
 def explain_place(out: Path) -> Iterator[None]:
-    """Name `--out` where the body cannot write there.
+    """Turn errors of the body about a path that cannot be written into one about `--out`.
 
     Raises:
-        ConfigError: The path leads nowhere, or the user may not write there.
+        ConfigError: The path is impossible, or the user may not write to it.
     """
     try:
         yield
@@ -44,11 +44,11 @@ def explain_place(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_output(out: Path) -> Iterator[Path]:
-    """Yield an empty directory to fill; it takes the name `out` at the end; see `new_folder`.
+    """Yield an empty directory to fill, which is renamed to `out` at the end; see `new_folder`.
 
     Raises:
-        ConfigError: `out` exists already, or nothing can be written there.
-        UserError: another process is writing it.
+        ConfigError: `out` exists already, or cannot be written.
+        UserError: Another process is writing it.
     """
     check_absent(out)
     with contextlib.ExitStack() as stack:

@@ -1,6 +1,6 @@
-"""Encoded spans to datasets: every shard is a function of the spans, so any process may write it.
+"""Packs encoded spans into shards; a shard depends on the spans alone, so any process can write it.
 
-For each finished shard a note holds what the dataset's index files need to know of it. After an
+For each finished shard, a note keeps what the dataset's index files need of it. After an
 interruption, packing continues with the shards that have no note.
 """
 
@@ -25,7 +25,7 @@ _READ_TOKENS = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedSplit:
-    """A dataset to be written."""
+    """A dataset to write."""
 
     directory: Path
     notes: Path
@@ -34,33 +34,33 @@ class PackedSplit:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the dataset."""
+        """Number of tokens in the dataset."""
         return int(self.order.block_ends_B[-1]) if len(self.order.block_ends_B) else 0
 
     def num_shards(self, format: RecordFormat) -> int:
-        """Shards of the dataset."""
+        """Return the number of shards in the dataset."""
         return -(-self.num_tokens // format.shard_tokens)
 
     def note(self, shard: int) -> Path:
-        """The note on a shard."""
+        """Return the path of the note on a shard."""
         return self.notes / f"{shard:05d}.npz"
 
     def read_notes(self, format: RecordFormat) -> Iterator[WrittenShard]:
-        """What is known of the shards, which must be finished."""
+        """Yield the notes on all shards, which must be finished."""
         for shard in range(self.num_shards(format)):
             yield _load(self.note(shard))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardPacker:
-    """Writes shards from spans; picklable, with a task for each shard."""
+    """A picklable function that writes one shard per task."""
 
     splits: Mapping[Split, PackedSplit]
     spans: tuple[SpanFiles, ...]
     format: RecordFormat
 
     def __call__(self, task: tuple[Split, int]) -> int:
-        """Write the shard (split, number) and then its note; return how many tokens it holds."""
+        """Write the shard of a task (split, number), then its note; return its number of tokens."""
         split, shard = task
         packed = self.splits[split]
         writer = ShardWriter(packed.directory, self.format, shard)
@@ -68,15 +68,15 @@ class ShardPacker:
         first = shard * self.format.shard_tokens
         last = min(first + self.format.shard_tokens, packed.num_tokens)
         try:
-            for place, count in find_stretches(packed.order, first, last):
-                span, start = place >> SPAN_SHIFT, place & ((1 << SPAN_SHIFT) - 1)
+            for address, count in find_stretches(packed.order, first, last):
+                span, start = address >> SPAN_SHIFT, address & ((1 << SPAN_SHIFT) - 1)
                 for skipped in range(0, count, _READ_TOKENS):
                     size = min(_READ_TOKENS, count - skipped)
                     writer.append(reader.read(span, start + skipped, size))
         finally:
             reader.close()
         written = writer.close()
-        # After the shard has its name on the disk, which a note promises.
+        # Last: a note says that the shard is on the disk under its name.
         _save(written, packed.note(shard))
         return last - first
 
@@ -90,10 +90,10 @@ def pack_shards(
     """Write the shards that have no note yet.
 
     Args:
-        splits: the datasets to write.
-        spans: all of them, by number.
-        format: record format of the datasets.
-        num_workers: processes; each writes a shard at a time.
+        splits: The datasets to write.
+        spans: All spans, by number.
+        format: Record format of the datasets.
+        num_workers: Number of processes; each writes one shard at a time.
     """
     for packed in splits.values():
         packed.directory.mkdir(parents=True, exist_ok=True)
@@ -118,33 +118,33 @@ def pack_shards(
 
 
 def find_stretches(order: DocumentOrder, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Yield where the tokens [first, last) of an order lie: places and numbers of tokens.
+    """Yield the addresses and lengths of the stretches that hold the tokens [first, last).
 
-    Adjacent documents come as one.
+    Adjacent documents are one stretch.
     """
     block = int(np.searchsorted(order.block_ends_B, first, side="right"))
     position = int(order.block_ends_B[block - 1]) if block else 0
     while position < last:
-        place_D, num_tokens_D = order.read_block(block)
-        for place, count in _join(place_D, num_tokens_D):
+        address_D, num_tokens_D = order.read_block(block)
+        for address, count in _join(address_D, num_tokens_D):
             skipped = max(0, first - position)
             taken = min(count, last - position) - skipped
             if taken > 0:
-                yield place + skipped, taken
+                yield address + skipped, taken
             position += count
         block += 1
 
 
 def _join(
-    place_D: npt.NDArray[np.int64], num_tokens_D: npt.NDArray[np.int64]
+    address_D: npt.NDArray[np.int64], num_tokens_D: npt.NDArray[np.int64]
 ) -> Iterator[tuple[int, int]]:
-    if not len(place_D):
+    if not len(address_D):
         return
-    is_new_D = np.ones(len(place_D), dtype=np.bool_)
-    is_new_D[1:] = place_D[1:] != place_D[:-1] + num_tokens_D[:-1]
+    is_new_D = np.ones(len(address_D), dtype=np.bool_)
+    is_new_D[1:] = address_D[1:] != address_D[:-1] + num_tokens_D[:-1]
     begins = np.flatnonzero(is_new_D)
     counts = np.add.reduceat(num_tokens_D, begins)
-    yield from zip(place_D[begins].tolist(), counts.tolist(), strict=True)
+    yield from zip(address_D[begins].tolist(), counts.tolist(), strict=True)
 
 
 def _save(shard: WrittenShard, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a build was begun with, on the disk: it can only be continued with the same."""
+"""Stores the options and inputs of a build, which continues with the same ones only."""
 
 import base64
 import dataclasses
@@ -17,12 +17,12 @@ from megatron_eso.files import write_once
 
 PLAN_FILE = "plan.json"
 FORMAT_VERSION = 1
-"""Version of the plan and of all files of an unfinished build; another version is refused."""
+"""Version of the files of an unfinished build; another version is refused."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedInput:
-    """An input file, as all machines see it."""
+    """An input file, without its path on one machine."""
 
     name: str
     kind: str
@@ -32,7 +32,7 @@ class PlannedInput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildPlan:
-    """What decides the bytes of the datasets; the names of its fields are those of the options."""
+    """All that the bytes of the datasets depend on; the fields have the names of the options."""
 
     text_key: str
     document_separator: str | None
@@ -46,7 +46,7 @@ class BuildPlan:
     input: tuple[PlannedInput, ...]
 
     def plan_spans(self) -> list[Span]:
-        """The spans of the input; they follow from the sizes of the files."""
+        """Return the spans of the input, which follow from the sizes of the files."""
         files = [
             InputFile(
                 path=None,
@@ -60,7 +60,7 @@ class BuildPlan:
         return plan_spans(files, self.span_bytes)
 
     def find_difference(self, other: "BuildPlan") -> str | None:
-        """Say in which option another plan differs, as `--option A, not B`."""
+        """Describe the first option in which another plan differs: `--option A, not B`."""
         for each in dataclasses.fields(self):
             ours, theirs = getattr(self, each.name), getattr(other, each.name)
             if ours == theirs:
@@ -76,16 +76,16 @@ class BuildPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredPlan:
-    """A plan, with what else merging needs."""
+    """A build plan, and what merging needs besides."""
 
     plan: BuildPlan
     num_parts: int
-    """Number of parts of the build; it names the parts that are missing."""
+    """Number of parts of the build, by which missing parts are named."""
     tokenizer_files: Mapping[str, bytes]
 
 
 def list_inputs(files: Sequence[InputFile]) -> tuple[PlannedInput, ...]:
-    """The inputs without their places on this machine."""
+    """List the inputs without their paths on this machine."""
     return tuple(
         PlannedInput(
             name=file.name, kind=file.kind, compression=file.compression, num_bytes=file.num_bytes
@@ -95,10 +95,10 @@ def list_inputs(files: Sequence[InputFile]) -> tuple[PlannedInput, ...]:
 
 
 def store_plan(directory: Path, stored: StoredPlan) -> StoredPlan:
-    """Write a plan unless there is one; of several processes one writes it.
+    """Write a plan unless the directory has one; of several processes, one writes it.
 
     Returns:
-        The plan that is there.
+        The plan that the directory has.
     """
     write_once(directory / PLAN_FILE, json.dumps(_encode(stored)))
     found = read_plan(directory)
@@ -107,10 +107,10 @@ def store_plan(directory: Path, stored: StoredPlan) -> StoredPlan:
 
 
 def read_plan(directory: Path) -> StoredPlan | None:
-    """The plan of a directory, None where there is none.
+    """Read the plan of a directory; return None where it has none.
 
     Raises:
-        ConfigError: another version of the program began the work.
+        ConfigError: Another version of the program began the build.
     """
     try:
         text = (directory / PLAN_FILE).read_text(encoding="ascii")
@@ -119,8 +119,8 @@ def read_plan(directory: Path) -> StoredPlan | None:
     fields = json.loads(text)
     if fields.get("format_version") != FORMAT_VERSION:
         raise ConfigError(
-            f"{directory} was begun by another version of this program; go on with that, or "
-            "remove it to begin anew"
+            f"{directory} was begun by another version of this program; continue with that, or "
+            "remove it to begin again"
         )
     plan = fields["plan"]
     return StoredPlan(
@@ -139,16 +139,16 @@ def read_plan(directory: Path) -> StoredPlan | None:
 
 
 def check_plan(directory: Path, stored: BuildPlan, wanted: BuildPlan) -> None:
-    """Refuse to continue a build with other options than it was begun with.
+    """Refuse to continue a build with other options.
 
     Raises:
-        ConfigError: an option differs.
+        ConfigError: An option differs.
     """
     difference = stored.find_difference(wanted)
     if difference is not None:
         raise ConfigError(
             f"{directory} was begun with {difference}; give the options that it was begun with, "
-            "or remove it to begin anew"
+            "or remove it to begin again"
         )
 
 

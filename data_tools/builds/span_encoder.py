@@ -1,4 +1,4 @@
-"""The first stage of `build`: the spans of the input to tokens on the disk."""
+"""The first stage of `build`: encodes the spans of the input to tokens on the disk."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -22,15 +22,15 @@ from megatron_eso.progress import Progress
 
 
 class SpanEncoder:
-    """Encodes spans one after the other, whichever are not complete.
+    """An encoder of the spans that are not complete, one after the other.
 
     Args:
-        files: all files of the input.
-        spans: the spans to encode.
-        options: how text lies in the files.
-        directory: folder of the encoded spans.
-        dtype: type of the tokens.
-        commit_bytes: bytes of text between two commits.
+        files: All files of the input.
+        spans: The spans to encode.
+        options: How documents lie in the files.
+        directory: Folder of the encoded spans.
+        dtype: Dtype of the tokens.
+        commit_bytes: Bytes of text between two commits.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class SpanEncoder:
         self._writers: dict[int, SpanWriter] = {}
 
     def run(self, encoder: UnitEncoder, num_workers: int) -> None:
-        """Encode what is missing.
+        """Encode the units that are missing.
 
         Raises:
-            DataError: the text is damaged, or another process is writing one of the spans.
+            DataError: The text is damaged, or another process is writing one of the spans.
         """
         states = [read_state(self._files_of(span)) for span in self._spans]
         progress = Progress(
@@ -81,13 +81,13 @@ class SpanEncoder:
         progress.finish()
 
     def _read(self, spans: Sequence[Span]) -> Iterator[tuple[int, Unit]]:
-        """Yield the units that are missing; each span is locked when its first one is read."""
+        """Yield the missing units, each with its span's number; the writer of a span locks it."""
         for span in spans:
             writer = SpanWriter(self._files_of(span), self._dtype, self._commit_bytes)
             self._writers[span.number] = writer
             state = writer.state
             if state.is_complete:
-                continue  # another process has completed it meanwhile
+                continue  # another process has completed it since
             for unit in read_units(
                 self._files,
                 span,
@@ -98,7 +98,7 @@ class SpanEncoder:
                 yield span.number, unit
 
     def _finish_before(self, number: int | None) -> None:
-        """Finish the spans that come before one, or all: their units are all there."""
+        """Finish the spans before number `number`, or all: every unit of them is encoded."""
         for earlier in list(self._writers):
             if earlier == number:
                 return
@@ -112,7 +112,7 @@ class SpanEncoder:
 
 
 def read_states(directory: Path, num_spans: int) -> list[SpanState]:
-    """The states of all spans of a directory."""
+    """Read the progress of all spans of a directory."""
     return [
         read_state(SpanFiles(directory=directory, number=number)) for number in range(num_spans)
     ]

@@ -1,4 +1,4 @@
-"""Units of text to tokens."""
+"""Encodes units of text to tokens."""
 
 from dataclasses import asdict, dataclass, field
 
@@ -14,7 +14,7 @@ from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 DOCUMENT_DTYPE = np.dtype(
     [("num_tokens", "<u8"), ("num_text_bytes", "<u8"), ("hash_low", "<u8"), ("hash_high", "<u8")]
 )
-"""What is kept of a document: tokens with the end-of-text token, bytes, the text's hash."""
+"""Record of a document: tokens with the end-of-text token, bytes, and the hash of its text."""
 
 _WORD_BOUNDARY_UTF8 = "\u2581".encode()
 _ROUND_TRIP_BYTES = 16 * 1024
@@ -22,44 +22,44 @@ _ROUND_TRIP_BYTES = 16 * 1024
 
 @dataclass(kw_only=True, slots=True)
 class EncodingNotes:
-    """What the user should know about a unit, or about many together."""
+    """Facts about one or more units that the user should know."""
 
     empty_documents: int = 0
-    """Left out: they have no tokens."""
+    """Documents that were left out, since they have no tokens."""
     word_boundary_characters: int = 0
-    """U+2581 in the text, which SentencePiece gives back as a space."""
+    """Number of U+2581 in the text, which SentencePiece decodes as a space."""
     round_trips: int = 0
     """Documents that were encoded and decoded again, as a check."""
     exact_round_trips: int = 0
     problems: int = 0
-    """Lines, rows and files that were left out since they are no text."""
+    """Lines, rows and files that were left out, since they are no text."""
 
     def add(self, other: "EncodingNotes") -> None:
-        """Add another's counts."""
+        """Add the counts of another unit."""
         for name, count in asdict(other).items():
             setattr(self, name, getattr(self, name) + count)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncodedUnit:
-    """Result of a unit. If its last document continues in the next unit, it is left open."""
+    """Tokens and documents of a unit; a document that continues in the next unit is open."""
 
     tokens: npt.NDArray[np.unsignedinteger]
     documents: npt.NDArray[np.void]
-    """DOCUMENT_DTYPE, the documents that end in the unit, counted from the unit's start."""
+    """DOCUMENT_DTYPE: the documents that end in the unit, with their sizes in it."""
     open_tokens: int
-    """Tokens after the last document that ends."""
+    """Tokens after the end of the last complete document."""
     open_text_bytes: int
     notes: EncodingNotes
     problems: list[Problem] = field(default_factory=list)
 
 
 class UnitEncoder:
-    """Turns units into tokens.
+    """A picklable function that encodes one unit per task.
 
     Args:
-        tokenizer: a tokenizer with an end-of-text token.
-        options: how the documents lie in the units.
+        tokenizer: A tokenizer with an end-of-text token.
+        options: How documents lie in the units.
     """
 
     def __init__(self, tokenizer: Tokenizer, options: TextOptions) -> None:
@@ -73,12 +73,12 @@ class UnitEncoder:
         """Encode the unit of a task (number of the span, unit).
 
         Raises:
-            DataError: the text is damaged, and the options say to stop at that.
+            DataError: The text is damaged, and `options.on_error` is "stop".
         """
         _, unit = task
         problems: list[Problem] = []
         parsed = list(parse_unit(unit, self._options, problems))
-        # The last part of a document of earlier units may be empty.
+        # The last part of a document that began in an earlier unit may be empty.
         documents = [
             document
             for number, document in enumerate(parsed)
@@ -105,7 +105,7 @@ class UnitEncoder:
                 notes.word_boundary_characters += document.text.count(_WORD_BOUNDARY_UTF8)
         joined = np.concatenate(parts, dtype=self._dtype, casting="unsafe")
         ended = [document for document in documents if document.ends]
-        # A document of a unit that does not end is its last.
+        # A document that does not end is the last one of the unit.
         assert ended == documents[: len(ended)]
         table = np.empty(len(ended), dtype=DOCUMENT_DTYPE)
         table["num_tokens"] = [len(tokens) + 1 for tokens in ids[: len(ended)]]
@@ -126,7 +126,7 @@ class UnitEncoder:
     def _check_round_trip(
         self, documents: list[Document], ids: list[npt.NDArray[np.int32]], notes: EncodingNotes
     ) -> None:
-        """Decode a document of the unit, if one is short enough for that to be cheap."""
+        """Decode one document of the unit that is short enough for a cheap check."""
         for document, tokens in zip(documents, ids, strict=True):
             if document.text and len(document.text) <= _ROUND_TRIP_BYTES:
                 decoded = self._tokenizer.decode(tokens.tolist())

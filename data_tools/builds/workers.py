@@ -1,4 +1,4 @@
-"""Work on tasks in several processes, with the results in the order of the tasks."""
+"""Runs tasks in several processes and yields the results in the order of the tasks."""
 
 import itertools
 import multiprocessing
@@ -22,24 +22,24 @@ _TASKS_PER_WORKER = 3
 def map_in_order(
     work: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int
 ) -> Generator[tuple[Task, Result]]:
-    """Yield every task with its result, in order; a few tasks per worker are held at a time.
+    """Yield every task with its result, in order, with a few tasks per worker in memory.
 
-    Workers end when this process does, whatever ends it.
+    The workers end when this process ends, even by a kill.
 
     Args:
-        work: done on each task; it is sent to each worker once. What it raises is raised here when
-            the task's turn comes.
-        tasks: taken one by one as results are needed.
-        num_workers: processes; 1 works in this one.
+        work: The function of a task, sent once to each worker. Its errors are raised here when the
+            task's turn comes.
+        tasks: The tasks, taken one by one as results are needed.
+        num_workers: Number of processes; 1 runs all tasks in this process.
 
     Raises:
-        DataError: a worker died.
+        DataError: A worker died.
     """
     if num_workers == 1:
         for task in tasks:
             yield task, work(task)
         return
-    # Started afresh, not forked: a fork of a process with threads may hang.
+    # Spawned, not forked: a fork of a process with threads may hang.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
         num_workers, mp_context=context, initializer=_start_worker, initargs=(work,)
@@ -47,6 +47,7 @@ def map_in_order(
     pending: deque[tuple[Task, Future[Result]]] = deque()
     remaining = iter(tasks)
     try:
+        # One new task is submitted for each result that is taken.
         for task in itertools.islice(remaining, _TASKS_PER_WORKER * num_workers):
             pending.append((task, pool.submit(_work, task)))
         while pending:
@@ -57,7 +58,7 @@ def map_in_order(
             yield done, result
     except BrokenProcessPool as error:
         raise DataError(
-            "a worker process died, perhaps for want of memory; run again with fewer --workers"
+            "a worker process died, perhaps for lack of memory; run again with fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -74,7 +75,7 @@ def _start_worker(work: Callable[[Any], Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this worker when its parent ends: if that was killed, no task would ever come."""
+    """End this worker when its parent ends: a killed parent sends no more tasks."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,1 +1,1 @@
-"""Token files of other programs to datasets."""
+"""Makes datasets from token files of other programs."""

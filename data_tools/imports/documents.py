@@ -1,4 +1,4 @@
-"""Imported tokens as documents: each closed by the end-of-text token, each given to its split."""
+"""Ends imported documents with the end-of-text token, and divides them among the splits."""
 
 from collections import Counter
 
@@ -14,7 +14,7 @@ from megatron_eso.errors import DataError
 
 
 class DocumentCloser:
-    """Checks ids, and has every document end with the end-of-text token."""
+    """A check of ids, which adds the missing end-of-text tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         assert tokenizer.eos_token_id is not None
@@ -25,18 +25,18 @@ class DocumentCloser:
         self.num_added = 0
 
     def close(self, block: TokenBlock) -> npt.NDArray[np.uint32]:
-        """The tokens of a block and those that were missing.
+        """Return the tokens of a block with the missing end-of-text tokens, uint32.
 
         Raises:
-            DataError: an id is not in the vocabulary, or is the mask token.
+            DataError: An id is not in the vocabulary, or is the mask token.
         """
         ids = block.tokens
         wrong = (ids < 0) | (ids >= self._vocab_size) | (ids == self._mask)
         if wrong.any():
-            place = int(np.argmax(wrong))
+            index = int(np.argmax(wrong))
             raise DataError(
-                f"{block.source.path}: byte {block.offset + place * ids.itemsize}: the id "
-                f"{ids[place]} is not in the vocabulary of {self._vocab_size}, or is its mask "
+                f"{block.source.path}: byte {block.offset + index * ids.itemsize}: the id "
+                f"{ids[index]} is not in the vocabulary of {self._vocab_size}, or is its mask "
                 f"token {self._mask}; give the --tokenizer that the tokens were made with"
             )
         before = np.concatenate([[self._last], ids])
@@ -48,7 +48,7 @@ class DocumentCloser:
 
 
 class DocumentSplitter:
-    """Gives each document to the writer of its split, by the hash of its tokens."""
+    """A writer of documents to their splits, by the hash of their tokens."""
 
     def __init__(self, share: float, eos: int, writers: dict[Split, DatasetWriter]) -> None:
         self._share = share
@@ -56,12 +56,12 @@ class DocumentSplitter:
         self._eos = eos
         self._writers = writers
         self._counts: dict[Split, Counter[TokenSource]] = {split: Counter() for split in writers}
-        # The document that has not ended: the file in which it begins, and its tokens.
+        # The document that has not ended: the file in which it began, and its tokens.
         self._source: TokenSource | None = None
         self._open: list[npt.NDArray[np.uint32]] = []
 
     def add(self, source: TokenSource, tokens: npt.NDArray[np.uint32]) -> None:
-        """Append tokens of a file, documents that end with the end-of-text token."""
+        """Append tokens of a file, in which the end-of-text token ends each document."""
         ends = np.flatnonzero(tokens == self._eos) + 1
         first = self._source or source
         if not len(ends):
@@ -78,7 +78,7 @@ class DocumentSplitter:
             self._split(first, source, ends - len(tokens))
 
     def _split(self, first: TokenSource, source: TokenSource, ends: npt.NDArray[np.int64]) -> None:
-        """Write the documents that have ended, at places counted from the end, to their splits."""
+        """Write the complete documents to their splits; `ends` count from the last token back."""
         tokens = np.concatenate(self._open)
         stops = ends + len(tokens)
         starts = np.concatenate([[0], stops[:-1]])
@@ -103,18 +103,22 @@ class DocumentSplitter:
         self._open = [tokens[stops[-1] :]]
 
     def num_documents(self, split: Split) -> int:
-        """Documents of a split so far."""
+        """Return the number of documents in a split so far."""
         return self._counts[split].total()
 
     def finish(self, sources: list[TokenSource]) -> dict[Split, str]:
         """Publish the datasets.
 
+        Args:
+            sources: All files that were read.
+
         Returns:
-            The id of each by split.
+            The id of each dataset by split.
 
         Raises:
-            DataError: a split is empty.
+            DataError: A split is empty.
         """
+        # An empty split is refused.
         total = sum(map(self.num_documents, self._writers))
         if not total:
             raise DataError("the input holds no document; check --input")
@@ -124,6 +128,7 @@ class DocumentSplitter:
                     f"none of the {total} documents went to the {split} split at --validation "
                     f"{self._share}; change the share or give more documents"
                 )
+        # Each dataset names its sources.
         return {
             split: writer.finish(
                 sources=[
@@ -135,7 +140,7 @@ class DocumentSplitter:
                     )
                     for source in sources
                 ],
-                # Not known without decoding.
+                # Unknown without decoding.
                 num_text_bytes=0,
                 split=split,
                 validation_share=self._share,

@@ -1,4 +1,4 @@
-"""The foreign formats of token files: a new one is a file like the others, and a line below."""
+"""The table of token formats of other programs; a new one is a file and a line below."""
 
 from data_tools.imports.interface import TokenFiles, TokenFormat
 from data_tools.imports.litdata import LITDATA
@@ -7,7 +7,7 @@ from data_tools.imports.packed import PACKED
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import ConfigError
 
-# Of formats with one name, the first that recognizes an input counts.
+# The first format with the name of `--from` that recognizes an input is used.
 FORMATS = (
     MEGATRON,
     LITDATA,
@@ -22,23 +22,23 @@ def open_files(option: str, inputs: list[str], tokenizer: Tokenizer) -> TokenFil
     """Open the input, and check headers and sizes of all its files.
 
     Args:
-        option: value of `--from`.
-        inputs: values of `--input`.
-        tokenizer: the one with which the tokens were made.
+        option: Value of `--from`.
+        inputs: Values of `--input`.
+        tokenizer: The tokenizer that made the tokens.
 
     Raises:
-        ConfigError: a file is missing, or the inputs are of several formats.
-        DataError: a file is damaged or of another kind.
+        ConfigError: A file is missing, or the inputs are of several formats.
+        DataError: A file is damaged or of another kind.
     """
     found = list(dict.fromkeys(_recognize(option, text) for text in inputs))
     if len(found) > 1:
         labels = " and ".join(each.label for each in FORMATS if each in found)
-        raise ConfigError(f"--input: {labels} are mixed; import each")
+        raise ConfigError(f"--input: {labels} are mixed; import them one after the other")
     return found[0].open(inputs, tokenizer)
 
 
 def describe_formats() -> str:
-    """The formats and their inputs, for the help of the command line."""
+    """Return the formats and their inputs, for the help of the command line."""
     lines = (
         f"{option}: {', or '.join(each.help for each in FORMATS if each.option == option)}"
         for option in OPTIONS

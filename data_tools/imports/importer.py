@@ -1,4 +1,4 @@
-"""`import-tokens`: token files of other programs to a dataset, without tokenizing again."""
+"""`import-tokens`: makes a dataset from token files of other programs, as they are."""
 
 import sys
 from dataclasses import dataclass
@@ -17,35 +17,36 @@ from megatron_eso.progress import Progress
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportOptions:
-    """Which token files to import, and how."""
+    """Options of `import-tokens`."""
 
     kind: str
     """A value of `--from`."""
     inputs: list[str]
     tokenizer: str
-    """The one that the tokens were made with."""
+    """Path of the tokenizer that made the tokens."""
     out: Path
     validation_share: float = 0.0
-    """Above 0 the datasets `out/train` and `out/validation` are made."""
+    """Share of the documents for `out/validation`; 0 makes one dataset, `out`."""
     record_tokens: int = RECORD_TOKENS
     shard_records: int = SHARD_RECORDS
 
 
 def import_tokens(options: ImportOptions) -> dict[Split, str]:
-    """Make a dataset, or two with a validation share; equal input gives equal bytes.
+    """Make one dataset, or two with a validation share; equal input gives equal bytes.
 
     Returns:
         The id of each dataset by split.
 
     Raises:
-        ConfigError: an input or the output path is wrong.
-        DataError: a file is damaged, or does not fit the tokenizer.
+        ConfigError: An input or the output path is wrong.
+        DataError: A file is damaged, or does not fit the tokenizer.
     """
+    # The tokenizer and the inputs are checked before anything is written.
     tokenizer = Tokenizer.load(options.tokenizer)
     if tokenizer.eos_token_id is None:
         raise DataError(
-            f"tokenizer {options.tokenizer}: has no end-of-text token to separate documents; name "
-            "it in a tokenizer_config.json in its folder (eos_token)"
+            f"--tokenizer {options.tokenizer}: has no end-of-text token to separate documents; "
+            "name it as eos_token in a tokenizer_config.json in the tokenizer's folder"
         )
     files = open_files(options.kind, options.inputs, tokenizer)
     with new_output(options.out) as building:
@@ -61,13 +62,14 @@ def import_tokens(options: ImportOptions) -> dict[Split, str]:
         progress.advance(rest)
         progress.finish()
         ids = splitter.finish(files.sources)
+    # What was made.
     for split, writer in writers.items():
         sys.stdout.write(
             f"{options.out if split == 'all' else options.out / split}: "
             f"{splitter.num_documents(split)} documents, {writer.num_tokens} tokens, dataset id "
             f"{ids[split]}\n"
         )
-    sys.stdout.write(f"end-of-text tokens added to documents without: {closer.num_added}\n")
+    sys.stdout.write(f"end-of-text tokens added: {closer.num_added}\n")
     return ids
 
 

@@ -1,4 +1,4 @@
-"""What a foreign format of token files is: tokens in order, in blocks that fit into memory."""
+"""The interface of a token format of another program: tokens in order, in blocks."""
 
 import contextlib
 import hashlib
@@ -16,33 +16,33 @@ from megatron_eso.errors import ConfigError, DataError
 BLOCK_TOKENS = 2**20
 
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-"""Types by their codes in Megatron's and TinyLlama's headers; 6 and 7 are floats."""
+"""Dtypes by their codes in Megatron's and TinyLlama's headers; 6 and 7 are floats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenBlock:
-    """Tokens that follow those of the block before."""
+    """Consecutive tokens of a file, which fit into memory."""
 
     source: "TokenSource"
-    """The file that they come from."""
+    """The file of the tokens."""
     offset: int
-    """Place of the first one in the file, in bytes."""
+    """Offset of the first token in the file, in bytes."""
     tokens: npt.NDArray[np.integer]
     ends: npt.NDArray[np.int64]
-    """Places in `tokens`, ascending, before which a document ends: from 0, where one of the block
-    before does, to their number."""
+    """Indices in `tokens`, ascending, before which a document ends; index 0 is for the end of a
+    document in the block before, the number of tokens for an end at the end of this block."""
 
 
 class TokenFiles(Protocol):
-    """Files of one kind."""
+    """Token files of one format."""
 
     @property
     def sources(self) -> list["TokenSource"]:
-        """The files, whose headers and sizes are found to fit."""
+        """The files, whose headers and sizes are checked."""
         ...
 
     def read_blocks(self) -> Iterator[TokenBlock]:
-        """Read all tokens, the sources in order and each to its end."""
+        """Yield all tokens, of the sources in order and each to its end."""
         ...
 
 
@@ -51,13 +51,13 @@ class TokenFormat:
     """A format of token files.
 
     Attributes:
-        option: What `--from` calls it. Several formats may share a name; then their inputs differ
-            in what `recognizes` says.
-        label: In messages.
-        help: What its inputs are.
-        recognizes: Whether an input of the command line is of this format.
-        open: Opens the inputs, which were made with the tokenizer, and checks headers and sizes of
-            all files; raises ConfigError where a file is missing and DataError where one is damaged
+        option: Name for `--from`. Formats may share a name if `recognizes` distinguishes their
+            inputs.
+        label: Name in messages.
+        help: Describes its inputs.
+        recognizes: Returns whether an input of the command line is of this format.
+        open: Opens the inputs, given the tokenizer that made them, and checks headers and sizes of
+            all files; raises ConfigError for a missing file, and DataError for one that is damaged
             or of another kind.
     """
 
@@ -69,14 +69,14 @@ class TokenFormat:
 
 
 class TokenSource:
-    """A file that is hashed as it is read from its start to its end.
+    """A file that is hashed while it is read from its start to its end.
 
     Args:
-        path: the file.
-        name: its name in the manifest.
+        path: Path of the file.
+        name: Name of the file in the manifest.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: The file does not exist.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -89,12 +89,12 @@ class TokenSource:
             self.num_bytes = path.stat().st_size
         except OSError as error:
             raise ConfigError(
-                f"--input {path}: {error.strerror}; give files that are there"
+                f"--input {path}: {error.strerror}; name a file that exists"
             ) from error
 
     @property
     def sha256(self) -> str:
-        """sha256 of what was read so far."""
+        """Hash of the bytes that were read so far."""
         return self._sha256.hexdigest()
 
     @contextlib.contextmanager
@@ -102,32 +102,32 @@ class TokenSource:
         """Open the file for `read`.
 
         Raises:
-            DataError: it cannot be read, or is longer than what was read.
+            DataError: The file cannot be read, or is longer than its data.
         """
         try:
             with self.path.open("rb") as self._file:
                 yield
                 if self._file.read(1):
-                    self.fail("the file goes on behind its data")
+                    self.fail("the file is longer than its data")
         except OSError as error:
             self.fail(f"cannot be read ({error.strerror})")
 
     def read(self, size: int) -> bytes:
-        """Read what follows.
+        """Read the next `size` bytes.
 
         Raises:
-            DataError: the file ends before.
+            DataError: The file is shorter.
         """
         assert self._file is not None
         data = self._file.read(size)
         self.offset += len(data)
         if len(data) < size:
-            self.fail("the file ends inside of its data")
+            self.fail("the file is shorter than its data")
         self._sha256.update(data)
         return data
 
     def fail(self, what: str) -> NoReturn:
-        """Raise a DataError that names the place up to which the file was read."""
+        """Raise a DataError with the byte up to which the file was read."""
         raise DataError(
             f"{self.path}: byte {self.offset}: {what}; copy the file again or leave it out"
         )
@@ -136,13 +136,13 @@ class TokenSource:
 def read_blocks(
     source: TokenSource, dtype: np.dtype[np.integer], num_tokens: int, ends: npt.NDArray[np.int64]
 ) -> Iterator[TokenBlock]:
-    """Read tokens that follow in an open file.
+    """Yield the next tokens of an open file in blocks.
 
     Args:
-        source: the file.
-        dtype: type of the tokens.
-        num_tokens: how many.
-        ends: ascending places among them, from 1, before which a document ends.
+        source: The open file.
+        dtype: Dtype of the tokens.
+        num_tokens: Number of tokens to read.
+        ends: Indices among these tokens, ascending from 1, before which a document ends, int64.
     """
     for start in range(0, num_tokens, BLOCK_TOKENS):
         stop = min(num_tokens, start + BLOCK_TOKENS)
@@ -153,26 +153,26 @@ def read_blocks(
 
 
 def list_files(inputs: list[str], pattern: str) -> list[tuple[Path, str]]:
-    """The files of a pattern below folders, sorted, and the other inputs as they are.
+    """List the files that match a pattern below folders, sorted, and the inputs that are files.
 
     Returns:
-        Paths, and names relative to the input.
+        The paths, each with its name relative to the input.
 
     Raises:
-        ConfigError: a folder has no such file, or a file is named twice.
+        ConfigError: A folder has no such file, or a file is named twice.
     """
     found: list[tuple[Path, str]] = []
     for text in inputs:
         path = Path(text)
         inside = sorted(path.rglob(pattern)) if path.is_dir() else [path]
         if not inside:
-            raise ConfigError(f"--input {path}: the folder holds no {pattern} file")
+            raise ConfigError(f"--input {path}: the folder holds no {pattern} file; name another")
         found += [
             (file, str(file.relative_to(path)) if file != path else path.name) for file in inside
         ]
     seen: set[Path] = set()
     for path, _ in found:
         if path.resolve() in seen:
-            raise ConfigError(f"--input {path} is named twice; name it once")
+            raise ConfigError(f"--input {path}: is named twice; name it once")
         seen.add(path.resolve())
     return found

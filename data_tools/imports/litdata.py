@@ -1,8 +1,8 @@
-"""Chunks of tokens that litdata wrote for its TokensLoader.
+"""Reads chunks of tokens that litdata wrote for its TokensLoader.
 
 `index.json` names the chunks and the dtype. A chunk is the number of its items (uint32), their
-places in the file (uint32, one more), and their bytes; each item is a tensor of one dimension
-without header, here a document. Described by litdata/streaming/{writer,serializers,item_loader}.py.
+offsets in the file (uint32, one more), and their bytes. Each item is a tensor of one dimension
+without a header, here a document. Source: litdata/streaming/{writer,serializers,item_loader}.py.
 """
 
 import json
@@ -27,14 +27,14 @@ _DTYPES = {
 
 
 class LitdataFiles:
-    """litdata's chunks.
+    """Folders of litdata's chunks.
 
     Args:
-        inputs: folders with an `index.json`.
+        inputs: Folders with an `index.json`.
 
     Raises:
-        ConfigError: a file is not there.
-        DataError: the index or a chunk is damaged or of another kind.
+        ConfigError: A file is missing.
+        DataError: The index or a chunk is damaged or of another kind.
     """
 
     def __init__(self, inputs: list[str]) -> None:
@@ -42,11 +42,11 @@ class LitdataFiles:
 
     @property
     def sources(self) -> list[TokenSource]:
-        """The files, an index before its chunks."""
+        """The files, each index before its chunks."""
         return [source for folder in self._folders for source in (folder.index, *folder.chunks)]
 
     def read_blocks(self) -> Iterator[TokenBlock]:
-        """Read all tokens; see `TokenFiles.read_blocks`."""
+        """Yield all tokens; see `TokenFiles.read_blocks`."""
         for folder in self._folders:
             with folder.index.opened():
                 folder.index.read(folder.index.num_bytes)
@@ -60,7 +60,7 @@ class LitdataFiles:
 
 
 class _Folder:
-    """A folder with its index read."""
+    """A folder whose index was read."""
 
     def __init__(self, path: Path) -> None:
         self.index = TokenSource(path / INDEX_FILE, f"{path.name}/{INDEX_FILE}")
@@ -71,7 +71,7 @@ class _Folder:
             compression = config["compression"]
             is_plain = all(isinstance(name, str) and Path(name).name == name for name in names)
         except (ValueError, KeyError, TypeError) as error:
-            self.index.fail(f"no index of litdata ({error!r})")
+            self.index.fail(f"is no index of litdata ({error!r})")
         code = str(kind).removeprefix(_FORMAT)
         if compression or config.get("encryption") or code not in _DTYPES or not is_plain:
             self.index.fail(
@@ -82,23 +82,23 @@ class _Folder:
         self.chunks = [TokenSource(path / name, f"{path.name}/{name}") for name in names]
 
     def read_ends(self, chunk: TokenSource) -> npt.NDArray[np.int64]:
-        """Read the header of an open chunk: the places in tokens at which its items end."""
+        """Read the header of an open chunk; return the tokens up to each item's end, int64."""
         num_items = int(np.frombuffer(chunk.read(4), dtype="<u4")[0])
         header_bytes = 4 * (num_items + 2)
         if header_bytes > chunk.num_bytes:
-            chunk.fail(f"there is no room for the places of {num_items} items")
-        places = np.frombuffer(chunk.read(4 * (num_items + 1)), dtype="<u4").astype(np.int64)
-        sizes = np.diff(places)
+            chunk.fail(f"the file is too short for the offsets of {num_items} items")
+        offsets = np.frombuffer(chunk.read(4 * (num_items + 1)), dtype="<u4").astype(np.int64)
+        sizes = np.diff(offsets)
         if (
-            places[0] != header_bytes
-            or places[-1] != chunk.num_bytes
+            offsets[0] != header_bytes
+            or offsets[-1] != chunk.num_bytes
             or (sizes < 0).any()
             or (sizes % self.dtype.itemsize).any()
         ):
             chunk.fail(
-                f"the places of {num_items} items do not fit the file of {chunk.num_bytes} bytes"
+                f"the offsets of {num_items} items do not fit the file of {chunk.num_bytes} bytes"
             )
-        ends: npt.NDArray[np.int64] = (places[1:] - header_bytes) // self.dtype.itemsize
+        ends: npt.NDArray[np.int64] = (offsets[1:] - header_bytes) // self.dtype.itemsize
         return ends
 
 

@@ -1,9 +1,9 @@
-"""Megatron's `.bin/.idx`: all tokens in a row, and an index of sequences and documents.
+"""Reads Megatron's pairs of files: `.bin` with all tokens, `.idx` with sequences and documents.
 
 The index is a header (magic, version, code of the dtype, number of sequences, number of document
-bounds), then the length of each sequence (int32), its place in the `.bin` in bytes (int64), the
-bounds of the documents as numbers of sequences (int64, from 0), and perhaps a byte per sequence for
-multimodal data. Described by megatron.core.datasets.indexed_dataset.
+bounds), then the length of each sequence (int32), its offset in the `.bin` in bytes (int64), the
+bounds of the documents as numbers of sequences (int64, from 0), and for multimodal data one byte
+per sequence. Source: megatron.core.datasets.indexed_dataset.
 """
 
 import struct
@@ -32,11 +32,11 @@ class MegatronFiles:
     """Pairs of `.bin` and `.idx`.
 
     Args:
-        inputs: prefixes, one file of a pair, or folders that are searched through.
+        inputs: Prefixes of pairs, one file of each pair, or folders that are searched.
 
     Raises:
-        ConfigError: a file is not there.
-        DataError: an index is damaged, or does not fit its `.bin`.
+        ConfigError: A file is missing.
+        DataError: An index is damaged, or does not fit its `.bin`.
     """
 
     def __init__(self, inputs: list[str]) -> None:
@@ -53,11 +53,11 @@ class MegatronFiles:
 
     @property
     def sources(self) -> list[TokenSource]:
-        """All files, an index before its data."""
+        """The files, each index before its data."""
         return [source for index, data in self._pairs for source in (index.source, data)]
 
     def read_blocks(self) -> Iterator[TokenBlock]:
-        """Read all tokens; see `TokenFiles.read_blocks`."""
+        """Yield all tokens; see `TokenFiles.read_blocks`."""
         for index, data in self._pairs:
             index.hash()
             with data.opened():
@@ -66,14 +66,15 @@ class MegatronFiles:
 
 
 class _Index:
-    """An `.idx` file; its arrays follow one another and are read at the same time, in parts."""
+    """An `.idx` file, whose arrays are read in parts, side by side."""
 
     def __init__(self, source: TokenSource, data: TokenSource) -> None:
         self.source = source
         if source.num_bytes < _HEADER.size:
-            source.fail("the index ends inside of its header")
+            source.fail("the index is shorter than its header")
         with source.path.open("rb") as file:
             header = file.read(_HEADER.size)
+        # The header, then the size that it implies.
         magic, version, code, self._num_sequences, self._num_bounds = _HEADER.unpack(header)
         if magic != _MAGIC:
             source.fail(f"begins with {magic!r}, not with {_MAGIC!r} as Megatron's index does")
@@ -91,35 +92,35 @@ class _Index:
         self._check_data(data)
 
     def hash(self) -> None:
-        """Read the file once for its hash."""
+        """Read the file to its end for its hash."""
         with self.source.opened():
             while self.source.offset < self.source.num_bytes:
                 self.source.read(min(2**24, self.source.num_bytes - self.source.offset))
 
     def read(self) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """Numbers of tokens that follow, and places among them before which a document ends.
+        """Yield numbers of consecutive tokens, each with the indices before which a document ends.
 
         Raises:
-            DataError: a sequence does not follow the one before it, or bounds do not ascend.
+            DataError: A sequence does not follow the one before it, or bounds descend.
         """
-        place = 0
+        offset = 0
         bound = self._check_bounds()
         for first in range(0, self._num_sequences, _INDEX_ENTRIES):
             stop = min(self._num_sequences, first + _INDEX_ENTRIES)
             lengths = self._read(_HEADER.size, "<i4", first, stop).astype(np.int64)
             ends = np.cumsum(lengths)
             pointers = self._read(self._pointers_at, "<i8", first, stop)
-            wrong = (lengths < 0) | (pointers != place + (ends - lengths) * self.dtype.itemsize)
+            wrong = (lengths < 0) | (pointers != offset + (ends - lengths) * self.dtype.itemsize)
             if wrong.any():
                 number = first + int(np.argmax(wrong))
                 self._fail(
                     self._pointers_at + 8 * number,
                     f"sequence {number} does not follow the one before it",
                 )
-            place += int(ends[-1]) * self.dtype.itemsize
+            offset += int(ends[-1]) * self.dtype.itemsize
             bounds, bound = self._read_bounds(bound, stop)
-            places = ends[bounds[bounds > first] - first - 1]
-            yield int(ends[-1]), np.unique(places[places > 0])
+            inside = ends[bounds[bounds > first] - first - 1]
+            yield int(ends[-1]), np.unique(inside[inside > 0])
 
     def _check_data(self, data: TokenSource) -> None:
         expected = 0
@@ -131,7 +132,7 @@ class _Index:
         if data.num_bytes != expected:
             raise DataError(
                 f"{data.path}: byte {min(data.num_bytes, expected)}: the file has "
-                f"{data.num_bytes} bytes, its index {self.source.path} tells of {expected}; copy "
+                f"{data.num_bytes} bytes, its index {self.source.path} states {expected}; copy "
                 "both again"
             )
 
@@ -145,12 +146,12 @@ class _Index:
         if edges != [0, self._num_sequences]:
             self._fail(
                 self._bounds_at,
-                f"the documents reach from {edges}, not from 0 to {self._num_sequences}",
+                f"the first and last bounds are {edges}, not 0 and {self._num_sequences}",
             )
         return 1
 
     def _read_bounds(self, bound: int, stop: int) -> tuple[npt.NDArray[np.int64], int]:
-        """The bounds from number `bound` on that are no later than sequence `stop`."""
+        """Return the bounds from number `bound` up to sequence `stop`, and the next number."""
         parts = []
         while bound < self._num_bounds:
             until = min(self._num_bounds, bound + _INDEX_ENTRIES)
@@ -158,7 +159,10 @@ class _Index:
             falls = np.diff(part) < 0
             if falls.any():
                 number = bound + int(np.argmax(falls))
-                self._fail(self._bounds_at + 8 * number, f"bound {number} of documents descends")
+                self._fail(
+                    self._bounds_at + 8 * number,
+                    f"bound {number} of documents is below the one before it",
+                )
             inside = part[1:][part[1:] <= stop]
             parts.append(inside)
             bound += len(inside)
@@ -167,7 +171,7 @@ class _Index:
         return np.concatenate([np.empty(0, dtype=np.int64), *parts]), bound
 
     def _read(self, offset: int, dtype: str, first: int, stop: int) -> npt.NDArray[np.int64]:
-        """Entries `first` to `stop` of the array that begins at a place in the file."""
+        """Read entries `first` to `stop` of the array at byte `offset` of the file."""
         size = np.dtype(dtype).itemsize
         found: npt.NDArray[np.int64] = np.fromfile(
             self.source.path, dtype=dtype, count=stop - first, offset=offset + size * first

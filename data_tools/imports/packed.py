@@ -1,9 +1,9 @@
-"""Packed `.bin` files of TinyLlama (lit-gpt).
+"""Reads packed `.bin` files of TinyLlama (lit-gpt).
 
 A file is a header (`LITPKDS`, version, code of the dtype, number of tokens) and that many tokens.
-The builder writes one stream of documents to `PREFIX_0000000000.bin`, `PREFIX_0000000001.bin` and
-so on. A token stands before each document (BOS, as for SlimPajama) or after it, and fills up the
-last file. Described by lit_gpt/packed_dataset.py and scripts/prepare_slimpajama.py.
+TinyLlama writes one stream of documents to `PREFIX_0000000000.bin`, `PREFIX_0000000001.bin` and so
+on. One token comes before each document (BOS, as for SlimPajama) or after it, and also fills the
+rest of the last file. Source: lit_gpt/packed_dataset.py and scripts/prepare_slimpajama.py.
 """
 
 import re
@@ -33,13 +33,13 @@ class PackedFiles:
     """TinyLlama's files.
 
     Args:
-        inputs: files, or folders that are searched through.
-        eos: the end-of-text token.
-        bos: the token that may stand before each document, or None.
+        inputs: Files, or folders that are searched.
+        eos: The end-of-text token.
+        bos: The token that may come before each document, or None.
 
     Raises:
-        ConfigError: a file is not there.
-        DataError: a file is damaged or of another kind.
+        ConfigError: A file is missing.
+        DataError: A file is damaged or of another kind.
     """
 
     def __init__(self, inputs: list[str], *, eos: int, bos: int | None) -> None:
@@ -53,7 +53,7 @@ class PackedFiles:
         return [file.source for file in self._files]
 
     def read_blocks(self) -> Iterator[TokenBlock]:
-        """Read all tokens but those that fill up a stream's last file."""
+        """Yield all tokens except those that fill the rest of a stream's last file."""
         start = 0
         for number, file in enumerate(self._files, start=1):
             if number == len(self._files) or not file.is_followed_by(self._files[number]):
@@ -78,7 +78,7 @@ class PackedFiles:
                     pass
 
     def _find_ends(self, tokens: npt.NDArray[np.integer], last: int) -> npt.NDArray[np.int64]:
-        """Places after an EOS, and before a BOS that does not follow an EOS."""
+        """Return the indices after each EOS, and before each BOS that does not follow an EOS."""
         is_end = np.zeros(len(tokens) + 1, dtype=np.bool_)
         is_end[1:] = tokens == self._eos
         if self._bos != self._eos:
@@ -87,7 +87,7 @@ class PackedFiles:
         return np.flatnonzero(is_end)
 
     def _count_tokens(self, files: list["_PackedFile"]) -> list[int]:
-        """Tokens of each file of a stream without those that fill it up."""
+        """Return the tokens of each file of a stream without those that fill the rest."""
         kept = [file.num_tokens for file in files]
         tail = next((f.read_tail(f.num_tokens, 1) for f in reversed(files) if f.num_tokens), None)
         if tail is None or tail[0] not in (self._eos, self._bos):
@@ -100,7 +100,7 @@ class PackedFiles:
                 kept[number] -= len(tail) - 1 - int(others[-1]) if len(others) else len(tail)
                 if len(others):
                     if fill == self._eos:
-                        # The first one ends the last document.
+                        # The first of them ends the last document.
                         number += kept[number] == files[number].num_tokens
                         if number < len(files):
                             kept[number] += 1
@@ -109,7 +109,7 @@ class PackedFiles:
 
 
 class _PackedFile:
-    """A file with its header read."""
+    """A file whose header was read."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.source = TokenSource(path, name)
@@ -118,7 +118,7 @@ class _PackedFile:
         if not header.startswith(_MAGIC):
             self.source.fail(f"begins with {header[:7]!r}, not with {_MAGIC!r} as a packed file")
         if len(header) < _HEADER.size:
-            self.source.fail("the file ends inside of its header")
+            self.source.fail("the file is shorter than its header")
         _, version, code, self.num_tokens = _HEADER.unpack(header)
         if version != 1 or code not in DTYPES:
             self.source.fail(f"version {version} or dtype code {code} is not known for tokens")
@@ -132,7 +132,7 @@ class _PackedFile:
             )
 
     def is_followed_by(self, other: "_PackedFile") -> bool:
-        """Whether the other file continues this one, by their names."""
+        """Return whether the other file continues this one, by their names."""
         this = _NUMBERED.fullmatch(self.source.path.name)
         that = _NUMBERED.fullmatch(other.source.path.name)
         return (
@@ -143,14 +143,14 @@ class _PackedFile:
         )
 
     def read(self, num_tokens: int) -> Iterator[tuple[int, npt.NDArray[np.integer]]]:
-        """The next tokens in blocks, each with its place in the file."""
+        """Yield the next tokens in blocks, each with its offset in bytes."""
         for start in range(0, num_tokens, BLOCK_TOKENS):
             offset = self.source.offset
             size = min(BLOCK_TOKENS, num_tokens - start) * self._dtype.itemsize
             yield offset, np.frombuffer(self.source.read(size), dtype=self._dtype)
 
     def read_tail(self, stop: int, num_tokens: int) -> npt.NDArray[np.integer]:
-        """The last tokens before number `stop`."""
+        """Read up to `num_tokens` tokens that end before number `stop`."""
         start = max(0, stop - num_tokens)
         tokens: npt.NDArray[np.integer] = np.fromfile(
             self.source.path,

@@ -1,1 +1,1 @@
-"""What a dataset holds, whether it is sound, and what a run reads of it."""
+"""Reports on datasets: their content, their damage, and what a run reads of them."""

@@ -1,4 +1,4 @@
-"""`blend`: what a run draws from each of its corpora, before it costs anything."""
+"""`blend`: reports what a run draws from each of its corpora, before it starts."""
 
 import json
 import sys
@@ -13,37 +13,37 @@ from megatron_eso.data.samples.blend import BLOCK_SAMPLES, Blend
 from megatron_eso.data.samples.training_data import TrainingData
 
 MAX_EPOCHS = 4
-"""More epochs give a warning: repeating pays less (Muennighoff et al., arXiv 2305.16264)."""
+"""More epochs cause a warning: repeated text helps less (Muennighoff et al., arXiv 2305.16264)."""
 MAX_ROUNDING = 0.01
-"""A share that rounding changes by more than this, relative to itself, gives a warning."""
+"""A larger relative change of a share by rounding causes a warning."""
 MAX_UNUSED = 0.01
-"""A share of a corpus in tails of records, never read, above this gives a warning."""
+"""A larger share of a corpus in tails of records, which are never read, causes a warning."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CorpusPlan:
-    """What a run draws from a corpus."""
+    """Draws of a run from one corpus."""
 
     location: str
     dataset_id: str
     num_tokens: int
     num_documents: int
     num_rows: int
-    """Rows of the run's length; an epoch is each of them once."""
+    """Data rows of the run's length; an epoch reads each of them once."""
     unused_tokens: int
-    """Tokens in tails of records that are shorter than a row and never read."""
+    """Tokens in tails of records, which are shorter than a row and never read."""
     weight: float
-    """Configured share; by the numbers of rows where none is configured."""
+    """Configured share; by default that of the corpus in the rows of all corpora."""
     quota: int
-    """Samples in each block of BLOCK_SAMPLES: the exact share."""
+    """Samples in each blend block of BLOCK_SAMPLES samples: the exact share."""
     num_samples: int
-    """Samples of the budget that come from the corpus, exactly."""
+    """Exact number of samples of the budget that come from the corpus."""
     sample_tokens: int
-    """Text tokens of these samples."""
+    """Tokens of text in these samples."""
     epochs: float
 
     def find_warnings(self) -> Iterator[str]:
-        """What the user may not have meant, one line each."""
+        """Yield one line for each value that may be a mistake."""
         if self.epochs > MAX_EPOCHS:
             yield (
                 f"{self.location}: {self.epochs:.2f} epochs, more than {MAX_EPOCHS}: lower its "
@@ -53,7 +53,8 @@ class CorpusPlan:
         if abs(share - self.weight) > MAX_ROUNDING * self.weight:
             yield (
                 f"{self.location}: its share {self.weight:.4%} is rounded to {self.quota} of "
-                f"{BLOCK_SAMPLES} samples, {share:.4%}: small shares are coarse"
+                f"{BLOCK_SAMPLES} samples, {share:.4%}: raise its weight in data.train_weights if "
+                f"that matters"
             )
         if self.unused_tokens > MAX_UNUSED * self.num_tokens:
             yield (
@@ -67,14 +68,14 @@ def report_blend(arguments: Sequence[str], num_tokens: int | None, as_json: bool
     """Print what a configuration draws from its corpora.
 
     Args:
-        arguments: a run directory, or what training is given: TOML files and `section.key=value`.
-        num_tokens: budget, in tokens of samples (`data.sequence_length` each, framing included);
-            None: the run's.
-        as_json: print one JSON object instead.
+        arguments: A run directory, or configuration layers and overrides as for training.
+        num_tokens: Budget in tokens of samples (`data.sequence_length` each, with framing); None
+            takes the run's.
+        as_json: Whether to print one JSON object instead of a table.
 
     Raises:
-        ConfigError: the configuration does not hold together, or a share is too small.
-        DataError: a corpus is missing or damaged, or has no row.
+        ConfigError: The configuration is wrong, or a share is too small.
+        DataError: A corpus is missing or damaged, or has no row.
     """
     config, data = open_run_order(arguments)
     length = config.data.sequence_length
@@ -99,7 +100,7 @@ def report_blend(arguments: Sequence[str], num_tokens: int | None, as_json: bool
 
 
 def plan_corpora(config: Config, data: TrainingData, num_samples: int) -> list[CorpusPlan]:
-    """What the first `num_samples` samples of a run take from each corpus of its present blend."""
+    """List what the first `num_samples` of a run draw from each corpus of its last blend."""
     row_tokens = config.data.row_tokens
     drawn = count_draws(data.blend, num_samples)
     numbers = {corpus.dataset_id: n for n, corpus in enumerate(data.blend.corpora)}
@@ -128,7 +129,7 @@ def plan_corpora(config: Config, data: TrainingData, num_samples: int) -> list[C
 
 
 def count_draws(blend: Blend, num_samples: int) -> list[int]:
-    """Samples of each corpus among the first `num_samples` of a run."""
+    """Count the samples of each corpus among the first `num_samples` of a run."""
     drawn = np.zeros(len(blend.corpora), dtype=np.int64)
     stops = [*(phase.start for phase in blend.phases[1:]), num_samples]
     for phase, stop in zip(blend.phases, stops, strict=True):

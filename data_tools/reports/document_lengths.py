@@ -1,8 +1,8 @@
-"""How long the documents of a dataset are: quantiles, and a histogram in plain text.
+"""Measures the lengths of a dataset's documents: quantiles, and a histogram in plain text.
 
-Lengths are in tokens, the end-of-text token included. Of a large dataset some records are read,
-evenly spaced, and the documents that begin in them counted to their ends, wherever these are: so
-long documents are as likely to be counted as short ones.
+Lengths are in tokens with the end-of-text token. A large dataset is read at evenly spaced records.
+The documents that begin in them are followed to their ends, also in later records, so that long
+documents are counted as often as short ones.
 """
 
 import functools
@@ -33,16 +33,16 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DocumentLengths:
-    """The lengths of a dataset's documents, or of a part of them."""
+    """Lengths of all documents of a dataset, or of some."""
 
     lengths: Int64
-    """Lengths of the documents that begin in the records that were read."""
+    """Lengths of the documents that begin in the records that were read, int64."""
     num_records: int
-    """Records that were read."""
+    """Number of records that were read."""
 
     @property
     def quantiles(self) -> dict[str, int]:
-        """Lengths by the name of their quantile; each is the length of some document."""
+        """Lengths by the name of their quantile; each is the length of a document."""
         if not self.lengths.size:
             return {}
         shares = list(_QUANTILES.values())
@@ -51,10 +51,10 @@ class DocumentLengths:
 
     @property
     def histogram(self) -> list[tuple[int, int, int]]:
-        """Bins between powers of two, none left out in between: first, last length, documents."""
+        """Consecutive bins between powers of two: first length, last length, documents."""
         if not self.lengths.size:
             return []
-        powers = np.frexp(self.lengths)[1] - 1  # of the largest power of two that is no larger
+        powers = np.frexp(self.lengths)[1] - 1  # floor(log2(length))
         counts = np.bincount(powers)
         return [
             (2**power, 2 ** (power + 1) - 1, int(counts[power]))
@@ -62,7 +62,7 @@ class DocumentLengths:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """Return quantiles and histogram as plain values."""
         return {
             "records_read": self.num_records,
             "documents": len(self.lengths),
@@ -75,7 +75,7 @@ class DocumentLengths:
 
 
 def read_record(dataset: TokenDataset, record: int) -> Int64:
-    """The tokens of a record, int64 [tokens]: it is a row of its own length."""
+    """Read the tokens of a record, int64 [tokens], as a row of the record's length."""
     length = dataset.manifest.layout.record_num_tokens(record)
     row = record * (dataset.manifest.record_tokens // length)
     tokens: Int64 = dataset.rows(np.array([row]), length)[0]
@@ -83,16 +83,16 @@ def read_record(dataset: TokenDataset, record: int) -> Int64:
 
 
 def choose_records(num_records: int) -> Sequence[int]:
-    """No more than MAX_RECORDS of the records 0 to num_records - 1, evenly spaced."""
+    """Choose at most MAX_RECORDS of the records 0 to num_records - 1, evenly spaced."""
     count = min(num_records, MAX_RECORDS)
-    return [place * num_records // count for place in range(count)]
+    return [index * num_records // count for index in range(count)]
 
 
 def measure_lengths(dataset: TokenDataset, records: Sequence[int]) -> DocumentLengths:
-    """The lengths of the documents that begin in these records.
+    """Measure the documents that begin in these records.
 
     Raises:
-        DataError: a shard is damaged.
+        DataError: A shard is damaged.
     """
     read = functools.lru_cache(maxsize=2)(functools.partial(read_record, dataset))
     eos = dataset.manifest.tokenizer.eos_token_id
@@ -101,18 +101,19 @@ def measure_lengths(dataset: TokenDataset, records: Sequence[int]) -> DocumentLe
     for record in records:
         begins_document = record == 0 or read(record - 1)[-1] == eos
         tokens = read(record)
-        # Where documents end; those that begin here lie between two of these places.
+        # A document that begins and ends in this record lies between two of these ends.
         ends = np.flatnonzero(tokens == eos)
         if begins_document:
             ends = np.insert(ends, 0, -1)
         found.append(np.diff(ends))
+        # The last document may end in a later record.
         rest = len(tokens) - 1 - ends[-1] if ends.size else 0
         if rest:
             for following in range(record + 1, num_records):
                 more = read(following)
-                place = np.argmax(more == eos)
-                if more[place] == eos:
-                    rest += place + 1
+                end = np.argmax(more == eos)
+                if more[end] == eos:
+                    rest += end + 1
                     break
                 rest += len(more)
             found.append(np.array([rest]))
@@ -120,10 +121,10 @@ def measure_lengths(dataset: TokenDataset, records: Sequence[int]) -> DocumentLe
 
 
 def draw_histogram(histogram: Sequence[tuple[int, int, int]]) -> Iterator[str]:
-    """A line for each bin, the longest bar being 50 characters long."""
+    """Yield a line for each bin; the longest bar has 50 characters."""
     largest = max((count for *_, count in histogram), default=0)
     total = sum(count for *_, count in histogram)
     for first, last, count in histogram:
-        # A bin that is not empty shows.
+        # Rounded up, so that each bin with a document has a bar.
         bar = "#" * -(-_BAR_WIDTH * count // largest)
         yield f"{first:>9} - {last:<9} {bar:<{_BAR_WIDTH}} {count:>9} {count / total:7.2%}"

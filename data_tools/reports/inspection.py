@@ -1,4 +1,4 @@
-"""`inspect`: what a dataset holds, how long its documents are, and rows of it as text."""
+"""`inspect`: reports what a dataset holds and how long its documents are, or a row as text."""
 
 import dataclasses
 import json
@@ -37,15 +37,15 @@ def inspect_datasets(
     """Print what the datasets at a directory hold, or one row as text.
 
     Args:
-        location: directory or URL of a dataset, or of a training and a validation split.
-        row: number of the row to print, or None.
-        sequence_length: tokens of a row.
-        as_json: print one JSON object instead.
-        cache: holds local copies of what has a URL; None: one in TMPDIR.
+        location: Directory or URL of a dataset, or of the folder of two splits.
+        row: Number of the data row to print, or None.
+        sequence_length: Tokens of a row.
+        as_json: Whether to print one JSON object instead of text.
+        cache: Holds local copies of remote shards; None: a cache in TMPDIR.
 
     Raises:
-        ConfigError: there is no such row.
-        DataError: a dataset is damaged.
+        ConfigError: The dataset has no such row.
+        DataError: A dataset is damaged.
     """
     datasets = {found: open_dataset(found, cache=cache) for found in find_datasets(location)}
     if row is not None:
@@ -69,15 +69,16 @@ def inspect_datasets(
 
 
 def decode_row(tokenizer: Tokenizer, tokens: list[int]) -> str:
-    """Text of a row, the ends of documents marked."""
+    """Decode the tokens of a row to text, with marked ends of documents."""
     eos = tokenizer.eos_token_id
-    ends = [place for place, token in enumerate(tokens) if token == eos]
+    ends = [index for index, token in enumerate(tokens) if token == eos]
     starts = [0, *(end + 1 for end in ends)]
     parts = zip(starts, [*ends, len(tokens)], strict=True)
     return END_OF_TEXT.join(tokenizer.decode(tokens[start:stop]) for start, stop in parts)
 
 
 def _describe(dataset: TokenDataset, sequence_length: int) -> Iterator[str]:
+    # The dataset as a whole.
     manifest = dataset.manifest
     tokenizer = manifest.tokenizer
     num_rows = manifest.layout.num_rows(sequence_length)
@@ -98,6 +99,7 @@ def _describe(dataset: TokenDataset, sequence_length: int) -> Iterator[str]:
         f"{tokenizer.mask_token_id}, end of text {tokenizer.eos_token_id}, pad "
         f"{tokenizer.pad_token_id}, model sha256 {tokenizer.model_sha256}"
     )
+    # What it was made from, and its documents.
     for source in manifest.sources[:_MAX_SOURCES]:
         part = f" from {source.offset}" if source.offset else ""
         yield (
@@ -126,7 +128,7 @@ def _measure(dataset: TokenDataset) -> DocumentLengths:
     layout = dataset.manifest.layout
     num_records = layout.num_records
     if isinstance(dataset.shards, RemoteShards):
-        # Reading a record copies its whole shard, so only the first one is read.
+        # A read copies the whole shard to the cache, so only the first shard is read.
         num_records = max(1, layout.shard_num_records(0) - 1)
     return measure_lengths(dataset, choose_records(num_records))
 
@@ -159,6 +161,7 @@ def _describe_row(dataset: TokenDataset, row: int, sequence_length: int) -> Iter
 
 
 def _summarize(dataset: TokenDataset, row: int | None, sequence_length: int) -> dict[str, Any]:
+    # The dataset as a whole.
     manifest = dataset.manifest
     summary = {
         "dataset_id": dataset.dataset_id,
@@ -179,6 +182,7 @@ def _summarize(dataset: TokenDataset, row: int | None, sequence_length: int) -> 
     }
     if row is None:
         return summary | {"document_lengths": _measure(dataset).to_json()}
+    # One row.
     (tokens_T,) = dataset.rows(np.array([row]), sequence_length)
     tokens = tokens_T.tolist()
     tokenizer = Tokenizer.load(dataset.tokenizer_directory)

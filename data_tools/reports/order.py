@@ -1,4 +1,4 @@
-"""`order`: what sample n of a run is, down to the bytes on disk and the documents."""
+"""`order`: reports which text a sample of a run is: corpus, row, bytes on disk, documents."""
 
 import json
 import sys
@@ -19,17 +19,17 @@ _MAX_CHARACTERS = 300
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplePlace:
-    """What a sample is."""
+    """The origin of a sample, and the beginning of its text."""
 
     sample: int
     phase: int
-    """`data.phase` that it belongs to."""
+    """Number of its data phase (`data.phase`)."""
     corpus: int
-    """Number of the corpus within the run."""
+    """Number of the corpus in the run."""
     dataset_id: str
     location: str
     epoch: int
-    """Epoch of the corpus, from 0."""
+    """Number of the epoch of the corpus, from 0."""
     row: int
     num_rows: int
     place: RowPlace
@@ -37,7 +37,7 @@ class SamplePlace:
     """The beginning of the text."""
 
     def describe(self) -> Iterator[str]:
-        """The sample as lines of text."""
+        """Yield the sample as lines of text."""
         yield f"sample {self.sample}"
         yield f"  phase          {self.phase}"
         yield f"  corpus         {self.corpus}: {self.location}, dataset id {self.dataset_id}"
@@ -48,17 +48,17 @@ class SamplePlace:
 
 
 def report_order(arguments: Sequence[str], samples: Sequence[int], as_json: bool = False) -> None:
-    """Print what samples of a run are.
+    """Print the origin of samples of a run.
 
     Args:
-        arguments: a run directory, or what training is given: TOML files and `section.key=value`.
-        samples: global indices, from 0.
-        as_json: print one JSON object instead.
+        arguments: A run directory, or configuration layers and overrides as for training.
+        samples: Numbers of the samples, from 0.
+        as_json: Whether to print one JSON object instead of text.
 
     Raises:
-        ConfigError: the configuration does not hold together, a sample's corpus is not open, or
-            there is no such sample.
-        DataError: a corpus is missing or damaged.
+        ConfigError: The configuration is wrong, it lacks the corpus of a sample, or the run has no
+            such sample.
+        DataError: A corpus is missing or damaged.
     """
     config, data = open_run_order(arguments)
     locations = dict(zip(data.datasets, config.data.train_corpora, strict=True))
@@ -71,15 +71,19 @@ def report_order(arguments: Sequence[str], samples: Sequence[int], as_json: bool
 
 
 def locate_sample(data: TrainingData, locations: Mapping[str, str], sample: int) -> SamplePlace:
-    """Find a sample and read its row's record.
+    """Find a sample, and read the record of its row.
 
     Args:
-        data: the run's.
-        locations: directory or URL by dataset id.
-        sample: global index.
+        data: Training data of the run.
+        locations: Directory or URL of each corpus by dataset id.
+        sample: Number of the sample.
+
+    Raises:
+        ConfigError: The number is negative, or the run has no such sample.
+        DataError: The record is damaged.
     """
     if sample < 0:
-        raise ConfigError(f"--sample {sample}: samples are numbered from 0")
+        raise ConfigError(f"--sample {sample}: samples are numbered from 0; give 0 or more")
     index_N = np.array([sample])
     places = data.locate(index_N)
     number, row = int(places.corpus_N[0]), int(places.row_N[0])

@@ -1,4 +1,4 @@
-"""`bench`: how fast random rows come, with their hash checks, from where the dataset lies."""
+"""`bench`: measures how fast random rows of a dataset are read and their hashes checked."""
 
 import json
 import queue
@@ -28,14 +28,14 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadSpeed:
-    """How fast one way of reading was."""
+    """Speed of one way of reading."""
 
     way: str
     tokens_per_second: float
     megabytes_per_second: float
-    """Bytes of these tokens as they are stored; bytes read for the hashes only are not counted."""
+    """Stored bytes of these tokens, without those that were read only for the hashes."""
     median_milliseconds: float
-    """Until a call had its rows."""
+    """Time of a call."""
     p99_milliseconds: float
 
 
@@ -45,17 +45,19 @@ def bench_reader(
     as_json: bool = False,
     cache: ShardCache | None = None,
 ) -> None:
-    """Read random rows for some seconds in each way and print how fast that was.
+    """Read random rows for SECONDS in each way, and print the speeds.
 
     Args:
-        location: directory or URL of a dataset; of two splits, training is read.
-        sequence_length: tokens of a row.
-        as_json: print one JSON object instead.
-        cache: holds local copies of what has a URL; None: one in TMPDIR.
+        location: Directory or URL of a dataset, or of the folder of two splits, of which training
+            is read.
+        sequence_length: Tokens of a row.
+        as_json: Whether to print one JSON object instead of text.
+        cache: Holds local copies of remote shards; None: a cache in TMPDIR.
 
     Raises:
-        DataError: a shard is damaged, or has no such row.
+        DataError: A shard is damaged, or the dataset has no row of this length.
     """
+    # The measurement, on shards that are local.
     found = find_datasets(location)[0]
     dataset = open_dataset(found, cache=cache)
     stage_shards([dataset.shards])
@@ -70,6 +72,7 @@ def bench_reader(
     speeds = [
         measure_speed(way, tokens, dataset.manifest.layout.itemsize) for way, tokens in ways.items()
     ]
+    # The report.
     if as_json:
         report = {
             "location": found,
@@ -88,7 +91,7 @@ def bench_reader(
 
 
 def read_randomly(dataset: TokenDataset, length: int, num_rows: int) -> Iterator[Int64]:
-    """Endless batches of random rows, int64 [num_rows, length]."""
+    """Yield batches of random rows without end, int64 [num_rows, length]."""
     draw = np.random.default_rng(0)
     in_dataset = dataset.num_rows(length)
     while True:
@@ -96,7 +99,7 @@ def read_randomly(dataset: TokenDataset, length: int, num_rows: int) -> Iterator
 
 
 def read_ahead(batches: Iterator[Int64]) -> Iterator[Int64]:
-    """The same batches, made by a thread while the last ones are in use."""
+    """Yield the same batches, which a thread reads while earlier ones are in use."""
     ready: queue.Queue[Int64 | Exception] = queue.Queue(BATCHES_AHEAD)
     is_over = threading.Event()
 
@@ -106,7 +109,7 @@ def read_ahead(batches: Iterator[Int64]) -> Iterator[Int64]:
                 ready.put(batch)
                 if is_over.is_set():
                     return
-        except Exception as error:  # raised where the batches are taken
+        except Exception as error:  # raised in the thread that takes the batches
             ready.put(error)
 
     threading.Thread(target=fill, daemon=True).start()
@@ -118,13 +121,13 @@ def read_ahead(batches: Iterator[Int64]) -> Iterator[Int64]:
             yield batch
     finally:
         is_over.set()
-        # The thread may wait for room.
+        # The thread may be waiting for room in the queue.
         with suppress(queue.Empty):
             ready.get_nowait()
 
 
 def measure_speed(way: str, batches: Iterator[Int64], itemsize: int) -> ReadSpeed:
-    """Take batches for SECONDS, the first of them untimed."""
+    """Measure the reading of batches for SECONDS, after an untimed one."""
     next(batches)
     num_tokens, seconds = 0, []
     now = began = time.perf_counter()

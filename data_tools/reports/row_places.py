@@ -1,4 +1,4 @@
-"""Where a row lies: shard, record, bytes, and the documents that it is made of."""
+"""Locates a data row: its shard, record and bytes, and the documents in it."""
 
 import bisect
 import itertools
@@ -16,34 +16,34 @@ from megatron_eso.data.shards.reader import TokenDataset
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentPart:
-    """The part of a row that is of one document."""
+    """The part of a row that belongs to one document."""
 
     document: int
-    """Number in the dataset."""
+    """Number of the document in the dataset."""
     start: int
-    """First token within the row."""
+    """Number of the part's first token in the row."""
     stop: int
     source: str | None
-    """File that the text came from, and which of its documents; None where it is unknown."""
+    """File of the text, and which of its documents; None if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowPlace:
-    """Where a row lies."""
+    """Location of a data row on the disk, and its documents."""
 
     shard: str
     record: int
     member: str
     """Name of the record in the shard's archive."""
     offset: int
-    """Place of the first token's bytes in the shard's file."""
+    """Offset of the first token in the shard's file, in bytes."""
     first_token: int
-    """Number of the first token within the record."""
+    """Number of the row's first token in the record."""
     num_tokens: int
     documents: tuple[DocumentPart, ...]
 
     def describe(self) -> Iterator[str]:
-        """The place as lines of text."""
+        """Yield the location as lines of text."""
         last = self.first_token + self.num_tokens - 1
         yield f"shard          {self.shard}, offset {self.offset}"
         yield f"record         {self.record} ({self.member}), tokens {self.first_token} to {last}"
@@ -56,11 +56,12 @@ class RowPlace:
 
 
 def locate_row(dataset: TokenDataset, row: int, length: int) -> RowPlace:
-    """Find a row of `length` tokens; reads the row's record.
+    """Find a row of `length` tokens, and read its record.
 
     Raises:
-        DataError: the record is damaged.
+        DataError: The record is damaged.
     """
+    # The documents in the row, by the ends of documents in its record.
     layout, manifest = dataset.manifest.layout, dataset.manifest
     (record,), (first,) = (found.tolist() for found in layout.locate_rows(np.array([row]), length))
     is_end = read_record(dataset, record) == manifest.tokenizer.eos_token_id
@@ -69,6 +70,7 @@ def locate_row(dataset: TokenDataset, row: int, length: int) -> RowPlace:
     document = begins + int(np.count_nonzero(is_end[:first]))
     ends = (np.flatnonzero(is_end[first : first + length]) + 1).tolist()
     edges = [0, *(end for end in ends if end < length), length]
+    # The row on the disk.
     return RowPlace(
         shard=manifest.shards[record // layout.shard_records].name,
         record=record,
@@ -89,14 +91,14 @@ def locate_row(dataset: TokenDataset, row: int, length: int) -> RowPlace:
 
 
 def _name_source(manifest: Manifest, document: int) -> str | None:
-    """The file of a document, and which of its documents that are in the dataset it is."""
+    """Describe the source of a document: the file, and its number among those kept of the file."""
     if manifest.shuffle_seed is not None:
         document = find_in_input(document, manifest.num_documents, manifest.shuffle_seed)
     stops = list(itertools.accumulate(source.num_documents for source in manifest.sources))
-    place = bisect.bisect_right(stops, document)
-    if place == len(stops):
+    index = bisect.bisect_right(stops, document)
+    if index == len(stops):
         return None
-    source = manifest.sources[place]
-    number = document - (stops[place] - source.num_documents)
+    source = manifest.sources[index]
+    number = document - (stops[index] - source.num_documents)
     part = f", bytes from {source.offset}" if source.offset else ""
     return f"document {number} of {source.num_documents} kept of {source.path}{part}"

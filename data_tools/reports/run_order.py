@@ -1,4 +1,4 @@
-"""The order of a run's samples, from its directory or from what its training is given."""
+"""Opens the order of a run's samples, from its directory or its configuration."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +14,17 @@ from megatron_eso.runs.steps import newest
 
 
 def open_run_order(arguments: Sequence[str]) -> tuple[Config, TrainingData]:
-    """A run's configuration and order, continued from the newest checkpoint where there is one.
+    """Open a run's configuration and the order of its samples.
+
+    If the run has a checkpoint, the order continues from the newest one.
 
     Args:
-        arguments: a run directory, or what training is given.
+        arguments: A run directory, or configuration layers and overrides as for training.
 
     Raises:
-        ConfigError: the configuration does not hold together, or does not continue the run.
-        CheckpointError: the checkpoint is damaged.
-        DataError: a corpus is missing or damaged, or the checkpoint states no order of samples.
+        ConfigError: The configuration is wrong, or does not continue the run.
+        CheckpointError: The checkpoint is damaged.
+        DataError: A corpus is missing or damaged, or the checkpoint states no order of samples.
     """
     is_run = len(arguments) == 1 and Path(arguments[0]).is_dir()
     if is_run:

@@ -1,12 +1,12 @@
-"""`verify`: reads datasets whole and compares everything with their manifests.
+"""`verify`: reads whole datasets and compares them with their manifests.
 
-What finds which damage:
+Where damage is found:
 
     opening   the manifest by its checksum, all shards by their sizes, blocks.xxh3 and documents.u64
               by their hashes
-    reading   the tokens, by the hash of every block that is read; also when files shrink meanwhile
-    verify    all of that, and what no token is read from: the archives' headers and padding, the
-              tokenizer's files, ids outside the vocabulary, counts
+    reading   the tokens by the hash of every block that is read, also if a file shrinks later
+    verify    all of these; also the headers and padding of the archives, the tokenizer's files, ids
+              outside the vocabulary, and counts
 """
 
 import hashlib
@@ -46,28 +46,28 @@ from megatron_eso.progress import Progress
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """Result of a dataset's check."""
+    """Result of the check of one dataset."""
 
     location: str
     manifest: Manifest | None
     """None where the manifest itself is missing or damaged."""
     dataset_id: str | None
     problems: tuple[str, ...]
-    """What is wrong, one line each."""
+    """One line for each problem."""
 
 
 def verify_datasets(
     *locations: str | Path, as_json: bool = False, cache: ShardCache | None = None
 ) -> None:
-    """Check every byte of the datasets at directories or URLs; print each problem, a line each.
+    """Check every byte of datasets, and print one line for each problem.
 
     Args:
-        locations: each of a dataset, or of a training and a validation split.
-        as_json: print one JSON object instead.
-        cache: holds local copies of what has a URL; None: one in TMPDIR.
+        locations: Directories or URLs of datasets, or of folders of two splits.
+        as_json: Whether to print one JSON object instead of text.
+        cache: Holds local copies of remote shards; None: a cache in TMPDIR.
 
     Raises:
-        DataError: something is wrong.
+        DataError: A dataset has a problem.
     """
     verifications = [
         verify_dataset(found, cache) for location in locations for found in find_datasets(location)
@@ -81,7 +81,7 @@ def verify_datasets(
     problems = [problem for verification in verifications for problem in verification.problems]
     if problems:
         broken = next(verification for verification in verifications if verification.problems)
-        # What reading reports names its remedy, which is to be the only one.
+        # Some problems name their remedy already.
         is_named = broken.manifest is None or RESTORE in problems[0]
         raise DataError(
             f"{broken.location}: {len(problems)} problem{'s' if len(problems) > 1 else ''}, "
@@ -90,7 +90,7 @@ def verify_datasets(
 
 
 def verify_dataset(location: str | Path, cache: ShardCache | None = None) -> Verification:
-    """Check every byte of a dataset; a thread per core, each a shard at a time."""
+    """Check every byte of a dataset, with a thread per core and a shard at a time in each."""
     try:
         remote = None
         if is_remote(location):
@@ -116,7 +116,7 @@ def _describe(verification: Verification) -> Iterator[str]:
     manifest = verification.manifest
     if manifest is not None and not verification.problems:
         yield (
-            f"{verification.location}: sound, {len(manifest.shards)} shards, "
+            f"{verification.location}: intact, {len(manifest.shards)} shards, "
             f"{manifest.num_tokens} tokens, {manifest.num_documents} documents, "
             f"dataset id {verification.dataset_id}"
         )
@@ -135,7 +135,7 @@ def _summarize(verification: Verification) -> dict[str, Any]:
 
 
 def _check_file(directory: Path, file: HashedFile) -> str | None:
-    """What is wrong with a small file."""
+    """Describe what is wrong with a small file; None if it is intact."""
     try:
         check_size(directory, file)
         if hash_file(directory / file.name) == file.sha256:
@@ -158,7 +158,7 @@ def _check_shards(directory: Path, manifest: Manifest, shards: ShardSource) -> I
     side_files = (manifest.blocks, manifest.documents)
     broken = [problem for file in side_files if (problem := _check_file(directory, file))]
     yield from broken
-    # Without sound index files the shards' own sha256 still shows which of them are whole.
+    # If an index file is broken, the sha256 of each shard still shows whether it is intact.
     verifier = _ShardVerifier(directory, manifest, shards, has_side_files=not broken)
     progress = Progress("verify", sum(shard.bytes for shard in manifest.shards))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -170,7 +170,7 @@ def _check_shards(directory: Path, manifest: Manifest, shards: ShardSource) -> I
 
 
 class _ShardVerifier:
-    """Checks shards one at a time, from any number of threads."""
+    """A check of single shards, from any number of threads."""
 
     def __init__(
         self, directory: Path, manifest: Manifest, shards: ShardSource, *, has_side_files: bool
@@ -185,7 +185,7 @@ class _ShardVerifier:
             self._document_ends = np.diff(starts.astype(np.int64), append=manifest.num_documents)
 
     def check(self, shard: int) -> list[str]:
-        """Say what is wrong with a shard, one line each."""
+        """List the problems of a shard, one line each."""
         name, expected = self._shards.name(shard), self._manifest.shards[shard].bytes
         try:
             with os.fdopen(self._shards.open(shard), "rb") as file:
@@ -203,26 +203,28 @@ class _ShardVerifier:
         sha256 = hashlib.sha256()
         num_problems = 0
 
+        # Every byte is hashed.
         def take(num_bytes: int) -> bytes:
             data = file.read(num_bytes)
             sha256.update(data)
             return data
 
-        archive_is_sound = _expect(
+        is_archive_intact = _expect(
             take,
             encode_shard_head(layout.dtype, layout.record_tokens, layout.shard_records, shard),
         )
+        # The records, each with a header and padding.
         first = shard * layout.shard_records
         for record in range(first, first + layout.shard_num_records(shard)):
             num_bytes = layout.record_bytes(record)
             header = encode_record_header(record, layout.dtype, num_bytes)
-            archive_is_sound &= _expect(take, header)
+            is_archive_intact &= _expect(take, header)
             for problem in self._check_record(record, take(num_bytes)):
                 num_problems += 1
                 yield f"{name}, record {record_name(record, layout.dtype)}: {problem}"
-            archive_is_sound &= _expect(take, encode_record_padding(num_bytes))
-        archive_is_sound &= _expect(take, encode_shard_tail())
-        if not archive_is_sound:
+            is_archive_intact &= _expect(take, encode_record_padding(num_bytes))
+        is_archive_intact &= _expect(take, encode_shard_tail())
+        if not is_archive_intact:
             yield f"{name}: the archive's headers or padding are damaged"
         elif not num_problems and sha256.hexdigest() != self._manifest.shards[shard].sha256:
             yield f"{name}: sha256 differs from the manifest's"
@@ -243,7 +245,7 @@ class _ShardVerifier:
                 return
         tokens = np.frombuffer(data, dtype=numpy_dtype(layout.dtype))
         if tokens.max() >= tokenizer.vocab_size:
-            yield f"id {tokens.max()} lies outside the vocabulary of {tokenizer.vocab_size}"
+            yield f"id {tokens.max()} is not in the vocabulary of {tokenizer.vocab_size}"
         if (tokens == tokenizer.mask_token_id).any():
             yield f"the mask token {tokenizer.mask_token_id} occurs"
         if self._has_side_files:
@@ -251,7 +253,7 @@ class _ShardVerifier:
             if num_ends != self._document_ends[record]:
                 yield (
                     f"{num_ends} documents end in it, not {self._document_ends[record]} "
-                    f"as {self._manifest.documents.name} tells"
+                    f"as {self._manifest.documents.name} states"
                 )
 
 

@@ -1,1 +1,1 @@
-"""Input text: file formats, and the documents in them."""
+"""Reads input text: file formats, and the documents in them."""

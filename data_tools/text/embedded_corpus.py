@@ -1,9 +1,8 @@
-"""`corpus`: English text that every CPython carries, for first trials without a download.
+"""`corpus`: writes English text that comes with CPython, for first trials without a download.
 
-The documentation topics of `pydoc_data`, one document each, and the docstrings of the standard
-library, one document per module. Everything is read with `ast`, nothing is imported, so nothing
-runs. Paragraphs that occur again are left out: topics overlap, and no text may lie in both training
-and validation.
+A topic of `pydoc_data` is one document; so are the docstrings of a module of the standard library.
+The sources are read with `ast`: nothing is imported, so nothing runs. Repeated paragraphs are left
+out: topics overlap, and no text may be in both training and validation.
 """
 
 import ast
@@ -17,7 +16,7 @@ from pathlib import Path
 from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.files import new_file
 
-# Tests are no prose, and installed packages differ between machines.
+# Tests are no prose; installed packages differ between machines.
 _EXCLUDED_FOLDERS = {
     "__pycache__",
     "dist-packages",
@@ -36,18 +35,18 @@ def write_corpus(out: Path) -> int:
         The number of documents.
 
     Raises:
-        ConfigError: the file exists, or its folder does not.
-        DataError: this Python has no library in source form.
+        ConfigError: The file exists, or its folder does not.
+        DataError: This Python has no library in source form.
     """
     if out.exists():
-        raise ConfigError(f"--out {out} exists already; remove it or give another file")
+        raise ConfigError(f"--out {out}: exists already; remove it or give another file")
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}")
     library = Path(sysconfig.get_path("stdlib"))
     with new_file(out) as file:
         documents = list(collect_documents(library))
         if not documents:
-            raise DataError(f"no library in source form at {library}; use a complete Python")
+            raise DataError(f"{library}: holds no library in source form; use a complete Python")
         for text in documents:
             file.write(json.dumps({"text": text}).encode("ascii") + b"\n")
     size = sum(len(text.encode("utf-8")) for text in documents)
@@ -56,7 +55,7 @@ def write_corpus(out: Path) -> int:
 
 
 def collect_documents(library: Path) -> Iterator[str]:
-    """The documents of a standard library, in a fixed order."""
+    """Yield the documents of a standard library, in a fixed order."""
     seen: set[str] = set()
     for texts in itertools.chain(_read_topics(library / _TOPICS), _read_modules(library)):
         paragraphs = []
@@ -88,11 +87,11 @@ def _read_modules(library: Path) -> Iterator[list[str]]:
 
 
 def _read_docstrings(path: Path) -> list[str]:
-    """Docstrings of a module, its classes and functions, in the order of the source."""
+    """Return the docstrings of a module, its classes and functions, in the order of the source."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
-        return []  # templates and deliberately broken files are part of some libraries
+        return []  # some libraries hold templates and files that are broken on purpose
     found = []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""The formats of text files: a new one is a file like the others here, and a line of the table."""
+"""The table of text formats; a new format is a file like the others here and a line below."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +18,11 @@ FORMATS = {
 }
 
 STANDARD_INPUT_FORMATS = (JSONL.name, JSON_ARRAY.name, PLAIN_TEXT.name)
-"""What standard input may be; the first one by default."""
+"""Formats of standard input; the first one is the default."""
 
 
 def find_format(path: Path) -> TextFormat | None:
-    """The format of a file by its suffixes; None if it has none of these."""
+    """Return the format of a file by its suffixes; None for unknown ones."""
     is_compressed = path.suffix in SUFFIXES
     suffix = path.with_suffix("").suffix if is_compressed else path.suffix
     for each in FORMATS.values():
@@ -32,14 +32,14 @@ def find_format(path: Path) -> TextFormat | None:
 
 
 def look_into(file: InputFile) -> InputFile:
-    """Return a file with its kind by content: a `.json` file that is no array is JSONL."""
+    """Return a file with the kind of its content: a `.json` file that is no array is JSONL."""
     if file.kind != JSON_ARRAY.name or begins_array(file):
         return file
     return replace(file, kind=JSONL.name)
 
 
 def list_suffixes() -> str:
-    """The suffixes of all formats, for messages."""
+    """Return the suffixes of all formats, for messages."""
     compressible = ", ".join(_join_suffixes(is_compressible=True))
     others = ", ".join(_join_suffixes(is_compressible=False))
     return f"{compressible} (each also {', '.join(SUFFIXES)}) and {others}"

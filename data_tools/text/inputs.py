@@ -1,4 +1,4 @@
-"""What the user names by `--input`: files, folders of them, globs, standard input."""
+"""Finds the files that `--input` names: files, folders, globs, standard input."""
 
 import codecs
 import errno
@@ -18,18 +18,22 @@ STANDARD_INPUT = "-"
 def find_inputs(
     paths: Sequence[str], standard_input: str = STANDARD_INPUT_FORMATS[0]
 ) -> list[InputFile]:
-    """The input files in order: as given; those of a folder or glob in the order of their paths.
+    """List the input files in the given order, those of a folder or glob sorted by path.
 
-    A path that exists is taken as it is; else it may be a glob, `**` for any depth. Folders are
-    searched through, hidden files and unknown kinds left out. `-` is standard input, of the format
-    `standard_input`.
+    A path that does not exist may be a glob, where `**` matches any depth. Folders are searched at
+    any depth, without hidden files and unknown kinds. `-` is standard input.
+
+    Args:
+        paths: The values of `--input`.
+        standard_input: Name of the format of standard input.
 
     Raises:
-        ConfigError: a path is missing, of an unknown kind, without text, or named twice.
+        ConfigError: A path is missing, of an unknown kind, without text, or named twice.
     """
     inputs: list[InputFile] = []
     for text in paths:
         path = _to_path(text)
+        # Standard input, whose kind and size no path shows.
         if text == STANDARD_INPUT:
             inputs.append(
                 InputFile(
@@ -40,12 +44,15 @@ def find_inputs(
                     num_bytes=0,
                 )
             )
+        # A path that exists, or else a glob.
         elif path.is_dir():
             inputs.extend(_describe_all(text, path, _search_folder(path)))
         elif path.is_file():
             inputs.append(_describe(path, path.name, f"--input {text}"))
         elif path.exists():
-            raise ConfigError(f"--input {text}: neither file nor folder; pipe it in by --input -")
+            raise ConfigError(
+                f"--input {text}: is neither file nor folder; pipe it in by --input -"
+            )
         elif glob.has_magic(text):
             inputs.extend(_describe_all(text, *_match_glob(text)))
         else:
@@ -55,10 +62,10 @@ def find_inputs(
 
 
 def _to_path(text: str) -> Path:
-    """Return the path.
+    """Return the path that a text names.
 
     Raises:
-        ConfigError: No file can have it.
+        ConfigError: No file can have this path.
     """
     if not text:
         raise ConfigError("--input '': names no file; name files or folders")
@@ -72,22 +79,24 @@ def _to_path(text: str) -> Path:
 
 
 def parse_separator(text: str) -> str:
-    r"""The document separator that a command line means, where `\n`, `\t`, `\x1e` are escapes.
+    r"""Return the document separator of a command line, with `\n`, `\t`, `\x1e` as escapes.
 
     Raises:
-        ConfigError: it is empty or a broken escape.
+        ConfigError: The separator is empty, or an escape is broken.
     """
     try:
-        # Characters beyond Latin-1 become escapes themselves; a broken escape at the end raises.
+        # Characters beyond Latin-1 become escapes; a broken escape at the end raises an error.
         raw = text.encode("latin-1", "backslashreplace")
         separator = codecs.decode(raw, "unicode_escape")
         separator.encode("utf-8")
     except UnicodeError as error:
         raise ConfigError(
-            f"--document-separator {text}: broken escape; write a backslash as \\\\"
+            f"--document-separator {text}: has a broken escape; write a backslash as \\\\"
         ) from error
     if not separator:
-        raise ConfigError("--document-separator is empty; leave it out for a document per file")
+        raise ConfigError(
+            "--document-separator '': is empty; leave it out for one document per file"
+        )
     return separator
 
 
@@ -99,7 +108,7 @@ def _search_folder(folder: Path) -> Iterator[Path]:
 
 
 def _match_glob(pattern: str) -> tuple[Path, set[Path]]:
-    """The folder that the pattern starts from, and the files that it matches or holds."""
+    """Return the folder that a pattern starts from, and the files that match or lie in a match."""
     fixed: list[str] = []
     for part in Path(pattern).parts:
         if glob.has_magic(part):
@@ -116,14 +125,14 @@ def _describe_all(text: str, root: Path, paths: Iterator[Path] | set[Path]) -> l
         (path.relative_to(root).as_posix(), path) for path in paths if find_format(path) is not None
     )
     if not named:
-        raise ConfigError(f"--input {text}: no text there; the kinds are {list_suffixes()}")
+        raise ConfigError(f"--input {text}: holds no text; the kinds are {list_suffixes()}")
     return [_describe(path, name, f"--input {text}") for name, path in named]
 
 
 def _describe(path: Path, name: str, argument: str) -> InputFile:
     found = find_format(path)
     if found is None:
-        raise ConfigError(f"{argument}: unknown kind of file; the kinds are {list_suffixes()}")
+        raise ConfigError(f"{argument}: is of an unknown kind; the kinds are {list_suffixes()}")
     try:
         num_bytes = path.stat().st_size
     except OSError as error:
@@ -140,5 +149,7 @@ def _check_distinct(inputs: Sequence[InputFile]) -> None:
     for file in inputs:
         path = None if file.path is None else file.path.resolve()
         if path in seen:
-            raise ConfigError(f"--input names {file.path or STANDARD_INPUT} twice; name it once")
+            raise ConfigError(
+                f"--input {file.path or STANDARD_INPUT}: is named twice; name it once"
+            )
         seen.add(path)

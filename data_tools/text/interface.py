@@ -1,7 +1,7 @@
-"""What a format of text files is, and what goes through it: slices of files, units, documents.
+"""The interface of a text format, and its values: slices of files, units and documents.
 
-A slice of a file is read as *units*, about 1 MiB of text each: reading is cheap and done by one
-process. A unit is parsed to *documents*, which is done by many processes.
+One process reads a slice of a file as *units* of about 1 MiB of text, which is cheap. Many
+processes parse the units to *documents*.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,16 +20,16 @@ OnError = Literal["stop", "skip"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextOptions:
-    """How documents lie in the files, and what to do about those that are broken."""
+    """How documents lie in the files, and whether broken ones stop the work."""
 
     text_key: str = "text"
     standard_input: str = "jsonl"
     """Name of the format of standard input."""
     document_separator: str | None = None
-    """Text between the documents of a `.txt` file; None: each file is a document."""
+    """Text between the documents of a `.txt` file; None: each file is one document."""
     on_error: OnError = "stop"
     cuts_documents: bool = True
-    """Long documents of `.txt` files may be cut after newlines and encoded in parts."""
+    """Whether long documents of `.txt` files may be cut after newlines and encoded in parts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,41 +39,41 @@ class InputFile:
     path: Path | None
     """None for standard input."""
     name: str
-    """Path relative to the input that named it; goes into the manifest."""
+    """Path relative to the `--input` that named it, as in the manifest."""
     kind: str
     """Name of its format."""
     compression: Compression | None
-    """Compression of the file; None for standard input, whose first bytes show it."""
+    """Compression of the file; that of standard input follows from its first bytes."""
     num_bytes: int
     """Size on the disk; 0 for standard input."""
 
     @property
     def label(self) -> str:
-        """The file in messages."""
+        """Name of the file in messages."""
         return "standard input" if self.path is None else str(self.path)
 
     def check_size(self, num_bytes: int) -> None:
-        """Check that the file still has its size.
+        """Check that the file still has the size that it had at the start.
 
         Raises:
-            DataError: it has another.
+            DataError: The size has changed.
         """
         if num_bytes != self.num_bytes:
             raise DataError(
                 f"{self.path} had {self.num_bytes} bytes at the start and has {num_bytes} now; "
-                "start again when nothing writes to the input any more"
+                "start again when no process writes to the input"
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slice:
-    """A file, or of a large file the lines whose first byte is in a range."""
+    """A whole file, or the lines of a large file whose first byte is in a range."""
 
     file: int
     """Number of the input file."""
     start: int
     stop: int
-    """Bytes of the file as it lies on the disk."""
+    """Range of bytes of the file on the disk."""
 
     @property
     def num_bytes(self) -> int:
@@ -83,16 +83,16 @@ class Slice:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRead:
-    """What a slice was made of."""
+    """Size and hash of a slice that was read."""
 
     num_bytes: int
     sha256: str
-    """Hash of the bytes of the slice, as they lie on the disk."""
+    """Hash of the slice's bytes on the disk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unit:
-    """A part of a slice: some lines of JSONL, some rows of Parquet, text files or parts of one."""
+    """A part of a slice: lines of JSONL, rows of Parquet, or a text file or a part of it."""
 
     slice: int
     """Index of the slice in its span."""
@@ -109,39 +109,39 @@ class Unit:
     row_bytes: tuple[int, ...] = ()
     """Parquet: the lengths of the texts in `data`."""
     continues: bool = False
-    """`data` begins inside a document of the unit before."""
+    """Whether `data` begins inside a document of the unit before."""
     ends_document: bool = True
-    """Whether the last document ends here; else it continues in the next unit."""
+    """Whether the last document ends in this unit, and not in a later one."""
     document_hash: int = 0
-    """Hash of the whole document that began in an earlier unit and ends in this one."""
+    """Hash of a whole document that began in an earlier unit and ends in this one."""
     problems: tuple[Problem, ...] = ()
-    """What is wrong with the part of the file, as reading showed."""
+    """Problems that were found while the unit was read."""
     raw_bytes: int = 0
     """Bytes of the input that were read for this unit."""
     digest: int = 0
-    """Hash of the data of the units of the span up to this one."""
+    """Hash of the data of the span's units up to this one."""
     source: SourceRead | None = None
-    """What the slice was made of; in its last unit only."""
+    """Size and hash of the slice; in its last unit only."""
 
     def name_problem(self, line: int, what: str) -> Problem:
-        """What is wrong with a line of the unit."""
+        """Return a problem of a line of the unit."""
         return Problem(path=self.path, line=line, what=what, start=self.start)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A document, or a part of one that goes over several units."""
+    """A document, or the part of it that lies in one unit."""
 
     text: bytes
     """The text in UTF-8."""
     ends: bool = True
-    """Whether the document ends here; else it continues in the next unit."""
+    """Whether the document ends in this unit, and not in a later one."""
     hash: int = 0
-    """Hash of the whole document, where it ends."""
+    """Hash of the whole document, in the part that ends it."""
 
 
 def hash_document(text: bytes) -> int:
-    """The hash of a document's text, a 128-bit integer: for splits, and to know equal documents."""
+    """Return the 128-bit hash of a document's text, by which splits and duplicates are found."""
     return xxhash.xxh3_128_intdigest(text)
 
 
@@ -150,14 +150,14 @@ class TextFormat:
     """A format of text files.
 
     Attributes:
-        name: In plans of builds, never changed.
-        suffixes: Of its files.
-        is_compressible: Its files may also be compressed as a whole (`.gz`, `.zst`).
-        is_sliceable: A large file that is not compressed may be cut into slices of lines.
+        name: Name in build plans, which never changes.
+        suffixes: Suffixes of its files.
+        is_compressible: Whether its files may be compressed as a whole (`.gz`, `.zst`).
+        is_sliceable: Whether a large uncompressed file may be cut into slices of lines.
         read: Yields the units of a slice; takes the file, the slice, its index in the span, the
-            options, and the size of a unit. Even an empty slice ends with a unit that has its
-            `source`.
-        parse: Yields the documents of a unit, empty ones too, and the problems in it.
+            options, and the size of a unit. Every slice, even an empty one, ends with a unit that
+            has its `source`.
+        parse: Yields the documents of a unit, also empty ones, and the problems in it.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""`.json`: one array of objects, each of them a document; read as a stream, as lines of JSONL."""
+"""`.json`: one array of objects, each a document; streamed as lines of JSONL."""
 
 import codecs
 import dataclasses
@@ -25,11 +25,11 @@ _BLOCK_BYTES = 2**20
 
 
 class _BrokenArrayError(Exception):
-    """The file does not go on as an array; the message is for the user."""
+    """Error of a file that is no whole array of objects; the message is for the user."""
 
 
 def begins_array(file: InputFile) -> bool:
-    """Whether the first character of a file opens an array; False where it cannot be read."""
+    """Return whether the first character of a file opens an array; False if it is unreadable."""
     assert file.path is not None
     try:
         with file.path.open("rb") as stream:
@@ -40,14 +40,14 @@ def begins_array(file: InputFile) -> bool:
                 if text:
                     return text.startswith(b"[")
     except (OSError, DamageError):
-        return False  # reading the file reports it
+        return False  # reading the file reports the error
     return False
 
 
 def _read(
     file: InputFile, part: Slice, index: int, options: TextOptions, unit_bytes: int
 ) -> Iterator[Unit]:
-    """Yield the elements, a line each."""
+    """Yield the elements as units of one line each."""
     with open_input(file) as stream:
         text = SliceText(file, part, stream)
         problems: tuple[Problem, ...] = ()
@@ -84,13 +84,13 @@ def _make_unit(
 
 
 def _split_elements(text: SliceText) -> Iterator[bytes]:
-    """Yield the elements of the array as JSON on one line.
+    """Yield the elements of the array, each as JSON on one line.
 
-    The rest of a broken file is read all the same: the hash is that of the whole.
+    A broken file is read to its end, so that its hash is that of the whole file.
 
     Raises:
-        _BrokenArrayError: It is no array, or does not go on as one.
-        UnicodeDecodeError: It is no UTF-8.
+        _BrokenArrayError: The file is no whole array.
+        UnicodeDecodeError: The file is no UTF-8.
     """
     blocks = text.read_blocks(_BLOCK_BYTES)
     try:
@@ -105,41 +105,43 @@ def _split_blocks(blocks: Iterator[tuple[bytes, bool]]) -> Iterator[bytes]:
     pending, wanted = "", 0
     is_open = is_closed = needs_comma = False
     for block, is_last in blocks:
+        # Text is collected until the element in it may be complete.
         pending += decode(block, is_last)
         if len(pending) < wanted and not is_last:
             continue
-        place = 0
+        # The whole elements of the text, and the characters between them.
+        position = 0
         while True:
-            place = _skip_space(pending, place)
-            character = pending[place : place + 1]
+            position = _skip_space(pending, position)
+            character = pending[position : position + 1]
             if not character:
                 break
             if is_closed:
                 _expect(False, "more text after the array")
             elif not is_open:
                 _expect(character == "[", "no array")
-                is_open, place = True, place + 1
+                is_open, position = True, position + 1
             elif character == "]":
-                is_closed, place = True, place + 1
+                is_closed, position = True, position + 1
             elif needs_comma:
                 _expect(character == ",", "no comma between two objects")
-                needs_comma, place = False, place + 1
+                needs_comma, position = False, position + 1
             else:
-                found = _find_end(pending, place, is_last)
+                found = _find_end(pending, position, is_last)
                 if found is None:
                     break
-                yield pending[place:found].replace("\n", " ").encode("utf-8")
-                needs_comma, place = True, found
-        pending = pending[place:]
-        # An element that is longer than a block is decoded a few times, and not for each block.
+                yield pending[position:found].replace("\n", " ").encode("utf-8")
+                needs_comma, position = True, found
+        pending = pending[position:]
+        # A long element is decoded again when the text has doubled, and not at each block.
         wanted = 2 * len(pending)
     _expect(is_closed, "the array has no end")
 
 
-def _find_end(text: str, place: int, is_last: bool) -> int | None:
-    """Return where the element ends; None where more text is needed to say so."""
+def _find_end(text: str, position: int, is_last: bool) -> int | None:
+    """Return the end of the element; None if it may be in later text."""
     try:
-        _, end = _DECODER.raw_decode(text, place)
+        _, end = _DECODER.raw_decode(text, position)
     except json.JSONDecodeError as error:
         if is_last:
             _expect(False, f"invalid JSON ({error.msg})")
@@ -149,10 +151,10 @@ def _find_end(text: str, place: int, is_last: bool) -> int | None:
     return end if end < len(text) or is_last else None
 
 
-def _skip_space(text: str, place: int) -> int:
-    while text[place : place + 1] in tuple(_SPACE):
-        place += 1
-    return place
+def _skip_space(text: str, position: int) -> int:
+    while text[position : position + 1] in tuple(_SPACE):
+        position += 1
+    return position
 
 
 def _expect(is_right: bool, what: str) -> None:

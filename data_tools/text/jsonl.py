@@ -1,4 +1,4 @@
-"""JSONL: a document per line, under the text key."""
+"""`.jsonl`: one document per line, under the text key."""
 
 import json
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ def _parse(unit: Unit, options: TextOptions) -> Iterator[Document | Problem]:
 
 
 def _split_lines(data: bytes) -> list[str] | list[str | None]:
-    """The lines; None for those in invalid UTF-8."""
+    """Return the lines; None for each line of invalid UTF-8."""
     try:
         return data.decode("utf-8").split("\n")
     except UnicodeDecodeError:
@@ -52,7 +52,7 @@ def _split_lines(data: bytes) -> list[str] | list[str | None]:
 
 
 def _explain(line: str | None, text_key: str) -> str | None:
-    """What is wrong with a line without text; None if it is blank."""
+    """Describe what is wrong with a line without text; None for a blank line."""
     if line is None:
         return INVALID_UTF8
     if not line.strip():
@@ -64,7 +64,7 @@ def _explain(line: str | None, text_key: str) -> str | None:
     except (ValueError, RecursionError) as error:
         return f"invalid JSON ({error}); {_REMEDY}"
     if not isinstance(record, dict):
-        return "not a JSON object; each line must be one"
+        return "is no JSON object; each line must be one"
     if text_key not in record:
         return f"no key {text_key!r}; name the key of the text by --text-key"
     if not isinstance(record[text_key], str):

@@ -1,6 +1,6 @@
-"""Parquet: a document per row, in the column of the text key.
+"""`.parquet`: one document per row, in the column of the text key.
 
-Only that column is read, some rows at a time, never a whole row group.
+Only that column is read, in batches of rows, never a whole row group at once.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ _MAX_ROWS = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowBatch:
-    """The good texts of some rows, and what is wrong with the others."""
+    """The texts of consecutive rows, and the problems of the rows without a text."""
 
     data: bytes = b""
     row_bytes: tuple[int, ...] = ()
@@ -39,19 +39,19 @@ class RowBatch:
 
 
 class ParquetRows:
-    """Reads the column of texts of a Parquet file.
+    """A reader of the text column of a Parquet file.
 
     Attributes:
-        sha256: hash of the file.
-        share_done: share of the rows that have been read.
+        sha256: Hash of the file.
+        share_done: Share of the rows that have been read.
     """
 
     def __init__(self, file: InputFile, text_key: str) -> None:
         """Hash the file.
 
         Raises:
-            DataError: its size is no longer what it was.
-            OSError: it cannot be read.
+            DataError: The file has changed its size.
+            OSError: The file cannot be read.
         """
         assert file.path is not None
         self._path = file.path
@@ -60,13 +60,13 @@ class ParquetRows:
         self.share_done = 0.0
 
     def read_batches(self, batch_bytes: int) -> Iterator[RowBatch]:
-        """Batches of about this size, or of one row that is larger.
+        """Yield batches of about `batch_bytes`, or of one larger row.
 
         Raises:
-            OSError: the file cannot be read.
+            OSError: The file cannot be read.
         """
         try:
-            # Without these settings a whole column of a row group is held.
+            # Without these settings the whole column of a row group is in memory.
             file = pq.ParquetFile(
                 self._path,
                 pre_buffer=False,
@@ -91,7 +91,7 @@ class ParquetRows:
     def _read_group(
         self, file: pq.ParquetFile, group: int, first_row: int, batch_bytes: int
     ) -> Iterator[tuple[RowBatch, int]]:
-        """Batches of a row group, and the number of the row after them."""
+        """Yield the batches of a row group, each with the number of the row after it."""
         row = first_row
         end = first_row + file.metadata.row_group(group).num_rows
         batches = file.iter_batches(
@@ -111,7 +111,7 @@ class ParquetRows:
             yield self._report(row, damage), end
 
     def _choose_rows(self, file: pq.ParquetFile, group: int, batch_bytes: int) -> int:
-        """Rows that have about `batch_bytes` by the average of the row group."""
+        """Return how many rows of average size have about `batch_bytes`."""
         metadata = file.metadata.row_group(group)
         columns = (metadata.column(number) for number in range(metadata.num_columns))
         size = sum(
@@ -146,10 +146,10 @@ class ParquetRows:
         )
 
     def _find_wrong(self, file: pq.ParquetFile) -> str | None:
-        """What keeps the file from giving any text."""
+        """Describe why the file has no text to read; None if it has."""
         schema = file.schema_arrow
         if not file.metadata.num_rows:
-            return "empty; leave it out"
+            return "is empty; leave it out"
         if self._text_key not in schema.names:
             names = ", ".join(schema.names)
             return f"no column {self._text_key!r}; name one of {names} by --text-key"
@@ -172,7 +172,7 @@ class ParquetRows:
 
 
 def _cut(texts: pa.Array, batch_bytes: int) -> Iterator[pa.Array]:
-    """Slices of about `batch_bytes`, or of one text that is larger, as large binaries."""
+    """Yield slices of about `batch_bytes`, or of one larger text, as large binaries."""
     texts = texts.cast(pa.large_string()) if pa.types.is_dictionary(texts.type) else texts
     texts = texts.cast(pa.large_binary())
     lengths = pc.binary_length(texts).fill_null(0).to_numpy(zero_copy_only=False)
@@ -187,10 +187,14 @@ def _cut(texts: pa.Array, batch_bytes: int) -> Iterator[pa.Array]:
 
 
 def _describe_damage(error: Exception) -> str:
-    """The error as text; that of a failing disk is raised again, since the file is not damaged."""
+    """Describe the damage of a file.
+
+    Raises:
+        OSError: The disk fails, so the file may be intact.
+    """
     if isinstance(error, OSError) and error.errno is not None:
         raise error
-    return f"damaged Parquet ({error}); get the file again"
+    return f"damaged Parquet ({error}); copy the file again"
 
 
 def _hash_file(file: InputFile) -> str:

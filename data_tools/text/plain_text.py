@@ -1,4 +1,4 @@
-"""Plain text: a file is one document, or several with a separator between them."""
+"""`.txt`: a file is one document, or several with a separator between them."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,13 +38,13 @@ def _parse(unit: Unit, options: TextOptions) -> Iterator[Document | Problem]:
         continues = unit.continues and is_first
         ends = unit.ends_document or not is_last
         if is_last and not text and not continues:
-            break  # there is no document after the last separator
+            break  # a separator may also follow the last document
         hashed = unit.document_hash if continues else hash_document(text)
         document = Document(text=text, ends=ends, hash=hashed if ends else 0)
         error = find_invalid_utf8(text)
         if error is not None:
             yield unit.name_problem(line + text.count(b"\n", 0, error), INVALID_UTF8)
-            if continues and ends:  # the parts of it that were yielded before need an end
+            if continues and ends:  # the parts that earlier units have need an end
                 yield replace(document, text=b"")
         else:
             yield document

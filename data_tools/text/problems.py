@@ -1,4 +1,4 @@
-"""What is wrong with the input, named so that a user finds the place."""
+"""Problems of the input, with file and line."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,19 +11,19 @@ _READ_BYTES = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """A line, a row or a file of the input that gives no documents."""
+    """A line, row or file of the input that yields no document."""
 
     path: str
     line: int
     """Number of the line or row, from 1; 0 for the file as a whole."""
     what: str
-    """What is wrong and what to do about it."""
+    """The problem and its remedy."""
     start: int = 0
-    """The byte of the file from which lines are counted: each slice has a line 1."""
+    """Byte of the file from which lines are counted: the lines of each slice start at 1."""
     is_row: bool = False
 
     def describe(self) -> str:
-        """One line `path:line: what`; reads the file up to `start`."""
+        """Return `path:line: what`; this reads the file up to `start` to count its lines."""
         if not self.line:
             return f"{self.path}: {self.what}"
         if self.is_row:
@@ -33,7 +33,7 @@ class Problem:
 
 
 def find_invalid_utf8(text: bytes) -> int | None:
-    """The place of the first byte that is no UTF-8; None if there is none."""
+    """Return the index of the first byte that is no UTF-8; None if all are."""
     try:
         text.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Spans of the input: slices of files that are worked on as one."""
+"""Divides the input into spans, which are encoded one by one."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ SPAN_BYTES = 2**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """Slices of the input that are worked on as one, in order."""
+    """Slices of the input that one worker encodes as a unit, in order."""
 
     number: int
     slices: tuple[Slice, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Size of the slices together, as they lie on the disk."""
+        """Size of all slices on the disk."""
         return sum(each.num_bytes for each in self.slices)
 
 
 def plan_spans(files: Sequence[InputFile], span_bytes: int = SPAN_BYTES) -> list[Span]:
     """Cut the input into spans of about `span_bytes`, by the sizes of the files alone.
 
-    Files that may be sliced are cut where they are larger; small files go together.
+    A larger file is cut if its format allows slices; small files share a span.
     """
     spans: list[Span] = []
     pending: list[Slice] = []

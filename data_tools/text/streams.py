@@ -1,7 +1,4 @@
-"""Files that are one stream of text, perhaps compressed: read as units, cut at separators.
-
-The raw bytes are hashed on the way.
-"""
+"""Reads a stream of text, perhaps compressed, as units cut at separators; hashes the raw bytes."""
 
 import hashlib
 import itertools
@@ -23,13 +20,13 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class SliceText:
-    """Reads a slice of a JSONL or text file.
+    """A reader of a slice of a JSONL or text file.
 
     Attributes:
-        start: byte of the file at which the text begins.
-        num_bytes: raw bytes of the slice that were read so far.
-        damage: after the last block, why the text ends there; None if it is whole.
-        is_empty: after the last block, there is no text at all.
+        start: Byte of the file at which the text begins.
+        num_bytes: Raw bytes of the slice that were read so far.
+        damage: After the last block: why the text ends early; None if it is whole.
+        is_empty: After the last block: whether there was no text at all.
     """
 
     def __init__(self, file: InputFile, part: Slice, stream: BinaryIO) -> None:
@@ -43,15 +40,15 @@ class SliceText:
         self.is_empty = False
 
     def read_blocks(self, block_bytes: int) -> Iterator[tuple[bytes, bool]]:
-        """Blocks of this size, and whether it is the last one, which is smaller or empty.
+        """Yield blocks of this size, each with whether it is the last, which may be smaller.
 
         Raises:
-            DataError: the file is not the one that was planned with.
-            OSError: it cannot be read.
+            DataError: The file has changed its size.
+            OSError: The file cannot be read.
         """
         self._check_size()
         raw = self._read_raw()
-        # Something is always held back, so that the last block is known as such.
+        # Some text is always held back, so that the last block is known as such.
         pending = bytearray()
         is_first = self._slice.start == 0
         try:
@@ -72,7 +69,7 @@ class SliceText:
         yield block, True
 
     def sha256(self) -> str:
-        """sha256 of the raw bytes read so far."""
+        """Return the sha256 of the raw bytes read so far."""
         return self._sha256.hexdigest()
 
     def _read_text(self, raw: Iterator[bytes]) -> Iterator[bytes]:
@@ -97,7 +94,8 @@ class SliceText:
             yield data
 
     def _read_lines(self, raw: Iterator[bytes]) -> Iterator[bytes]:
-        """The lines whose first byte lies in the slice."""
+        """Yield the lines whose first byte is in the slice."""
+        # The end of a line that began before the slice is left out.
         begun = self._begins_line()
         last = b"\n"
         for data in raw:
@@ -110,13 +108,14 @@ class SliceText:
             if data:
                 last = data[-1:]
                 yield data
+        # The last line is read to its end, which may be after the slice.
         while last != b"\n" and (data := self._stream.read(_RAW_BYTES)):
             data = data[: data.find(b"\n") + 1] or data
             last = data[-1:]
             yield data
 
     def _begins_line(self) -> bool:
-        """Whether the slice's first byte is the first of a line."""
+        """Return whether the slice's first byte is the first of a line."""
         start = self._slice.start
         if not start:
             return True
@@ -133,7 +132,7 @@ class SliceText:
 
 
 def open_input(file: InputFile) -> AbstractContextManager[BinaryIO]:
-    """The file's bytes, or standard input, which stays open."""
+    """Open a file, or return standard input, which stays open."""
     if file.path is None:
         return nullcontext(sys.stdin.buffer)
     return file.path.open("rb")
@@ -151,16 +150,16 @@ def read_stream(
     """Read a slice of a stream of documents as units.
 
     Args:
-        file: the file to read.
-        part: the slice of the file.
-        index: number of the slice in its span.
-        separator: between documents; empty: there is one document.
-        cuts_documents: whether a document may be cut after a newline and continue in the next unit.
-        unit_bytes: size of a unit; it may be longer by a document that is not cut.
+        file: The file to read.
+        part: The slice of the file.
+        index: Number of the slice in its span.
+        separator: Bytes between documents; empty: the file is one document.
+        cuts_documents: Whether a document may be cut after a newline and continue in the next unit.
+        unit_bytes: Size of a unit; a document that is not cut may make it longer.
 
     Raises:
-        DataError: the file is not the one that was planned with.
-        OSError: it cannot be read.
+        DataError: The file has changed its size.
+        OSError: The file cannot be read.
     """
     document = xxhash.xxh3_128()
     continues = False
@@ -168,10 +167,12 @@ def read_stream(
     with open_input(file) as stream:
         text = SliceText(file, part, stream)
         for data, ends, is_last in _cut(text, separator, cuts_documents, unit_bytes):
+            # The hash of a document that lies in several units.
             if not continues:
                 document.reset()
             if continues or not ends:
                 document.update(data.partition(separator)[0] if separator else data)
+            # The unit, with the lines and bytes up to its end.
             next_line = line + data.count(b"\n")
             yield Unit(
                 slice=index,
@@ -196,17 +197,17 @@ def _find_problems(text: SliceText, path: str, line: int) -> tuple[Problem, ...]
     if text.damage is not None:
         return (Problem(path=path, line=line, what=text.damage, start=text.start),)
     if text.is_empty:
-        return (Problem(path=path, line=0, what="empty; leave it out"),)
+        return (Problem(path=path, line=0, what="is empty; leave it out"),)
     return ()
 
 
 def _cut(
     text: SliceText, separator: bytes, cuts_documents: bool, unit_bytes: int
 ) -> Iterator[tuple[bytes, bool, bool]]:
-    """Yield the data of units, whether they end with a document, and whether they are the last.
+    """Yield the data of each unit, whether it ends with a document, and whether it is the last.
 
-    Blocks of the text are cut after the last separator in them; where there is none, after the
-    last segment, or else not at all.
+    Blocks of the text are cut after their last separator, or else after their last segment; a block
+    without both is not cut.
     """
     pending = bytearray()
     searched = 0
@@ -217,7 +218,7 @@ def _cut(
         if not is_last or text.damage is not None:
             stop = _find_last_end(pending, separator, searched)
             ends = is_last or stop > 0
-        # A very long line is searched once, not again for each block.
+        # A block without a newline has no end of a segment, so a very long line is searched once.
         if not ends and cuts_documents and b"\n" in block:
             stop = _find_segment_end(pending, separator)
         if stop or is_last:
@@ -227,17 +228,17 @@ def _cut(
 
 
 def _find_last_end(pending: bytearray, separator: bytes, searched: int) -> int:
-    """End of the last separator, as found from the left, or 0."""
+    """Return the end of the last separator, counted from the left, or 0."""
     if not separator:
         return 0
-    if len(separator) == 1:  # it cannot overlap itself: the last from the right is the same
+    if len(separator) == 1:  # it cannot overlap itself, so the search from the right agrees
         return pending.rfind(separator, searched) + 1
     _, *others = pending[searched:].split(separator)
     return len(pending) - len(others[-1]) if others else 0
 
 
 def _find_segment_end(pending: bytearray, separator: bytes) -> int:
-    """End of the last whole segment before what may be the beginning of a separator, or 0."""
+    """Return the end of the last segment before a possible beginning of a separator, or 0."""
     stop = len(pending) - max(0, len(separator) - 1)
     segments = list(split_segments(bytes(pending[:stop])))
     return stop - len(segments[-1]) if segments else 0

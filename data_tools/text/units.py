@@ -1,7 +1,7 @@
-"""Spans of the input cut into units of about 1 MiB of text, and units to documents.
+"""Reads spans of the input as units of about 1 MiB of text, and parses units to documents.
 
-The cuts depend on the bytes of the files alone: not on how often they are read, nor on how many
-processes work on the units. So a number of units says how much of a span has been read.
+The cuts depend on the bytes of the files alone: not on interruptions, and not on the number of
+processes. So the number of units states how much of a span has been read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,18 +27,18 @@ def read_units(
     skipped_digest: int | None = None,
     unit_bytes: int = UNIT_BYTES,
 ) -> Iterator[Unit]:
-    """Read a span as units; every slice, even an empty one, ends with a unit that has its source.
+    """Read a span as units; every slice, even an empty one, ends with a unit that has its `source`.
 
     Args:
-        files: all files of the input.
-        span: the span to read.
-        options: how documents lie in the files.
-        skip_units: how many units to read without yielding them.
-        skipped_digest: digest of the last skipped unit; shows that the input is still the same.
-        unit_bytes: size of a unit; it may be longer by a line, or by a document that is not cut.
+        files: All files of the input.
+        span: The span to read.
+        options: How documents lie in the files.
+        skip_units: Number of units to read without yielding them.
+        skipped_digest: `Unit.digest` of the last of these, which shows that the input is the same.
+        unit_bytes: Size of a unit; a line, or a document that is not cut, may make it longer.
 
     Raises:
-        DataError: a file cannot be read, or is not what it was.
+        DataError: A file cannot be read, or has changed.
     """
     digest = xxhash.xxh3_64()
     number = 0
@@ -61,15 +61,16 @@ def read_units(
 
 
 def parse_unit(unit: Unit, options: TextOptions, problems: list[Problem]) -> Iterator[Document]:
-    """The documents of a unit, empty ones too.
+    """Yield the documents of a unit, also empty ones.
 
     Args:
-        unit: the unit to parse.
-        options: as the unit was read with.
-        problems: receives what is left out, where `options.on_error` is "skip".
+        unit: The unit to parse.
+        options: The options with which the unit was read.
+        problems: Receives the problems if `options.on_error` is "skip".
 
     Raises:
-        DataError: something is wrong, where it is "stop"; the message names file and line.
+        DataError: The unit has a problem and `options.on_error` is "stop"; the message names file
+            and line.
     """
     for found in FORMATS[unit.kind].parse(unit, options):
         if isinstance(found, Document):
@@ -83,6 +84,6 @@ def parse_unit(unit: Unit, options: TextOptions, problems: list[Problem]) -> Ite
 def _check_skipped(file: InputFile, digest: int | None, expected: int | None) -> None:
     if expected is not None and digest != expected:
         raise DataError(
-            f"{file.label}, or a file read before it, is not what it was when the work was "
-            "interrupted; restore it, or start again in another directory"
+            f"{file.label}, or a file read before it, has changed since the build was interrupted; "
+            "restore it, or build in another directory"
         )

@@ -1,8 +1,7 @@
-"""What values of a configuration may stand together; nothing is started before these checks pass.
+"""The rules for combinations of keys; nothing is started before these checks pass.
 
 Each check refuses with a ConfigError that names where the value was set, the key, the value and
-what to write instead. Rules about one key alone are not here: its type and its range stand with the
-key, in its section.
+what to write instead. The type and the range of a single key are in its section.
 """
 
 import dataclasses
@@ -24,10 +23,10 @@ PIPELINE_LAYOUT = re.compile(r"E[t|]*L")
 
 
 def check_config(config: Config, origins: Origins | None = None) -> list[str]:
-    """Refuse impossible combinations, whatever the number of ranks.
+    """Refuse combinations that are impossible for any number of ranks.
 
     Args:
-        config: To be checked.
+        config: The configuration to check.
         origins: Where its keys were set.
 
     Returns:
@@ -54,7 +53,7 @@ def check_layout(config: Config, world_size: int, origins: Origins | None = None
     """Refuse a number of ranks that the layout or the batch sizes do not divide into.
 
     Args:
-        config: One that passed `check_config`.
+        config: A configuration that passed `check_config`.
         world_size: Number of ranks.
         origins: Where its keys were set.
 
@@ -67,7 +66,7 @@ def check_layout(config: Config, world_size: int, origins: Origins | None = None
     parallel = config.parallel
     if world_size < 1 or world_size % parallel.model_parallel_size:
         raise ConfigError(
-            f"world size {world_size} is no multiple of "
+            f"world size {world_size} is not a multiple of "
             f"parallel.tensor_model_parallel_size = {parallel.tensor_model_parallel_size} times "
             f"parallel.pipeline_model_parallel_size = {parallel.pipeline_model_parallel_size}: "
             f"start {round_up(max(world_size, 1), parallel.model_parallel_size)} ranks"
@@ -88,10 +87,10 @@ def with_vocabulary(
     """Fill in the vocabulary of the data.
 
     Args:
-        config: May state the vocabulary, which must then be the data's.
-        vocab_size: Tokens of the data's tokenizer, the mask token among them.
-        mask_token_id: Its mask token.
-        source: The data, for errors.
+        config: The configuration; where it states a vocabulary, this must be the data's.
+        vocab_size: Tokens of the data's tokenizer, the mask token included.
+        mask_token_id: The mask token of that tokenizer.
+        source: Name of the data in errors.
         origins: Where the configuration's keys were set.
 
     Returns:
@@ -118,7 +117,7 @@ def with_vocabulary(
 
 
 def check_ranges(traced: TracedConfig) -> None:
-    """Refuse numbers outside the ranges that stand with their keys."""
+    """Refuse numbers outside the ranges of their keys."""
     for path, key in KEYS.items():
         value = traced.config.get(path)
         if value is None:
@@ -126,14 +125,16 @@ def check_ranges(traced: TracedConfig) -> None:
         if not is_inside(value, key.interval):
             otherwise = ", or leave it out" if key.is_optional else ""
             traced.refuse(path, f"must be {describe_interval(key.interval)}{otherwise}")
-        is_number = isinstance(value, int | float)
-        traced.require(not is_number or value <= key.largest, path, f"use at most {key.largest}")
+        for number in value if isinstance(value, tuple) else (value,):
+            is_number = isinstance(number, int | float)
+            is_allowed = not is_number or number <= key.largest
+            traced.require(is_allowed, path, f"use at most {key.largest}")
 
 
 def check_locations(traced: TracedConfig) -> None:
     """Refuse what cannot be the name of a file or folder.
 
-    Not part of `check_config`: run directories that were converted name no data.
+    `check_config` leaves this out, because run directories that were converted name no data.
     """
     for path, key in KEYS.items():
         value = traced.config.get(path)
@@ -156,7 +157,7 @@ def check_locations(traced: TracedConfig) -> None:
 
 
 def check_model(traced: TracedConfig) -> None:
-    """Refuse a transformer whose shape does not divide, or that cannot train."""
+    """Refuse a transformer whose sizes do not divide, or that cannot be trained."""
     model = traced.config.model
     hidden, heads = model.hidden_size, model.num_attention_heads
     traced.require(
@@ -185,6 +186,7 @@ def check_model(traced: TracedConfig) -> None:
 
 def check_corpora(traced: TracedConfig) -> None:
     """Refuse lists of corpora and weights that do not fit, and samples without text."""
+    # The corpora: at least one, each of them once.
     data, key = traced.config.data, "data.train"
     corpora, weights = data.train_corpora, data.train_weights
     traced.require(len(corpora) > 0, key, "name at least one directory of shards")
@@ -192,9 +194,10 @@ def check_corpora(traced: TracedConfig) -> None:
         traced.require(
             not corpus.startswith("["),
             key,
-            'is no list in TOML; quote it for the shell, such as \'data.train=["a", "b"]\'',
+            'is not a list in TOML; quote it for the shell, such as \'data.train=["a", "b"]\'',
         )
     traced.require(len(set(corpora)) == len(corpora), key, "names a corpus twice; name it once")
+    # The weights: one for each corpus, and one above 0.
     if weights is not None:
         key = "data.train_weights"
         traced.require(
@@ -218,7 +221,7 @@ def check_corpora(traced: TracedConfig) -> None:
 
 
 def check_optimizer(traced: TracedConfig) -> None:
-    """Refuse a schedule that does not fit into the run."""
+    """Refuse a schedule that is longer than the run or contradicts itself."""
     optimizer, num_steps = traced.config.optimizer, traced.config.train.num_steps
     traced.require(
         optimizer.min_learning_rate <= optimizer.learning_rate,
@@ -246,7 +249,8 @@ def check_optimizer(traced: TracedConfig) -> None:
 
 
 def check_parallel(traced: TracedConfig) -> None:
-    """Refuse tensor parallelism that does not divide the model, and overlap without its needs."""
+    """Refuse tensor parallelism that does not divide the model, and overlap that lacks a key."""
+    # Tensor parallelism splits heads, groups, the MLP and the vocabulary evenly.
     model, parallel = traced.config.model, traced.config.parallel
     size = parallel.tensor_model_parallel_size
     for name in (
@@ -262,6 +266,7 @@ def check_parallel(traced: TracedConfig) -> None:
             f"must divide model.{name} = {value}; use {nearest_divisors(value, size)}"
             f"{name_variant(traced.find_origin(f'model.{name}'))}",
         )
+    # Some keys need others.
     traced.require(
         size > 1 or not parallel.sequence_parallel,
         "parallel.sequence_parallel",
@@ -276,13 +281,13 @@ def check_parallel(traced: TracedConfig) -> None:
 
 
 def name_variant(origin: str) -> str:
-    """Name the shipped layer that makes the model of a shipped file divide; empty without one."""
+    """Suggest the shipped layer whose sizes divide for this shipped model; empty without one."""
     variant = SHIPPED_CONFIGS / f"{Path(origin).stem}_tp.toml"
     return f", or add the layer {variant.name} after {origin}" if variant.is_file() else ""
 
 
 def check_interleaving(traced: TracedConfig) -> None:
-    """Refuse exchanges between stages that give wrong gradients in an interleaved pipeline."""
+    """Refuse exchanges between stages with which an interleaved pipeline has wrong gradients."""
     parallel = traced.config.parallel
     if parallel.virtual_pipeline_model_parallel_size is None:
         traced.require(
@@ -307,7 +312,7 @@ def check_interleaving(traced: TracedConfig) -> None:
 
 
 def check_pipeline(traced: TracedConfig) -> None:
-    """Refuse a pipeline whose parts the layers do not fit."""
+    """Refuse a number of layers that the parts of the pipeline do not divide."""
     parallel, num_layers = traced.config.parallel, traced.config.model.num_layers
     parts = parallel.num_pipeline_parts
     layout = parallel.pipeline_model_parallel_layout

@@ -1,4 +1,4 @@
-"""Numbers that have to divide others: batches dealt to ranks, layers dealt to pipeline parts."""
+"""Divisibility: of batches that are dealt to ranks, of layers that are dealt to pipeline parts."""
 
 import math
 from fractions import Fraction
@@ -6,26 +6,26 @@ from fractions import Fraction
 from megatron_eso.errors import ConfigError
 
 MAX_DIVISOR = 100_000
-"""Larger divisors are not looked for, but for what the smaller ones leave."""
+"""The search for divisors ends here; larger ones are found as cofactors only."""
 MAX_DENOMINATOR = 1_000_000
 MAX_WRITTEN_LAYERS = 500
 NUM_SUGGESTIONS = 4
 
 
 def round_up(number: int, multiple: int) -> int:
-    """Return the smallest multiple of `multiple` that is no less than `number`."""
+    """Return the smallest multiple of `multiple` that is at least `number`."""
     return -(-number // multiple) * multiple
 
 
 def list_divisors(number: int) -> list[int]:
-    """List the divisors in order, but for those that are larger than MAX_DIVISOR on both sides."""
+    """List the divisors in order, except pairs of which both are larger than MAX_DIVISOR."""
     limit = min(math.isqrt(number), MAX_DIVISOR)
     small = [divisor for divisor in range(1, limit + 1) if number % divisor == 0]
     return sorted({*small, *(number // divisor for divisor in small)})
 
 
 def nearest_divisors(number: int, wanted: int) -> str:
-    """Return the divisors of `number` on either side of `wanted`, in words."""
+    """Return the closest divisors of `number` below and above `wanted`, for an error."""
     divisors = list_divisors(number)
     below = [divisor for divisor in divisors if divisor < wanted][-1:]
     above = [divisor for divisor in divisors if divisor > wanted][:1]
@@ -33,9 +33,10 @@ def nearest_divisors(number: int, wanted: int) -> str:
 
 
 def even_layout(num_layers: int, num_parts: int) -> str | None:
-    """Describe a pipeline whose parts differ by one layer at most, the first ones larger.
+    """Describe a pipeline whose parts differ by at most one layer; the first ones are larger.
 
-    None where nobody would write it down: it has a character for each layer and part.
+    Returns:
+        Megatron-Core's notation, a character for each layer; None above MAX_WRITTEN_LAYERS.
     """
     if max(num_layers, num_parts) > MAX_WRITTEN_LAYERS:
         return None
@@ -44,7 +45,7 @@ def even_layout(num_layers: int, num_parts: int) -> str | None:
 
 
 def as_share(batch_split: float) -> Fraction:
-    """Return the share that a decimal stands for: 0.3333333 is one third."""
+    """Return the fraction that a decimal approximates: 0.3333333 is one third."""
     return Fraction(batch_split).limit_denominator(MAX_DENOMINATOR)
 
 
@@ -56,10 +57,10 @@ def check_dealing(
     batch_split: float,
     origin: str = "",
 ) -> None:
-    """Refuse batch sizes that cannot deal both phases evenly to the data-parallel ranks.
+    """Refuse batch sizes whose samples of both phases cannot be dealt evenly to the ranks.
 
-    With the split p/q in lowest terms, either q divides the micro-batch, which then always holds
-    the same mix, or micro-batches hold one phase each and q divides their number on a rank.
+    The split is p/q in lowest terms. If q divides the micro-batch, every micro-batch holds the same
+    mix. Otherwise a micro-batch holds one phase, and q must divide their number on a rank.
 
     Args:
         global_batch_size: Samples of a step.
@@ -69,8 +70,9 @@ def check_dealing(
         origin: Where the global batch size was set, for the error.
 
     Raises:
-        ConfigError: Names sizes that can be dealt.
+        ConfigError: The sizes do not deal evenly; the error names sizes that do.
     """
+    # Refuse what is out of range.
     for name, value in (
         ("train.global_batch_size", global_batch_size),
         ("train.micro_batch_size", micro_batch_size),
@@ -80,6 +82,7 @@ def check_dealing(
             raise ConfigError(f"{origin and origin + ': '}{name} = {value}: must be at least 1")
     if not 0 <= batch_split <= 1:
         raise ConfigError(f"objective.batch_split = {batch_split}: must be between 0 and 1")
+    # Find the unit that the global batch must be a multiple of.
     denominator = as_share(batch_split).denominator
 
     def unit_of(size: int) -> int:
@@ -88,6 +91,7 @@ def check_dealing(
     unit = unit_of(micro_batch_size)
     if global_batch_size % unit == 0:
         return
+    # Suggest the closest sizes.
     below, above = global_batch_size // unit * unit, round_up(global_batch_size, unit)
     sizes = f"{below} or {above}" if below else f"{above}"
     divisors = list_divisors(global_batch_size)

@@ -1,12 +1,12 @@
-"""The vocabulary of a key's annotation, and what the sections say of their keys.
+"""The annotations of a key, and what they mean for ranges, resume and objectives.
 
 A key of the configuration is one line of its section and a docstring of one line:
 
     rotary_base: Annotated[int, Gt(0), Frozen("run"), Logged()] = 10000
 
-First its type; then its range in the vocabulary of annotated-types (`Gt`, `Ge`, `Lt`, `Le`,
-`Interval`), where the type alone does not say which values are legal; then the markers below, which
-say what a change of the key means to a checkpoint, and which objectives have the key.
+The type comes first. Where the type alone does not limit the legal values, the range follows in
+the words of annotated-types (`Gt`, `Ge`, `Lt`, `Le`, `Interval`). The markers below come last: they
+define what a change of the key means to a checkpoint, and which objectives have the key.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval
 
 DERIVED: Any = None
-"""Default of a value that follows from others; `dataclasses.replace` keeps what was derived."""
+"""Default of a value that is derived from others; `dataclasses.replace` keeps the derived value."""
 
 Start = Literal["run", "weights"]
-"""What a checkpoint is read for: `run`: the run that wrote it continues; `weights`: its weights
-alone are taken, by `checkpoint.init_from` or from a converted run directory."""
+"""What a checkpoint is read for. `run`: the run that wrote it continues. `weights`: a run takes its
+weights alone, by `checkpoint.init_from` or from a converted run directory."""
 
 BOUNDS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le}
 """How a number is compared with a bound, by the bound's name in annotated-types."""
@@ -33,20 +33,20 @@ BOUNDS = {"gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operato
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """The key keeps the value that the checkpoint was written with; another one is refused."""
+    """A mark: the key keeps the value of the checkpoint, and another value is refused."""
 
     start: Start | None = None
-    """The start that this holds for; None: both."""
+    """The start for which this is so; None: both."""
 
 
 @dataclass(frozen=True, slots=True)
 class Logged:
-    """A change is logged where weights alone are taken; where a run continues, every change is."""
+    """A mark: a change is logged where only weights are taken; a resumed run logs every change."""
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class Only:
-    """The key belongs to some objectives; under another one it keeps its default."""
+    """A mark: the key belongs to some objectives, and has its default under the others."""
 
     objectives: tuple[str, ...]
 
@@ -56,26 +56,26 @@ class Only:
 
 @dataclass(frozen=True, slots=True)
 class Largest:
-    """No machine takes more, and checks and timers take no more: a limit for mistakes alone."""
+    """A mark: the largest legal number; no machine needs more, and nothing overflows up to it."""
 
     value: float
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """The key names a file or folder, or several of them."""
+    """A mark: the key names a file or folder, or several of them."""
 
     may_be_url: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Key:
-    """What a section says of one of its keys."""
+    """The description of one key, read from its line in a section."""
 
     path: str
     """`section.name`."""
     type: Any
-    """Its annotation without markers."""
+    """The type of the annotation, without markers."""
     default: Any
     """`dataclasses.MISSING` where the key is required."""
     markers: tuple[Any, ...]
@@ -97,12 +97,12 @@ class Key:
 
     @property
     def is_derived(self) -> bool:
-        """Whether the value follows from others where the key is left out."""
+        """Whether the value is derived from others where the key is left out."""
         return self.default is None and not self.is_optional
 
     @property
     def accepted_types(self) -> tuple[Any, ...]:
-        """The types of a legal value, None aside: a key is left out instead."""
+        """The types of a legal value, without None: the key is left out instead."""
         if typing.get_origin(self.type) is Literal:
             return (str,)
         if isinstance(self.type, types.UnionType):
@@ -111,7 +111,7 @@ class Key:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The legal values where they are listed."""
+        """The legal values of a key that lists them."""
         return typing.get_args(self.type) if typing.get_origin(self.type) is Literal else ()
 
     @property
@@ -121,26 +121,26 @@ class Key:
 
     @property
     def is_logged(self) -> bool:
-        """Whether a change is logged where weights alone are taken."""
+        """Whether a change is logged where only weights are taken."""
         return Logged() in self.markers
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """The objectives that have the key; none: all of them."""
+        """The objectives that have the key; empty: all of them."""
         return next((mark.objectives for mark in self.markers if isinstance(mark, Only)), ())
 
     @property
     def largest(self) -> float:
-        """The largest number that is no mistake."""
+        """The largest number that is accepted, in a list too; infinite without a limit."""
         return next((mark.value for mark in self.markers if isinstance(mark, Largest)), math.inf)
 
     @property
     def location(self) -> Location | None:
-        """What the key may name, where it names files or folders."""
+        """What the key may name; None where it does not name files or folders."""
         return next((mark for mark in self.markers if isinstance(mark, Location)), None)
 
     def belongs_to(self, objective: str) -> bool:
-        """Return whether an objective, by its name, has the key."""
+        """Return whether the objective of this name has the key."""
         return not self.objectives or objective in self.objectives
 
     def is_frozen(self, start: Start) -> bool:
@@ -151,11 +151,11 @@ class Key:
 
 
 def describe_keys(section: str, section_type: type) -> list[Key]:
-    """Return the keys of a section, in its order.
+    """Return the keys of a section, in the order of its lines.
 
     Args:
         section: Name of the section.
-        section_type: Its dataclass, whose fields are annotated as described above.
+        section_type: The dataclass of the section, with annotations as this file describes.
     """
     hints = typing.get_type_hints(section_type, include_extras=True)
     return [
@@ -173,7 +173,7 @@ def _describe(path: str, hint: Any, default: Any) -> Key:
 
 
 def read_interval(markers: Iterable[Any]) -> Interval:
-    """Return the interval that the bounds among `markers` make; other markers are left out."""
+    """Return the interval of all bounds among `markers`; other markers are ignored."""
     bounds = {
         name: getattr(marker, name)
         for marker in markers
@@ -190,7 +190,7 @@ def is_inside(value: Any, interval: Interval) -> bool:
 
 
 def describe_interval(interval: Interval) -> str:
-    """Put the interval in words, such as "at least 0 and below 1"; empty without bounds."""
+    """Describe the interval, such as "at least 0 and below 1"; empty without bounds."""
     if interval.ge is not None and interval.le is not None:
         return f"between {interval.ge} and {interval.le}"
     words = []

@@ -1,7 +1,7 @@
-"""The files that a configuration is read from: TOML, and a run's config.json.
+"""Configuration layers: TOML files, and the config.json of a run.
 
-A layer is found here or among the configurations that come with the package. A file that cannot be
-read is refused with the place of the mistake, a name that does not exist with the closest one.
+A layer is searched in the current folder and among the configurations of the package. The error for
+a file that cannot be read names the line and key; that for a missing file suggests a similar name.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from megatron_eso.config.values import refuse_key, refuse_section
 from megatron_eso.errors import ConfigError
 
 SHIPPED_CONFIGS = Path(__file__).resolve().parents[2] / "pretrain" / "configs"
-"""Where the configurations are that come with the package."""
+"""The folder of the configurations that come with the package."""
 
 _LINE_OF_ERROR = re.compile(r"at line (\d+)")
 _HEADER = re.compile(r"\s*\[\s*([\w-]+)\s*\]")
@@ -26,14 +26,14 @@ _KEY = re.compile(r"\s*([\w-]+)\s*=")
 
 
 def read_layer(name: str, folder: Path | None) -> dict[str, Any]:
-    """Read the values of a layer by `section.name`; a config.json's that are left out are left out.
+    """Read the values of a layer by `section.name`, without keys that a config.json leaves out.
 
     Args:
-        name: A file as the command line names it.
-        folder: Where a file that does not exist as named is looked for.
+        name: The file as the command line names it.
+        folder: The second place to search for the file.
 
     Raises:
-        ConfigError: There is no such file, or it is no TOML and no config.json of a run.
+        ConfigError: The file does not exist, or is neither TOML nor the config.json of a run.
     """
     path = find_file(name, folder)
     suffix = path.suffix.lower()
@@ -47,10 +47,10 @@ def read_layer(name: str, folder: Path | None) -> dict[str, Any]:
 
 
 def find_file(name: str, folder: Path | None) -> Path:
-    """Find the file of this name here or in `folder`.
+    """Find the file of this name in the current folder or in `folder`.
 
     Raises:
-        ConfigError: There is none; the line suggests one.
+        ConfigError: The file does not exist; the error suggests a similar name.
     """
     candidates = [Path(name)] + ([folder / name] if folder else [])
     for candidate in candidates:
@@ -68,7 +68,7 @@ def find_file(name: str, folder: Path | None) -> Path:
 
 
 def is_file(path: Path) -> bool:
-    """Return whether there is a file of this name; one that is too long for a name is none."""
+    """Return whether the file exists; false where the name is too long for a file."""
     try:
         return path.is_file()
     except OSError:
@@ -76,23 +76,24 @@ def is_file(path: Path) -> bool:
 
 
 def suggest_file(name: str, folder: Path | None) -> str:
-    """Return the name that was meant, and those that come with the package; empty without them."""
+    """Return a similar name and those of the package, for an error; empty without any."""
     here = [str(path) for path in Path(name).parent.glob("*.toml")] if len(name) < 256 else []
     shipped = (
         sorted(str(path.relative_to(folder)) for path in folder.rglob("*.toml")) if folder else []
     )
     close = difflib.get_close_matches(name, [*here, *shipped], n=1)
     meant = [each for each in (*here, *shipped) if each == f"{name}.toml"] or close
-    hint = f"; did you mean {meant[0]}?" if meant else ""
+    hints = [f"did you mean {meant[0]}?"] if meant else []
     listed = [each for each in shipped if "/" not in each]
-    return hint + (f" The package has {', '.join(listed)}" if listed else "")
+    hints += [f"the package has {', '.join(listed)}"] if listed else []
+    return "".join(f"; {hint}" for hint in hints)
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """Read the values of a file by `section.name`.
 
     Raises:
-        ConfigError: It names the line and the key as far as they are known.
+        ConfigError: The file cannot be read; the error names line and key where they are known.
     """
     text = ""
     try:
@@ -106,7 +107,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def locate_error(text: str, message: str) -> str:
-    """Return `section.name: ` of the line that a message of tomllib names; empty without a key."""
+    """Return `section.name: ` for the line in a message of tomllib; empty without a key."""
     found = _LINE_OF_ERROR.search(message)
     lines = text.splitlines()[: int(found[1])] if found else []
     key = _KEY.match(lines[-1]) if lines else None
@@ -120,7 +121,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a config.json.
 
     Raises:
-        ConfigError: The file is missing, no JSON, or no object.
+        ConfigError: The file is missing, or does not hold a JSON object.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -135,7 +136,7 @@ def unwrap_config(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the sections of a config.json.
 
     Raises:
-        ConfigError: It is of another format version.
+        ConfigError: The file has another format version.
     """
     version = values.get("format_version")
     if version != FORMAT_VERSION:
@@ -147,7 +148,11 @@ def unwrap_config(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def flatten(sections: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Return the values by `section.name`."""
+    """Return the values by `section.name`.
+
+    Raises:
+        ConfigError: A section does not exist.
+    """
     flat = {}
     for name, section in sections.items():
         if not isinstance(section, Mapping):

@@ -1,6 +1,6 @@
-"""TOML files and `section.key=value` arguments to a Config, and a Config to JSON and TOML.
+"""A Config from TOML files and `section.key=value` arguments, and its JSON and TOML.
 
-Layers apply in the order of the command line, each key on its own; the later value wins.
+Arguments apply in the order of the command line; for each key the last value counts.
 """
 
 import dataclasses
@@ -23,11 +23,11 @@ OVERRIDE = re.compile(r"(?P<key>[A-Za-z_]\w*(\.\w+)*)=(?P<text>.*)", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedConfig:
-    """A checked configuration and the warnings about it."""
+    """A checked configuration, with the origins of its values and warnings."""
 
     config: Config
     origins: Origins
-    """Where each key was set, for the errors of later checks."""
+    """Where each key was set; later checks name it in their errors."""
     warnings: tuple[str, ...]
 
 
@@ -35,15 +35,16 @@ def load_config(arguments: Sequence[str], *, folder: Path | None = None) -> Load
     """Read and check the configuration that a command line describes.
 
     Args:
-        arguments: TOML files and `section.key=value` in any order; values are TOML, or else text.
-        folder: Where a file that does not exist as named is looked for.
+        arguments: TOML files and `section.key=value` in any order; what is not TOML is text.
+        folder: The second place to search for files.
 
     Returns:
-        The configuration, resolved and checked but for the number of ranks.
+        The resolved configuration; everything is checked except the number of ranks.
 
     Raises:
         ConfigError: One line that names file or command line, key, value and remedy.
     """
+    # Read the layers and overrides; for each key the last value counts.
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     sources: list[str] = []
@@ -60,6 +61,7 @@ def load_config(arguments: Sequence[str], *, folder: Path | None = None) -> Load
         for key, value in layer.items():
             values[key] = check_value(key, value, origin)
             origins[key] = origin
+    # Build the sections, and check their combination.
     config = build_config(values, ", ".join(dict.fromkeys(sources)) or COMMAND_LINE)
     warnings = tuple(check_config(config, origins))
     check_locations(TracedConfig(config=config, origins=origins))
@@ -72,14 +74,14 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def config_from_dict(values: Mapping[str, Any], source: str) -> Config:
-    """Undo `config_to_dict`, as strictly as a TOML file is read.
+    """Build a Config from the content of config.json, as strictly as from TOML.
 
     Args:
         values: The content of a config.json.
-        source: Its path, for errors.
+        source: Path of the file, for errors.
 
     Raises:
-        ConfigError: Another format, or a configuration that does not hold together.
+        ConfigError: The format is another one, or a value or combination is refused.
     """
     sections = unwrap_config(values, source)
     flat = {key: value for key, value in flatten(sections, source).items() if value is not None}
@@ -94,13 +96,13 @@ def read_config(path: Path) -> Config:
     """Read a config.json.
 
     Raises:
-        ConfigError: The file is missing, no JSON, or no configuration of this version.
+        ConfigError: The file is missing, or is not a configuration of this version.
     """
     return config_from_dict(read_json(path), str(path))
 
 
 def config_to_toml(config: Config) -> str:
-    """Write the resolved configuration as TOML that `load_config` reads back."""
+    """Return the resolved configuration as TOML, which `load_config` reads."""
     lines = []
     for name, section in dataclasses.asdict(config).items():
         lines.append(f"[{name}]")
@@ -117,7 +119,7 @@ def build_config(values: Mapping[str, Any], source: str) -> Config:
     """Build the sections from checked values by `section.name`.
 
     Raises:
-        ConfigError: A key that has no default is missing.
+        ConfigError: A required key is missing.
     """
     missing = [path for path, key in KEYS.items() if key.is_required and path not in values]
     if missing:

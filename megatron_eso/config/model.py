@@ -1,4 +1,4 @@
-"""The section `model`: the transformer's shape, arithmetic and start."""
+"""The section `model`: shape, arithmetic and initial weights of the transformer."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -10,7 +10,8 @@ from megatron_eso.config.keys import DERIVED, Frozen, Largest, Logged
 
 MAX_LAYERS = 10_000
 MAX_WIDTH = 2**24
-"""Beyond any machine, and small enough that no check overflows."""
+"""More than any machine holds, and small enough that no check overflows."""
+MAX_STD = 1000
 SWIGLU_MULTIPLE = 64
 """A SwiGLU's derived width, 8/3 of the hidden size, is rounded up to a multiple of this."""
 
@@ -31,7 +32,7 @@ class ModelConfig:
     """Width of the MLP; by default 4 hidden_size, for SwiGLU 8/3 of it, up to a multiple of 64."""
     normalization: Annotated[Literal["LayerNorm", "RMSNorm"], Frozen()] = "LayerNorm"
     """Norm before each branch and before the head; LayerNorm has a bias."""
-    norm_epsilon: Annotated[float, Gt(0), Frozen()] = 1e-5
+    norm_epsilon: Annotated[float, Gt(0), Largest(1), Frozen()] = 1e-5
     """Added to the variance."""
     activation: Annotated[Literal["gelu", "swiglu"], Frozen()] = "gelu"
     """Activation of the MLP; GELU in its tanh approximation."""
@@ -51,7 +52,7 @@ class ModelConfig:
     """Start with a head of zeros, that is from the uniform distribution."""
     hidden_dropout: Annotated[float, Interval(ge=0, lt=1), Logged()] = 0.0
     """Dropout on each residual branch."""
-    init_method_std: Annotated[float, Gt(0), Logged()] = 0.02
+    init_method_std: Annotated[float, Gt(0), Largest(MAX_STD), Logged()] = 0.02
     """Standard deviation of the initial weights."""
     fp32_residual_connection: Annotated[bool, Logged()] = True
     """Keep the residual stream in float32 under bf16."""
@@ -59,7 +60,7 @@ class ModelConfig:
     """The vocabulary is padded to a multiple of this, whatever the tensor parallelism."""
 
     def __post_init__(self) -> None:
-        """Derive widths."""
+        """Derive the widths that are left out."""
         if self.num_query_groups is None:
             object.__setattr__(self, "num_query_groups", self.num_attention_heads)
         if self.ffn_hidden_size is None:

@@ -31,7 +31,7 @@ class ObjectiveConfig:
     """Order of generation: of each sample its own, uniformly random, or left to right."""
 
     def __post_init__(self) -> None:
-        """Derive the split: all samples for one phase where there is only one."""
+        """Derive the split; an objective of one phase takes all samples for it."""
         if self.batch_split is None:
             split = 1.0
             if self.has_key("batch_split"):
@@ -39,6 +39,6 @@ class ObjectiveConfig:
             object.__setattr__(self, "batch_split", float(split))
 
     def has_key(self, name: str) -> bool:
-        """Return whether the objective has this key; under another one it keeps its default."""
+        """Return whether the configured objective has this key."""
         (key,) = (key for key in describe_keys("objective", type(self)) if key.name == name)
         return key.belongs_to(self.name)

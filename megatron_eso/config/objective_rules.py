@@ -1,4 +1,4 @@
-"""Which values of the section `objective` may stand together."""
+"""The rules for combinations of keys of the section `objective`."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ from megatron_eso.config.origins import TracedConfig
 
 
 def check_objective_keys(traced: TracedConfig) -> None:
-    """Refuse keys of other objectives, then what the rules of this one refuse."""
+    """Refuse keys of other objectives, and splits that this objective does not allow."""
     objective = traced.config.objective
     for name in find_foreign_keys(objective):
         traced.refuse(
@@ -21,10 +21,10 @@ def check_objective_keys(traced: TracedConfig) -> None:
 
 
 def find_foreign_keys(objective: Any) -> list[str]:
-    """Return the keys that were changed from their defaults but belong to other objectives.
+    """Return the keys of other objectives that do not have their defaults.
 
     Args:
-        objective: An `ObjectiveConfig`.
+        objective: An `ObjectiveConfig`, or a section of the same form.
     """
     default = type(objective)(name=objective.name)
     return [
@@ -36,7 +36,7 @@ def find_foreign_keys(objective: Any) -> list[str]:
 
 
 def check_split(traced: TracedConfig) -> None:
-    """Refuse a split between the phases that alpha_0 leaves no samples for."""
+    """Refuse a split of the samples that contradicts alpha_0."""
     alpha_0, split = traced.config.objective.alpha_0, traced.config.objective.batch_split
     key = "objective.batch_split"
     if alpha_0 in (0, 1):
@@ -51,7 +51,7 @@ def check_split(traced: TracedConfig) -> None:
 
 
 def list_objective_warnings(traced: TracedConfig) -> list[str]:
-    """List what is legal but known to train badly; a line each."""
+    """List legal values that are known to train badly, one line each."""
     objective = traced.config.objective
     if not 0 < objective.batch_split < 0.5:
         return []

@@ -1,4 +1,4 @@
-"""The reference of all keys, from the code: `python -m megatron_eso.config.reference` prints it.
+"""The reference of all keys, which `python -m megatron_eso.config.reference` prints.
 
 `docs/configuration.md` is its output; a test compares the two.
 """
@@ -6,11 +6,10 @@
 import ast
 import inspect
 import json
+import math
 import sys
 import typing
 from typing import Any
-
-from annotated_types import Interval
 
 from megatron_eso.config.keys import Key, Start, describe_keys
 from megatron_eso.config.sections import SECTIONS
@@ -23,8 +22,9 @@ key wins. A mistake is one line with file, key, value and remedy, and exit code 
 `python -m pretrain.train CONFIG.toml ... --dry-run` prints the resolved configuration and starts
 nothing.
 
-- **default**: `required`: there is none; `derived`: it follows from other keys, as the meaning
-  says; `left out`: the key has no value unless it is set.
+- **default**: `required`: there is none; `derived`: it is computed from other keys, as the meaning
+  explains; `left out`: the key has no value unless it is set.
+- **range**: the numbers that are accepted; for a list, each of its numbers.
 - **on resume**: `fixed`: a run that continues from its checkpoint keeps the value, and another one
   is refused; `free`: the value may change, and the change is logged. The shards have their own
   check: a run keeps its tokenizer and its data, and `data.phase` changes a blend.
@@ -51,7 +51,7 @@ def format_reference() -> str:
 
 
 def read_meanings(section: type) -> dict[str, str]:
-    """Return the docstring under each key of a section, by the key's name."""
+    """Return the docstring below each key of a section, by the name of the key."""
     (definition,) = ast.parse(inspect.getsource(section)).body
     assert isinstance(definition, ast.ClassDef)
     found = {}
@@ -70,7 +70,7 @@ def format_row(key: Key, meaning: str) -> str:
         f"`{key.path}`",
         format_type(key),
         format_default(key),
-        format_interval(key.interval),
+        format_range(key),
         "fixed" if key.is_frozen("run") else "free",
         format_weights_policy(key),
         meaning,
@@ -79,7 +79,7 @@ def format_row(key: Key, meaning: str) -> str:
 
 
 def format_type(key: Key) -> str:
-    """Name the legal types, or the legal values where they are listed."""
+    """Return the legal types, or the legal values where the key lists them."""
     if key.choices:
         return ", ".join(f"`{choice}`" for choice in key.choices)
     return " or ".join(map(_format_type, key.accepted_types))
@@ -91,7 +91,7 @@ def _format_type(kind: Any) -> str:
 
 
 def format_default(key: Key) -> str:
-    """Return the default as TOML, or why there is none."""
+    """Return the default as TOML, or the reason why there is none."""
     if key.is_required:
         return "required"
     if key.default is None:
@@ -99,15 +99,17 @@ def format_default(key: Key) -> str:
     return f"`{json.dumps(key.default)}`"
 
 
-def format_interval(interval: Interval) -> str:
-    """Return the bounds as inequalities; empty without bounds."""
+def format_range(key: Key) -> str:
+    """Return the bounds and the upper limit as inequalities; empty without any."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    bounds = {sign: getattr(interval, name) for name, sign in signs.items()}
-    return ", ".join(f"{sign} {bound}" for sign, bound in bounds.items() if bound is not None)
+    bounds = [(sign, getattr(key.interval, name)) for name, sign in signs.items()]
+    if key.largest < math.inf:
+        bounds.append(("<=", key.largest))
+    return ", ".join(f"{sign} {bound}" for sign, bound in bounds if bound is not None)
 
 
 def format_weights_policy(key: Key) -> str:
-    """Say what a change means where the weights of another run are taken."""
+    """Return what a change means for a run that starts from other weights."""
     start: Start = "weights"
     if key.is_frozen(start):
         return "fixed"

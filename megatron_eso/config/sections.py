@@ -1,10 +1,10 @@
-"""The configuration: one frozen dataclass per TOML section, every value resolved.
+"""The configuration: one frozen dataclass for each TOML section, with all values resolved.
 
-Keys have Megatron-Core's names or the Eso-LM paper's (arXiv 2506.01928); `keys.py` describes how
-one is written down. A value that depends on others where the user leaves it out (`DERIVED`) is
-filled in when its section, or for `validation.micro_batch_size` the whole, is built: a `Config`
-never holds an open choice. `combinations.py` checks which values may stand together, `loading.py`
-reads files. The sections of the objective and of the model have files of their own.
+Keys have the names of Megatron-Core or of the Eso-LM paper (arXiv 2506.01928). `keys.py` describes
+the annotations of a key. A derived value (`DERIVED`) that the user leaves out is computed when its
+section is built; `validation.micro_batch_size` is computed with the whole. `combinations.py` checks
+combinations of keys, and `loading.py` reads files. The sections `objective` and `model` are in
+their own files.
 """
 
 import dataclasses
@@ -20,23 +20,28 @@ from megatron_eso.config.objective import ObjectiveConfig
 
 FORMAT_VERSION = 1
 
-# The largest values: beyond any machine, and small enough that no check or timer overflows.
+# The largest values: beyond any machine or use, and small enough that nothing overflows.
 MAX_BATCH = 2**31 - 1
 MAX_PARTS = 2**20
 MAX_PREFETCH_STEPS = 10_000
-MAX_SECONDS = 1e9
+MAX_SECONDS = 10**9
+MAX_GIB = 10**9
+MAX_WEIGHT = 10**18
+MAX_RATE = 1000
+MAX_NORM = 10**9
+MAX_DEVIATIONS = 10**9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """Where the run lives and what it draws its randomness from."""
+    """Directory and seed of the run."""
 
     directory: Annotated[str, Location()]
-    """Run directory: logs, metrics and checkpoints; a run resumes from what is there."""
+    """Run directory for logs, metrics and checkpoints; a run resumes from its checkpoints."""
     seed: Annotated[int, Ge(0), Frozen("run")] = 1
     """Key of everything random: sample order, noise, initial weights, dropout."""
     wandb_project: str | None = None
-    """Project of Weights & Biases to send the curves to as well; left out: none."""
+    """Project of Weights & Biases that also receives the curves; left out: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +49,7 @@ class Vocabulary:
     """The token ids of a run."""
 
     size: int
-    """Ids of the tokenizer, the mask token among them; a model pads its embedding beyond."""
+    """Ids of the tokenizer, the mask token included; the embedding of a model is padded beyond."""
     mask_token_id: int
     """The mask token; it never occurs in a text and is never predicted."""
 
@@ -55,8 +60,8 @@ class DataConfig:
 
     train: Annotated[str | tuple[str, ...], Location(may_be_url=True)]
     """Directory or URL of the training shards, or a list of them: a blend of corpora."""
-    train_weights: tuple[float, ...] | None = None
-    """Shares of the corpora in the samples, in any unit; left out: by their numbers of rows."""
+    train_weights: Annotated[tuple[float, ...] | None, Largest(MAX_WEIGHT)] = None
+    """Shares of the corpora in the samples, in any unit; left out: their numbers of data rows."""
     phase: Annotated[int, Gt(0)] = 1
     """Number of the blend within the run: raise it by one to change the blend on resume."""
     validation: Annotated[str | None, Location(may_be_url=True)] = None
@@ -68,15 +73,15 @@ class DataConfig:
     ssl_ratio: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Share of the training samples that are cut to a random length."""
     vocab_size: Annotated[int | None, Gt(0), Largest(MAX_BATCH), Frozen("weights")] = None
-    """Tokens of the vocabulary, the mask token among them; left out: that of the shards."""
+    """Tokens of the vocabulary, the mask token included; left out: that of the shards."""
     mask_token_id: Annotated[int | None, Ge(0), Frozen("weights")] = None
     """The mask token; left out: that of the shards."""
     quarantine: Annotated[str | None, Location()] = None
-    """JSON file that lists damaged records; rows of other records stand in for theirs."""
+    """JSON file that lists damaged records; data rows of other records replace their data rows."""
     cache_directory: Annotated[str | None, Location()] = None
     """Folder on a local disk for copies of shards that have a URL; left out: a temporary one."""
-    cache_gib: Annotated[float, Gt(0)] = 100.0
-    """Largest size of these copies together, in GiB."""
+    cache_gib: Annotated[float, Gt(0), Largest(MAX_GIB)] = 100.0
+    """Largest total size of these copies, in GiB."""
     prefetch_steps: Annotated[int, Ge(0), Largest(MAX_PREFETCH_STEPS)] = 2
     """Steps that a thread reads ahead; 0: none."""
     batch_check_interval: Annotated[int, Ge(0)] = 100
@@ -84,19 +89,19 @@ class DataConfig:
 
     @property
     def train_corpora(self) -> tuple[str, ...]:
-        """The training shards as a list, of one where there is no blend."""
+        """The training corpora as a list; it has one entry where there is no blend."""
         return (self.train,) if isinstance(self.train, str) else self.train
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The vocabulary of the shards, once they are open."""
+        """The vocabulary of the shards, which must be open."""
         assert self.vocab_size is not None, "the shards are not open yet"
         assert self.mask_token_id is not None, "the shards are not open yet"
         return Vocabulary(size=self.vocab_size, mask_token_id=self.mask_token_id)
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of text in a sample: what its framing leaves."""
+        """Tokens of text in a sample, without those of the framing."""
         return self.sequence_length - (2 if self.framing == "bos_eos" else 0)
 
 
@@ -120,14 +125,14 @@ class TrainConfig:
     """Activations to recompute in the backward pass: none, or all of a layer."""
     log_interval: Annotated[int, Gt(0)] = 10
     """Steps between lines of the log and of metrics.jsonl."""
-    spike_deviations: Annotated[float, Ge(0)] = 6.0
+    spike_deviations: Annotated[float, Ge(0), Largest(MAX_DEVIATIONS)] = 6.0
     """Deviations above the moving mean of loss or gradient norm that are flagged; 0: none."""
-    skip_deviations: Annotated[float, Ge(0)] = 0.0
+    skip_deviations: Annotated[float, Ge(0), Largest(MAX_DEVIATIONS)] = 0.0
     """Deviations at which the update is skipped; 0: only where it is not finite."""
     max_skipped_in_row: Annotated[int, Ge(0)] = 10
-    """Updates skipped in a row after which to go back to a checkpoint, past the data; 0: never."""
+    """Updates skipped in a row after which the run goes back, without their data; 0: never."""
     max_rollbacks: Annotated[int, Ge(0)] = 2
-    """Times to go back; the next time, the run fails."""
+    """Times that the run may go back to a checkpoint; the next time, it fails."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,9 +151,9 @@ class ValidationConfig:
 class OptimizerConfig:
     """AdamW, its schedule, and the moving average of the weights."""
 
-    learning_rate: Annotated[float, Gt(0)]
+    learning_rate: Annotated[float, Gt(0), Largest(MAX_RATE)]
     """Peak learning rate."""
-    min_learning_rate: Annotated[float, Ge(0)] = 0.0
+    min_learning_rate: Annotated[float, Ge(0), Largest(MAX_RATE)] = 0.0
     """Learning rate at the end of a decay."""
     lr_decay_style: Literal["constant", "cosine", "WSD"] = "constant"
     """After the warm-up: constant, cosine to the last step, or stable then linear decay."""
@@ -160,13 +165,13 @@ class OptimizerConfig:
     """Decay of the mean of the gradient."""
     adam_beta2: Annotated[float, Interval(ge=0, lt=1)] = 0.999
     """Decay of the mean of its square."""
-    adam_eps: Annotated[float, Gt(0)] = 1e-8
+    adam_eps: Annotated[float, Gt(0), Largest(1)] = 1e-8
     """Added to the root of the mean square."""
-    weight_decay: Annotated[float, Ge(0)] = 0.0
+    weight_decay: Annotated[float, Ge(0), Largest(MAX_RATE)] = 0.0
     """Decoupled weight decay."""
     weight_decay_exclude: Literal["biases_and_norms", "none"] = "biases_and_norms"
     """The parameters without weight decay."""
-    clip_grad: Annotated[float, Ge(0)] = 1.0
+    clip_grad: Annotated[float, Ge(0), Largest(MAX_NORM)] = 1.0
     """Largest norm of the whole gradient; 0: no clipping."""
     ema_decay: Annotated[float, Interval(ge=0, lt=1)] = 0.0
     """Decay of the moving average of the weights; 0: none is kept."""
@@ -174,16 +179,16 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """Layout over ranks; data parallelism takes what tensor and pipeline parallelism leave."""
+    """Layout over ranks; those that tensor and pipeline parallelism leave are data-parallel."""
 
     tensor_model_parallel_size: Annotated[int, Gt(0), Largest(MAX_PARTS)] = 1
-    """Ranks that share each layer."""
+    """Ranks that compute each layer together."""
     pipeline_model_parallel_size: Annotated[int, Gt(0), Largest(MAX_PARTS)] = 1
     """Stages of the pipeline."""
     virtual_pipeline_model_parallel_size: Annotated[int | None, Ge(2), Largest(MAX_PARTS)] = None
     """Model chunks per stage of an interleaved pipeline; left out: not interleaved."""
     pipeline_model_parallel_layout: str | None = None
-    """Layers of each pipeline part in Megatron-Core's notation, where they do not divide evenly."""
+    """Layers of each pipeline part in Megatron-Core's notation, for layers that do not divide."""
     sequence_parallel: bool = False
     """Split norms and dropout over the tensor-parallel ranks by rows."""
     use_distributed_optimizer: bool = False
@@ -204,7 +209,7 @@ class ParallelConfig:
 
     @property
     def row_multiple(self) -> int:
-        """What the rows of a micro-batch must divide by: sequence parallelism splits them."""
+        """The number that must divide the rows of a micro-batch, for sequence parallelism."""
         return self.tensor_model_parallel_size if self.sequence_parallel else 1
 
     @property
@@ -213,7 +218,7 @@ class ParallelConfig:
         return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
 
     def count_stage_layers(self, num_layers: int, stage: int) -> int:
-        """Count the layers on the ranks of a pipeline stage, all chunks together."""
+        """Count the layers of a pipeline stage, over all its chunks."""
         if self.pipeline_model_parallel_layout is None:
             return num_layers // self.pipeline_model_parallel_size
         parts = self.pipeline_model_parallel_layout.split("|")
@@ -229,38 +234,38 @@ class CheckpointConfig:
     interval_minutes: Annotated[float, Ge(0), Largest(MAX_SECONDS)] = 0.0
     """Minutes between checkpoints, whatever the steps; 0: by steps only."""
     async_save: bool = True
-    """Write in the background; the training waits for a copy to host memory only."""
+    """Write in the background; training waits only for a copy to host memory."""
     keep_last: Annotated[int, Gt(0)] = 2
     """Newest checkpoints to keep."""
     keep_every: Annotated[int, Ge(0)] = 0
     """Checkpoints at multiples of this many steps are never deleted; 0: none."""
     keep_best: bool = True
-    """Keep the checkpoint of the lowest val/nelbo, among those saved at a validation."""
+    """Keep the checkpoint with the lowest val/nelbo of those saved at a validation."""
     end_margin_minutes: Annotated[float, Ge(0), Largest(MAX_SECONDS)] = 5.0
     """Minutes before the end of a Slurm allocation to save and end the run; 0: on request only."""
     init_from: Annotated[str | None, Location()] = None
     """Run, checkpoint or sampler directory whose weights a new run starts from."""
     init_other_tokenizer: bool = False
-    """Start from these weights although they were trained with another tokenizer of equal size."""
+    """Accept initial weights that were trained with another tokenizer of the same size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WatchdogConfig:
-    """Deadlines after which a job that hangs is ended, with the stacks of its ranks in the log."""
+    """Deadlines after which a hanging job is ended and the stacks of its ranks are logged."""
 
     start_seconds: Annotated[float, Ge(0), Largest(MAX_SECONDS)] = 1800.0
-    """For building the model and reading the checkpoint; 0 here and below: no deadline."""
+    """Deadline to build the model and read the checkpoint; 0 here and below: no deadline."""
     step_seconds: Annotated[float, Ge(0), Largest(MAX_SECONDS)] = 900.0
-    """For a training step, waiting for its data included; the first one has start_seconds too."""
+    """Deadline of a step, the wait for its data included; the first one has start_seconds too."""
     validation_seconds: Annotated[float, Ge(0), Largest(MAX_SECONDS)] = 3600.0
-    """For a validation."""
+    """Deadline of a validation."""
     checkpoint_seconds: Annotated[float, Ge(0), Largest(MAX_SECONDS)] = 1800.0
-    """For a checkpoint that the run waits for, or goes back to."""
+    """Deadline of a checkpoint that the run waits for, or goes back to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """All of a run's settings, a field per TOML section."""
+    """All settings of a run, one field for each TOML section."""
 
     run: RunConfig
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
@@ -274,7 +279,7 @@ class Config:
     watchdog: WatchdogConfig = dataclasses.field(default_factory=WatchdogConfig)
 
     def __post_init__(self) -> None:
-        """Derive what one section takes from another."""
+        """Derive the values that one section takes from another."""
         if self.validation.micro_batch_size is None:
             size = self.train.micro_batch_size
             validation = dataclasses.replace(self.validation, micro_batch_size=size)

@@ -1,6 +1,6 @@
-"""Values as their keys' types: strict, nothing is converted but a whole number to a float.
+"""Strict types of values: only a whole number is converted, to a float.
 
-A key or section that does not exist is refused with the closest one that does.
+The error for a key or section that does not exist suggests the closest one.
 """
 
 import difflib
@@ -27,7 +27,7 @@ TYPE_NAMES: dict[Any, str] = {
 
 
 def parse_override(key: str, text: str) -> Any:
-    """Parse the text of `key=text` as TOML; keep the text if it is no TOML or a string is due."""
+    """Parse the text of `key=text` as TOML; keep it where it is not TOML or the key is a string."""
     document = parse_toml(f"value = {text}")
     if document is None:
         return text
@@ -39,7 +39,7 @@ def parse_override(key: str, text: str) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any] | None:
-    """Parse a line of TOML; None where it is none, or Python cannot read it for its size."""
+    """Parse a line of TOML; return None where it is not TOML or too large for Python."""
     try:
         return tomllib.loads(text)
     except (ValueError, RecursionError):
@@ -47,10 +47,10 @@ def parse_toml(text: str) -> dict[str, Any] | None:
 
 
 def check_value(path: str, value: Any, origin: str) -> Any:
-    """Return the value as its key's type; lists become tuples.
+    """Return the value in the type of its key; lists become tuples.
 
     Raises:
-        ConfigError: There is no such key, or the value is of another type.
+        ConfigError: The key does not exist, or the value has another type.
     """
     key = find_key(path, origin)
     item_type = find_item_type(key.accepted_types)
@@ -64,7 +64,7 @@ def check_value(path: str, value: Any, origin: str) -> Any:
 
 
 def check_scalar(path: str, value: Any, origin: str, accepted: tuple[Any, ...]) -> Any:
-    """Return the value of a key, or of an item of its list, as an accepted type."""
+    """Return a value, or an item of a list, in an accepted type."""
     if type(value) is int and not -MAX_INTEGER <= value <= MAX_INTEGER:
         refuse_value(origin, path, value, "does not fit into 64 bits")
     if float in accepted and type(value) is int:
@@ -79,13 +79,13 @@ def check_scalar(path: str, value: Any, origin: str, accepted: tuple[Any, ...]) 
 
 
 def find_item_type(accepted: tuple[Any, ...]) -> type | None:
-    """Find the type of the items where a list is accepted."""
+    """Return the item type of an accepted list; None where a list is not accepted."""
     items = [typing.get_args(member)[0] for member in accepted if typing.get_origin(member)]
     return items[0] if items else None
 
 
 def suggest_value(value: Any, accepted: tuple[Any, ...]) -> str:
-    """Say what to write instead, where it can be derived from the value."""
+    """Suggest what to write instead; empty where the value does not show it."""
     if accepted == (str,):
         return f"; write {format_value(str(value))}"
     if accepted == (int,) and type(value) is float and value.is_integer():
@@ -101,7 +101,7 @@ def find_key(path: str, origin: str) -> Key:
     """Find the key `section.name`.
 
     Raises:
-        ConfigError: There is no such section or key.
+        ConfigError: The section or key does not exist.
     """
     section, _, name = path.partition(".")
     if name and section not in SECTIONS:
@@ -112,14 +112,14 @@ def find_key(path: str, origin: str) -> Key:
 
 
 def refuse_section(name: str, origin: str) -> NoReturn:
-    """Refuse an unknown section, with the closest one."""
+    """Refuse an unknown section; the error suggests the closest one."""
     close = difflib.get_close_matches(name, SECTIONS, n=1)
     hint = f"did you mean [{close[0]}]?" if close else f"sections are {', '.join(SECTIONS)}"
-    raise ConfigError(f"{origin}: [{shorten(name)}] is no section: {hint}")
+    raise ConfigError(f"{origin}: [{shorten(name)}] is not a section: {hint}")
 
 
 def refuse_key(path: str, origin: str) -> NoReturn:
-    """Refuse an unknown key, with the closest one of its section or else of all."""
+    """Refuse an unknown key; the error suggests the closest one of its section, or of all."""
     section, _, name = path.rpartition(".")
     shown = shorten(path)
     every = {key.path: key.name for key in KEYS.values()}
@@ -129,9 +129,9 @@ def refuse_key(path: str, origin: str) -> NoReturn:
         if close:
             found = [other for other, known in candidates.items() if known == close[0]]
             raise ConfigError(
-                f"{origin}: {shown} is no key: did you mean {' or '.join(sorted(found))}?"
+                f"{origin}: {shown} is not a key: did you mean {' or '.join(sorted(found))}?"
             )
     known_keys = "see docs/configuration.md"
     if own:
         known_keys = f"keys of [{section}] are {', '.join(own.values())}"
-    raise ConfigError(f"{origin}: {shown} is no key: {known_keys}")
+    raise ConfigError(f"{origin}: {shown} is not a key: {known_keys}")

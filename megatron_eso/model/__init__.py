@@ -1,1 +1,1 @@
-"""The Eso-LM on Megatron-Core: layers, attention over rows, head, initial values."""
+"""The Eso-LM on Megatron-Core: layers, attention over rows, head and initial weights."""

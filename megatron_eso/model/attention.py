@@ -1,7 +1,7 @@
 """Attention over packed rows, and the last layer, which continues with the loss rows only.
 
-The rows are an argument of each call, Megatron-Core's `packed_seq_params`. Recomputation keeps the
-argument in its closure, so a micro-batch never sees the rows of another.
+The rows are an argument of each call, Megatron-Core's `packed_seq_params`. Recomputation keeps this
+argument in its closure, so a micro-batch never reads the rows of another one.
 
 Shape suffixes: R rows, E loss rows, 1 the batch dimension of Megatron-Core's [rows, 1, hidden],
 H heads and G key/value groups of this tensor-parallel rank, D head size, F half of it.
@@ -26,10 +26,10 @@ from megatron_eso.objectives.rows import Rows
 def rotary_table(positions_R: Tensor, head_size: int, base: float) -> Tensor:
     """Return cosine and sine of every row's rotary angles, [2, R, 1, F] float32.
 
-    A row keeps the angle of its original position whatever its slot.
+    The angle of a row depends on its position in the text, not on its slot.
 
     Args:
-        positions_R: Original positions of the rows.
+        positions_R: Positions of the rows in the text.
         head_size: D, even.
         base: Base of the angles' geometric sequence.
     """
@@ -92,7 +92,17 @@ class RowSelfAttention(SelfAttention):
         packed_seq_params: Rows,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend among the rows `packed_seq_params`; [R, 1, hidden] in, output and bias out."""
+        """Attend over the rows; collective over TP.
+
+        Args:
+            hidden_states: Hidden states of the rows, [R, 1, hidden] (R / TP under sequence
+                parallelism).
+            rotary_pos_emb: The output of `rotary_table` for the rows.
+            packed_seq_params: The rows.
+
+        Returns:
+            The projected output and its bias, which is None without one.
+        """
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         q_RHD, k_RGD, v_RGD = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         q_RHD, q_table = self.select_queries(q_RHD, rotary_pos_emb, packed_seq_params)
@@ -116,13 +126,13 @@ class LossRowSelfAttention(RowSelfAttention):
         self, q_RHD: Tensor, table_2R1F: Tensor, rows: Rows
     ) -> tuple[Tensor, Tensor]:
         """Return the queries of the loss rows, with their rotary table."""
-        return q_RHD[rows.loss_rows_E], table_2R1F[:, rows.loss_rows_E]
+        return q_RHD.index_select(0, rows.loss_rows_E), table_2R1F.index_select(1, rows.loss_rows_E)
 
 
 class LossRowTransformerLayer(TransformerLayer):
-    """The last layer: [R, 1, hidden] in, [E, 1, hidden] out.
+    """The last layer: its input is [R, 1, hidden], its output [E, 1, hidden].
 
-    Of the other rows it needs only keys and values.
+    The rows without loss give only keys and values.
     """
 
     def _forward_attention(
@@ -143,18 +153,18 @@ class LossRowTransformerLayer(TransformerLayer):
         return add(output_with_bias, residual, self.hidden_dropout), None
 
     def select_loss_rows(self, hidden_states: Tensor, rows: Rows) -> Tensor:
-        """Take the loss rows of the residual stream; collective over TP under sequence parallelism.
+        """Select the loss rows of the residual stream; collective over TP if sequence-parallel.
 
-        The backward of the scatter gathers the whole gradient of the selected rows on each rank.
-        The backward of the gather must therefore split it (`tensor_parallel_output_grad=False`): a
-        sum would multiply it by the group's size.
+        The backward pass of the scatter gathers the whole gradient of the selected rows on each
+        rank. The backward pass of the gather must therefore split this gradient
+        (`tensor_parallel_output_grad=False`). A sum would multiply it by the size of the group.
         """
         if not self.config.sequence_parallel:
-            return hidden_states[rows.loss_rows_E]
+            return hidden_states.index_select(0, rows.loss_rows_E)
         gathered = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False, group=self.tp_group
         )
         chosen: Tensor = scatter_to_sequence_parallel_region(
-            gathered[rows.loss_rows_E], group=self.tp_group
+            gathered.index_select(0, rows.loss_rows_E), group=self.tp_group
         )
         return chosen

@@ -13,7 +13,7 @@ from megatron_eso.model.torch_attention import TorchAttention
 
 
 class AttentionBackend(Protocol):
-    """Computes attention over spans, with gradients; no communication."""
+    """A backend that computes attention over query spans, with gradients, without communication."""
 
     def attend_causally(
         self, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, lengths: tuple[int, ...]
@@ -21,8 +21,8 @@ class AttentionBackend(Protocol):
         """Return causal attention within each stream, `[R, H, D]`.
 
         Args:
-            q_RHD: Queries, rotated, one stream after the other.
-            k_RGD: Keys, rotated.
+            q_RHD: Rotated queries, one stream after another.
+            k_RGD: Rotated keys.
             v_RGD: Values.
             lengths: Rows of each stream; they add up to R.
         """
@@ -41,12 +41,12 @@ class AttentionBackend(Protocol):
         A query without keys returns its own value.
 
         Args:
-            q_QHD: Queries, rotated, one span after the other.
-            k_NGD: Keys of the streams, rotated.
-            v_NGD: Their values.
-            own_k_QGD: Each query's own key.
-            own_v_QGD: Each query's own value.
-            spans: Which keys the queries read.
+            q_QHD: Rotated queries, one query span after another.
+            k_NGD: Rotated keys of the streams.
+            v_NGD: Values of the streams.
+            own_k_QGD: The own key of each query, rotated.
+            own_v_QGD: The own value of each query.
+            spans: The query spans, with the keys that they read.
         """
 
 
@@ -56,5 +56,5 @@ BACKENDS: dict[str, type[AttentionBackend]] = {
 
 
 def choose_backend() -> AttentionBackend:
-    """Return the fastest backend that runs here."""
+    """Return the fastest backend that runs on this machine."""
     return BACKENDS["torch"]()

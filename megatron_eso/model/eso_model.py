@@ -27,12 +27,12 @@ class EsoModel(LanguageModule):
 
     Args:
         model: The section `model`.
-        vocabulary: The tokens; padded entries and the mask token are never predicted.
+        vocabulary: The token ids; padded entries and the mask token are never predicted.
         transformer_config: The configuration for Megatron-Core.
-        pg_collection: Groups of this rank.
+        pg_collection: Process groups of this rank.
         pre_process: Whether this part holds the embedding.
-        post_process: Whether this part holds the head and gives the loss.
-        vp_stage: Number of the model chunk under an interleaved pipeline, else None.
+        post_process: Whether this part holds the head and computes the loss.
+        vp_stage: Number of the model chunk in an interleaved pipeline; None without one.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class EsoModel(LanguageModule):
             self.embedding = LanguageModelEmbedding(
                 config=transformer_config,
                 vocab_size=padded_size,
-                max_sequence_length=0,  # read for learned positions only
+                max_sequence_length=0,  # used for learned positions only
                 position_embedding_type="rope",
                 tp_group=pg_collection.tp,
             )
             # The reference applies dropout to the residual branches only, not to the embedding.
             self.embedding.embedding_dropout.p = 0.0
-        # Every stage has some of the layers.
+        # Every stage has a part of the layers.
         self.decoder = TransformerBlock(
             config=transformer_config,
             spec=build_block_submodules(
@@ -94,7 +94,7 @@ class EsoModel(LanguageModule):
             self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
-        """Store the previous stage's output, which Megatron-Core's schedules pass here."""
+        """Store the output of the previous stage; Megatron-Core's schedules call this."""
         tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
         self.decoder.set_input_tensor(tensors[0])
 
@@ -102,12 +102,13 @@ class EsoModel(LanguageModule):
         """Run this stage's layers over the rows; collective over TP.
 
         Args:
-            rows: What the network reads.
-            targets_E: The tokens that the loss rows predict.
+            rows: The rows of the micro-batch.
+            targets_E: The targets of the loss rows.
 
         Returns:
-            On the last stage the negative log-likelihood of each loss row's target in nats,
-            float32 [E], any value at padding. On other stages, hidden states for the next stage.
+            On the last stage, the negative log-likelihood of each loss row's target in nats,
+            float32 [E], with any value at padding. On other stages, the hidden states for the next
+            stage.
         """
         head_size = self.config.kv_channels
         hidden: Tensor = self.decoder(
@@ -143,7 +144,7 @@ class EsoModel(LanguageModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Return this part's shards for a distributed checkpoint; a tied embedding comes once."""
+        """Return the sharded tensors of this part for a checkpoint; a tied embedding comes once."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        # Linear layers add an empty extra state, which only Transformer Engine needs.
+        # Linear layers add an empty extra state that only Transformer Engine needs.
         return {key: value for key, value in sharded.items() if not key.endswith("_extra_state")}

@@ -31,8 +31,8 @@ from megatron_eso.model.layers import (
     get_bias_dropout_add,
 )
 
-# Transformer Engine fuses norms into linear layers and names them so in checkpoints. The same names
-# here make a checkpoint independent of what was installed when it was written.
+# Transformer Engine fuses norms into linear layers and names them so in checkpoints. With the same
+# names here, a checkpoint does not depend on whether Transformer Engine was installed.
 CHECKPOINT_KEYS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -40,13 +40,13 @@ CHECKPOINT_KEYS = {
 
 
 def build_layer_spec(model: ModelConfig, *, last: bool) -> ModuleSpec:
-    """Return the spec of one transformer layer; the last continues with the loss rows only.
+    """Return the spec of one transformer layer; the last one continues with the loss rows only.
 
     Args:
         model: The section `model`.
         last: Whether it is the last layer of the network.
     """
-    # Choose the modules that the section `model` asks for.
+    # Choose the modules for the section `model`.
     norm = RMSNorm if model.normalization == "RMSNorm" else LayerNorm
     row_parallel = GatedRowParallelLinear if model.residual_gates else RowParallelLinear
     # Attention, then MLP, then the layer around both.
@@ -82,13 +82,13 @@ def build_layer_spec(model: ModelConfig, *, last: bool) -> ModuleSpec:
 def build_block_submodules(
     model: ModelConfig, transformer_config: TransformerConfig, pp_rank: int, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """Return the layers of one pipeline stage (and model chunk), with the final norm.
+    """Return the layers of one pipeline stage (and model chunk), and the final norm.
 
     Args:
         model: The section `model`.
         transformer_config: The configuration for Megatron-Core.
-        pp_rank: The pipeline stage.
-        vp_stage: Number of the model chunk, None without an interleaved pipeline.
+        pp_rank: Number of the pipeline stage.
+        vp_stage: Number of the model chunk in an interleaved pipeline; None without one.
     """
     count = get_num_layers_to_build(transformer_config, vp_stage, pp_rank)
     first = get_transformer_layer_offset(transformer_config, vp_stage, pp_rank)

@@ -1,4 +1,4 @@
-"""Small layers that this model needs and Megatron-Core lacks.
+"""Small layers of this model that Megatron-Core does not have.
 
 Shape suffixes: R packed rows (R / TP under sequence parallelism), D hidden size.
 """
@@ -14,9 +14,10 @@ from torch.nn import functional
 
 
 class LayerNorm(torch.nn.Module):
-    """LayerNorm computed in float32 for any input, with Megatron-Core's sequence-parallel mark.
+    """A LayerNorm computed in float32 for any input, with Megatron-Core's sequence-parallel mark.
 
-    Megatron-Core's own wrapper refuses sequence parallelism. The output has the parameters' dtype.
+    Megatron-Core's own LayerNorm does not support sequence parallelism. The output has the dtype of
+    the parameters.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
@@ -39,7 +40,7 @@ class LayerNorm(torch.nn.Module):
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm computed in float32 for any input; see LayerNorm."""
+    """An RMSNorm computed in float32 for any input; its output has the dtype of the parameters."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -58,8 +59,8 @@ class RMSNorm(torch.nn.Module):
 class GatedRowParallelLinear(RowParallelLinear):
     """A RowParallelLinear with a learned `gate` that scales each output channel, bias included.
 
-    The gates start at zero, so every residual branch starts closed, as with the reference's adaLN
-    (models/dit.py). At export they are folded into weight and bias.
+    The gates start at zero, so no residual branch contributes at the start, as with the reference's
+    adaLN (models/dit.py). The export folds the gates into weight and bias.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class GatedRowParallelLinear(RowParallelLinear):
         self.gate.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the gated output and the gated bias; None where there is no bias."""
+        """Return the gated output and the gated bias, which is None without a bias."""
         output, bias = super().forward(input_)
         return output * self.gate, None if bias is None else bias * self.gate
 
@@ -84,9 +85,9 @@ def mark_sequence_parallel(module: torch.nn.Module, config: TransformerConfig) -
 def get_bias_dropout_add(
     training: bool, _fused: bool
 ) -> Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]:
-    """Return the addition of bias, dropout and residual, in the dtype of the residual stream.
+    """Return a function that adds bias, dropout and residual in the dtype of the residual stream.
 
-    Megatron-Core 0.16.1 casts the residual to the branch's dtype here, which would undo
+    Megatron-Core 0.16.1 casts the residual to the dtype of the branch, which would undo
     `fp32_residual_connection`.
     """
 

@@ -1,4 +1,4 @@
-"""Attention of a layer over the rows of a micro-batch, from the parts that a backend computes.
+"""Attention of a layer over the rows of a micro-batch, split into calls of a backend.
 
 Shapes: R rows, E loss rows, H heads, G key/value groups, D head dimension.
 """
@@ -17,11 +17,11 @@ def attend_rows(
     """Return the attention of a layer that keeps all rows.
 
     Args:
-        q_RHD: Queries, rotated; R with padding, as in the rows.
-        k_RGD: Keys, rotated. Head h reads group `h // (H / G)`.
+        q_RHD: Rotated queries of all rows, padding included.
+        k_RGD: Rotated keys. Head h reads group `h // (H / G)`.
         v_RGD: Values.
         rows: The rows.
-        backend: Computes the parts.
+        backend: The attention backend.
 
     Returns:
         `[R, H, D]`; zeros at padding.
@@ -53,11 +53,11 @@ def attend_loss_rows(
     """Return the attention of the last layer, in which only loss rows are queries.
 
     Args:
-        q_EHD: Queries of the loss rows, rotated; E with padding, as in the rows.
-        k_RGD: Keys of all rows, rotated; a loss row's own key is `k_RGD[loss_rows_E]`.
+        q_EHD: Rotated queries of the loss rows, padding included.
+        k_RGD: Rotated keys of all rows; the own key of a loss row is `k_RGD[loss_rows_E]`.
         v_RGD: Values of all rows.
         rows: The rows.
-        backend: Computes the parts.
+        backend: The attention backend.
 
     Returns:
         `[E, H, D]`; zeros at padding.
@@ -65,7 +65,7 @@ def attend_loss_rows(
     num_queries = rows.num_loss_rows
     if num_queries == 0:
         return _attend_nothing(q_EHD, k_RGD, v_RGD)
-    # Each loss row is a strict query, with its own key and value besides those of its stream.
+    # Each loss row is a strict query with its own key and value, besides those of its stream.
     q_QHD, q_padding = torch.split(q_EHD, [num_queries, q_EHD.shape[0] - num_queries])
     own_rows = rows.loss_rows_E[:num_queries]
     out_QHD = backend.attend_strictly(
@@ -80,5 +80,5 @@ def attend_loss_rows(
 
 
 def _attend_nothing(q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor) -> Tensor:
-    """Return zeros that depend on the inputs, so that their parameters get a zero gradient."""
+    """Return zeros that depend on the inputs, so that parameters get a gradient of zero."""
     return torch.zeros_like(q_RHD) + q_RHD[:0].sum() + k_RGD[:0].sum() + v_RGD[:0].sum()

@@ -13,12 +13,12 @@ Sharded: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
 def sharding_metadata(pg_collection: ProcessGroupCollection) -> dict[str, Any]:
-    """Return Megatron-Core's options of the checkpoint: each layer has keys of its own."""
+    """Return Megatron-Core's options for the checkpoint: each layer has its own keys."""
     return {"non_homogeneous_layers": True, "dp_cp_group": pg_collection.dp_cp}
 
 
 def shard_parameters(model: EsoModel) -> list[tuple[Parameter, Sharded]]:
-    """Pair every parameter of `model` with its part of the global tensor, in the model's order.
+    """Return each parameter with its part of the global tensor, in the order of the model.
 
     A tied embedding comes once on each stage that holds it.
     """

@@ -1,8 +1,8 @@
-"""What reads what: causal streams and strict queries, from the rows of a micro-batch.
+"""The keys that rows read: causal streams and strict queries, from the rows of a micro-batch.
 
-A *strict query* i of m over the n keys of its stream reads the keys `[0, n - m + 1 + i)` and
-itself: causal attention with bottom-right alignment, and its own key and value. An attention
-backend computes it.
+The *strict query* i of m over the n keys of its stream reads the keys `[0, n - m + 1 + i)` and
+itself. This is causal attention with bottom-right alignment, with the query's own key and value
+added. An attention backend computes it.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from megatron_eso.objectives.rows import Rows
 
 
 class QuerySpan(NamedTuple):
-    """The strict queries of one stream, and the keys that the last of them reads."""
+    """The strict queries of one stream, and the keys that the last query reads."""
 
     num_queries: int
     first_key: int
@@ -22,12 +22,12 @@ class QuerySpan(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BodySpans:
-    """What the rows read in a layer that keeps all of them, in the order of the rows.
+    """The streams and query spans of a layer that keeps all rows, in the order of the rows.
 
     Attributes:
         mixed_lengths: Lengths of the mixed streams; each attends causally.
         clean_lengths: Lengths of the clean streams; each attends causally.
-        queries: Strict queries over the clean streams, whose keys are numbered from 0 on.
+        queries: Query spans over the clean streams, whose keys are numbered from 0 on.
     """
 
     mixed_lengths: tuple[int, ...]
@@ -36,13 +36,13 @@ class BodySpans:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Rows of the mixed streams, of the clean streams, and of the queries."""
+        """The numbers of rows of the mixed streams, of the clean streams, and of the queries."""
         num_queries = sum(span.num_queries for span in self.queries)
         return sum(self.mixed_lengths), sum(self.clean_lengths), num_queries
 
 
 def find_body_spans(rows: Rows) -> BodySpans:
-    """Return what rows read in all layers but the last: streams causally, queries clean streams."""
+    """Return the streams and query spans of all layers except the last."""
     clean_lengths = rows.stream_lengths[rows.num_mixed_streams :]
     return BodySpans(
         mixed_lengths=rows.stream_lengths[: rows.num_mixed_streams],
@@ -57,7 +57,7 @@ def find_body_spans(rows: Rows) -> BodySpans:
 
 
 def find_loss_spans(rows: Rows) -> tuple[QuerySpan, ...]:
-    """Return what loss rows read in the last layer: the first n - 1 rows of their streams.
+    """Return the query spans of the last layer: loss rows over the first n - 1 rows of a stream.
 
     n is the number of tokens of the sample. Keys have the numbers of the rows.
     """

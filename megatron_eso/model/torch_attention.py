@@ -1,10 +1,11 @@
-"""Attention over query spans and streams in plain torch: any device and dtype, no dense mask.
+"""Attention over streams and query spans in plain torch, for any device and dtype.
 
-The log-sum-exp merges a strict query's own key and value with those of its stream.
+There is no dense mask. The log-sum-exp merges a strict query's own key and value with those of its
+stream.
 
 Shapes: R rows, Q strict queries, N keys, H heads, G key/value groups, D head dimension; r = H / G
-heads read one group, S streams of equal length, T their length, t queries of a tile, n keys that a
-tile reads.
+heads read one group, S streams of equal length, T the length of these streams, t queries of a tile,
+n keys that a tile reads.
 """
 
 from collections.abc import Iterator
@@ -22,12 +23,12 @@ TILE_QUERIES = 256
 
 
 class TorchAttention:
-    """SDPA for causal streams, tiles of float32 scores for strict queries."""
+    """The torch backend: SDPA for causal streams, tiles of float32 scores for strict queries."""
 
     def attend_causally(
         self, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, lengths: tuple[int, ...]
     ) -> Tensor:
-        """Attend within each stream; one call serves consecutive streams of equal length."""
+        """Attend within each stream; consecutive streams of equal length share one call."""
         runs = [(length, len(list(run))) for length, run in groupby(lengths) if length]
         if not runs:
             return torch.zeros_like(q_RHD)
@@ -58,7 +59,7 @@ class TorchAttention:
         own_v_QGD: Tensor,
         spans: tuple[QuerySpan, ...],
     ) -> Tensor:
-        """Attend tile by tile, with a backward pass written by hand."""
+        """Attend tile by tile, with its own backward pass."""
         inputs = (q_QHD, k_NGD, v_NGD, own_k_QGD, own_v_QGD)
         out_QHD: Tensor = StrictQueryAttention.apply(*inputs, spans)  # type: ignore[no-untyped-call]
         return out_QHD
@@ -70,12 +71,12 @@ class _Tile(NamedTuple):
 
 
 class StrictQueryAttention(torch.autograd.Function):
-    """Attention of strict queries with the self term merged, and the backward of the whole.
+    """Attention of strict queries with the self term merged, and its backward pass.
 
     Autograd through the merge would need the gradient of the log-sum-exp, which fused kernels do
-    not give. The backward here uses the merged output and log-sum-exp: the probabilities
-    `exp(score - lse)` of stream keys and of the own key are then those of one softmax. Scores, sums
-    and probabilities are float32 for low-precision inputs.
+    not give. The backward pass here uses the merged output and log-sum-exp. The probabilities
+    `exp(score - lse)` of the stream's keys and of the own key are then those of one softmax.
+    Scores, sums and probabilities are float32 for low-precision inputs.
     """
 
     @staticmethod
@@ -88,7 +89,7 @@ class StrictQueryAttention(torch.autograd.Function):
         own_v_QGD: Tensor,
         spans: tuple[QuerySpan, ...],
     ) -> Tensor:
-        """Return `[Q, H, D]` in the dtype of q."""
+        """Return the attention `[Q, H, D]` in the dtype of q."""
         q, k, v, own_k, own_v = (_upcast(x) for x in (q_QHD, k_NGD, v_NGD, own_k_QGD, own_v_QGD))
         q_QGrD = _group_heads(q, k.shape[1]) * q.shape[-1] ** -0.5
         # Start with the self term, then add each tile's keys to the softmax.
@@ -114,7 +115,7 @@ class StrictQueryAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out_QHD: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the five tensors; the probabilities are computed again."""
+        """Return the gradients of the five tensors; recompute the probabilities."""
         q_QHD, k_NGD, v_NGD, own_k_QGD, own_v_QGD, out_QHD, lse_QGr = ctx.saved_tensors
         q, k, v, own_k, own_v, d_out = (
             _upcast(x) for x in (q_QHD, k_NGD, v_NGD, own_k_QGD, own_v_QGD, d_out_QHD)
@@ -150,7 +151,7 @@ class StrictQueryAttention(torch.autograd.Function):
 
 
 def _tiles(spans: tuple[QuerySpan, ...]) -> Iterator[_Tile]:
-    """Yield the tiles that have keys: queries, and the keys that the last of them reads."""
+    """Yield the tiles that have keys: queries, and the keys that the last query reads."""
     first_query = 0
     for span in spans:
         for start in range(0, span.num_queries, TILE_QUERIES):

@@ -1,4 +1,4 @@
-"""The resolved configuration as Megatron-Core's TransformerConfig."""
+"""Megatron-Core's TransformerConfig for the resolved configuration."""
 
 from functools import partial
 
@@ -15,10 +15,10 @@ PARAMS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def build_transformer_config(
     model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
 ) -> TransformerConfig:
-    """Translate the sections for Megatron-Core; the trainer sets the hooks of the training step.
+    """Translate the sections for Megatron-Core; training sets the hooks of its step.
 
-    Weights are allocated on the CPU without values. `initialization.py` fills them by name, so that
-    every layout starts from the same values.
+    Weights are allocated on the GPU without values. `initialization.py` draws them by name, so
+    that every layout starts from the same values.
     """
     gated = model.activation == "swiglu"
     dtype = PARAMS_DTYPE[train.precision]
@@ -61,7 +61,6 @@ def build_transformer_config(
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
-        use_cpu_initialization=True,
         perform_initialization=False,
         # Fused kernels that are not used here.
         gradient_accumulation_fusion=False,

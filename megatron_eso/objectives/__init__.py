@@ -1,1 +1,1 @@
-"""What an objective is: orders, noise, rows, losses. No megatron, no files."""
+"""Objectives: orders, noise, rows and losses, without megatron or files."""

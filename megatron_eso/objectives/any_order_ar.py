@@ -27,12 +27,12 @@ from megatron_eso.randomness.purposes import Purpose
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AnyOrderArObjective:
-    """The objective: the mean over orders of the negative log-likelihood.
+    """The any-order AR objective: the mean negative log-likelihood over orders.
 
     Attributes:
         seed: The run's seed.
         mask_token_id: Token of the queries.
-        is_random: Whether each sample has a drawn order; else every order is left to right.
+        is_random: Whether the order of each sample is drawn; otherwise it is left to right.
     """
 
     seed: int
@@ -65,7 +65,7 @@ class AnyOrderArObjective:
         """Plan whole samples: T - 1 clean rows and T queries each."""
         shape = (len(phase_B), sequence_length)
         samples = Samples(
-            # Any token but the mask can be a target.
+            # Any token except the mask can be a target.
             tokens_BT=np.full(shape, int(self.mask_token_id == 0)),
             indices_B=np.arange(shape[0]),
             length_B=np.full(shape[0], sequence_length),

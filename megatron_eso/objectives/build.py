@@ -1,4 +1,4 @@
-"""The table of objectives: a new objective is a file in this folder and a line here."""
+"""The table of objectives; a new objective is a file in this folder and a line here."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def build_objective(config: ObjectiveConfig, *, seed: int, mask_token_id: int) -
 
     Args:
         config: The section `objective`.
-        seed: The run's seed, key of everything that the objective draws.
+        seed: The run's seed, from which the objective draws everything random.
         mask_token_id: Token of masked slots.
 
     Returns:

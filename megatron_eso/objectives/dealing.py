@@ -1,9 +1,9 @@
-"""Which phase, rank and micro-batch each sample of a global batch belongs to.
+"""The phase, rank and micro-batch of each sample of a global batch.
 
 A *place* is a sample's index minus the first index of its step, in `0 .. global_batch_size - 1`.
-Its phase depends on the place, the global batch size and the share of the first phase only, so
-that another layout trains on the same samples in the same phases. Where an objective has one
-phase, every place belongs to it.
+The phase of a place depends only on the place, the global batch size and the share of the first
+phase, so every layout trains on the same samples in the same phases. If an objective has one phase,
+every place belongs to it.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ def _steps_up(numbers: NDArray[np.int64], share: int, whole: int) -> NDArray[np.
 
 @dataclass(frozen=True, slots=True)
 class PhaseSplit:
-    """Splits the places of a global batch into two phases, 0 and 1.
+    """The split of a global batch's places into two phases, 0 and 1.
 
     Attributes:
         batch_size: Samples of a step.
@@ -38,13 +38,13 @@ class PhaseSplit:
         return int(as_share(self.share) * self.batch_size)
 
     def phases(self, places: npt.ArrayLike) -> NDArray[np.int64]:
-        """Return the phase of each place, 0 or 1; takes one place or an array of any shape."""
+        """Return the phase, 0 or 1, of a place or of an array of places of any shape."""
         places = np.asarray(places, dtype=np.int64)
         is_first = _steps_up(places, self.num_first, self.batch_size)
         return 1 - is_first.astype(np.int64)
 
     def numbers_in_first(self, places: npt.ArrayLike) -> NDArray[np.int64]:
-        """Return the number of each place within phase 0; no meaning at places of phase 1."""
+        """Return the number of each place within phase 0; meaningless for places of phase 1."""
         places = np.asarray(places, dtype=np.int64)
         return places * self.num_first // self.batch_size
 
@@ -53,9 +53,9 @@ class PhaseSplit:
 class Dealing:
     """The dealing of a global batch's places to phases, data-parallel ranks and micro-batches.
 
-    Where `micro_batch_size * share` is an integer, every micro-batch holds the same mix of both
-    phases. Otherwise a micro-batch holds one phase, and the two kinds alternate evenly, in the same
-    order on every rank.
+    If `micro_batch_size * share` is an integer, every micro-batch holds the same mix of both
+    phases. Otherwise a micro-batch holds one phase, and micro-batches of both phases alternate
+    evenly, in the same order on every rank.
 
     Attributes:
         global_batch_size: Samples of a step.
@@ -73,7 +73,7 @@ class Dealing:
     share: float
 
     def __post_init__(self) -> None:
-        """Refuse sizes that do not deal both phases evenly."""
+        """Refuse sizes whose samples of both phases cannot be dealt evenly."""
         check_dealing(
             global_batch_size=self.global_batch_size,
             micro_batch_size=self.micro_batch_size,
@@ -104,7 +104,7 @@ class Dealing:
             One int64 array of places for each micro-batch.
 
         Raises:
-            ValueError: There is no such rank.
+            ValueError: The rank does not exist.
         """
         if not 0 <= data_parallel_rank < self.data_parallel_size:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Eso-LM, variant B: a diffusion phase and a sequential phase (arXiv 2506.01928, section 3).
 
-The diffusion phase reveals the share alpha_0 of the tokens, the sequential phase the rest from
-left to right. A training sample goes through one of the two, a validation sample through both.
+The diffusion phase reveals the share alpha_0 of the tokens, and the sequential phase reveals the
+others from left to right. A training sample is in one of the phases, a validation sample in both.
 
 Shapes: B samples of a micro-batch, T positions, N samples of a validation set.
 """
@@ -43,9 +43,9 @@ class EsoLmObjective:
         seed: The run's seed.
         mask_token_id: Token of masked slots.
         schedule: The noise schedule, with alpha_0.
-        batch_split: Share of the samples that go through the diffusion phase.
-        is_weighted: Whether the diffusion phase has the weights of the NELBO ("elbo"), and not the
-            weight 1 ("low_var").
+        batch_split: Share of the samples in the diffusion phase.
+        is_weighted: Whether the diffusion phase has the weights of the NELBO ("elbo"); otherwise
+            every weight is 1 ("low_var").
         sampling_eps: Lowest time.
     """
 
@@ -70,7 +70,7 @@ class EsoLmObjective:
 
     @property
     def phases(self) -> tuple[Phase, Phase]:
-        """Diffusion, and then sequential; one has a share of 0 where alpha_0 is 0 or 1."""
+        """The diffusion phase, then the sequential one; at alpha_0 = 0 or 1 one share is 0."""
         return (
             Phase(name="diffusion", share=self.batch_split),
             Phase(name="sequential", share=1 - self.batch_split),
@@ -95,7 +95,7 @@ class EsoLmObjective:
         return self.plan_noise(samples, noise)
 
     def plan_validation(self, samples: Samples, num_samples: int) -> MicroBatch:
-        """Plan samples in both phases, or in the only one; times are stratified over N samples."""
+        """Plan samples in every phase with tokens to predict; stratify times over N samples."""
         # At alpha_0 = 0 or 1 one phase has no tokens to predict.
         empty = {0.0: DIFFUSION, 1.0: SEQUENTIAL}.get(self.schedule.alpha_0)
         phases = [phase for phase in (DIFFUSION, SEQUENTIAL) if phase != empty]
@@ -143,7 +143,7 @@ class EsoLmObjective:
             is_sequential_B=phase_B == SEQUENTIAL,
         )
         samples = Samples(
-            # Any token but the mask can be a target.
+            # Any token except the mask can be a target.
             tokens_BT=np.full(shape, int(self.mask_token_id == 0)),
             indices_B=np.arange(shape[0]),
             length_B=noise.length_B,
@@ -151,7 +151,7 @@ class EsoLmObjective:
         return self.plan_noise(samples, noise)
 
     def validation_times(self, num_samples: int) -> Mapping[str, NDArray[np.float64]]:
-        """Return the times of the diffusion phase, where there is one."""
+        """Return the times of the diffusion phase; empty at alpha_0 = 0."""
         if self.schedule.alpha_0 == 0:
             return {}
         indices_N = np.arange(num_samples)
@@ -161,7 +161,7 @@ class EsoLmObjective:
         return {"diffusion": times_N}
 
     def expect_rows(self, num_tokens: int) -> tuple[RowCounts, RowCounts]:
-        """Return the expected rows of a sample of either phase."""
+        """Return the expected rows of a sample, for each phase."""
         return (
             expect_diffusion_rows(num_tokens, self.schedule.alpha_0, self.sampling_eps),
             expect_sequential_rows(num_tokens, self.schedule.alpha_0),

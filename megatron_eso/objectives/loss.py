@@ -1,4 +1,4 @@
-"""From the losses of single rows to the losses of the phases, and to the NELBO.
+"""The losses of the phases and the NELBO, from the losses of single rows.
 
 Each phase's loss is the weighted sum over its masked tokens, divided by *all* real tokens of that
 phase in the global batch. It is not divided by the masked tokens, nor by the tokens of one rank or
@@ -28,8 +28,8 @@ class NelboEstimate:
 
     Attributes:
         nelbo: The mean over the samples.
-        standard_error: Standard error of the mean over samples, nan for one sample. It is too large
-            rather than too small, because times are stratified over the set.
+        standard_error: Standard error of the mean over samples, nan for one sample. It is rather
+            too large, because times are stratified over the set.
         phases: The part of each phase by its name; they add up to `nelbo`.
         by_time: For each phase that has times, the mean over the samples of each tenth of the
             times, by its middle.
@@ -42,7 +42,7 @@ class NelboEstimate:
 
     @property
     def perplexity(self) -> float:
-        """Return exp(NELBO), infinite where that is beyond float64."""
+        """The perplexity exp(NELBO); infinite beyond float64."""
         return to_perplexity(self.nelbo)
 
 
@@ -50,11 +50,11 @@ def sum_phases(nll_E: Tensor, weights_E: Tensor, loss: LossRows, num_phases: int
     """Return `[P]`: the weighted sum of each phase.
 
     Args:
-        nll_E: `-log p(target)` in nats of the loss rows, with or without padding. At padding any
-            value is allowed, even inf.
+        nll_E: `-log p(target)` of the loss rows in nats, with or without padding. Padding may have
+            any value, even inf.
         weights_E: `loss.weights_E` for the objective, `loss.elbo_weights_E` for the NELBO.
         loss: The loss rows.
-        num_phases: P.
+        num_phases: P, the number of phases.
     """
     weighted_E = _weigh(nll_E, weights_E, loss.num_real)
     phase_E = loss.phase_E[: loss.num_real]
@@ -70,13 +70,20 @@ def normalize_phases(sums_P: Tensor, tokens: Sequence[int]) -> Tensor:
         sums_P: Weighted sum of each phase.
         tokens: Real tokens of each phase in the global batch.
     """
-    return sums_P / sums_P.new_tensor([max(count, 1) for count in tokens])
+    # By numbers, because a tensor of them would make the host wait for the GPU.
+    parts = zip(sums_P.unbind(), tokens, strict=True)
+    return torch.stack([total / max(count, 1) for total, count in parts])
 
 
 def sum_samples(nll_E: Tensor, loss: LossRows, num_samples: int) -> Tensor:
     """Return float64 `[B]`: each sample's sum with ELBO weights, 0 for samples without loss rows.
 
-    A sample's sum depends on its own losses only, not on the other samples of the micro-batch.
+    The sum of a sample does not depend on the other samples of the micro-batch.
+
+    Args:
+        nll_E: `-log p(target)` of the loss rows in nats, with or without padding.
+        loss: The loss rows.
+        num_samples: B, the number of samples.
     """
     sums_B = torch.zeros(num_samples, dtype=torch.float64, device=nll_E.device)
     if loss.num_real == 0:
@@ -91,12 +98,12 @@ def sum_samples(nll_E: Tensor, loss: LossRows, num_samples: int) -> Tensor:
 def estimate_nelbo(
     sums_PN: NDArray[np.float64], phases: Sequence[str], sequence_length: int
 ) -> NelboEstimate:
-    """Estimate the NELBO of a validation set whose samples went through all phases.
+    """Estimate the NELBO of a validation set whose samples were evaluated in all phases.
 
     Args:
         sums_PN: `sum_samples` of each sample in each phase; zero where the sample has no loss rows.
         phases: Names of the phases.
-        sequence_length: T.
+        sequence_length: T, the tokens of a sample.
 
     Raises:
         ValueError: There are no samples.
@@ -116,11 +123,11 @@ def estimate_nelbo(
 
 
 def mean_by_time(values_N: NDArray[np.float64], t_N: NDArray[np.float64]) -> dict[float, float]:
-    """Return the mean value of each tenth of the times that has samples, by its middle.
+    """Return the mean value for each tenth of the times with samples, by the tenth's middle.
 
     Args:
         values_N: A value of each sample.
-        t_N: Its time in [0, 1].
+        t_N: The time of each sample, in [0, 1].
     """
     tenth_N = np.minimum((t_N * NUM_TIME_BINS).astype(np.int64), NUM_TIME_BINS - 1)
     return {
@@ -130,7 +137,7 @@ def mean_by_time(values_N: NDArray[np.float64], t_N: NDArray[np.float64]) -> dic
 
 
 def to_perplexity(nats_per_token: float) -> float:
-    """Return exp of a loss in nats per token, infinite where that is beyond float64."""
+    """Return exp of a loss in nats per token; infinite beyond float64."""
     try:
         return math.exp(nats_per_token)
     except OverflowError:
@@ -138,5 +145,5 @@ def to_perplexity(nats_per_token: float) -> float:
 
 
 def _weigh(nll_E: Tensor, weights_E: Tensor, num_real: int) -> Tensor:
-    """Return weighted losses without padding, where 0 * inf could occur."""
+    """Return weighted losses without padding, at which 0 * inf could occur."""
     return nll_E[:num_real] * weights_E[:num_real]

@@ -1,7 +1,6 @@
 """Times, masks and slot orders, each a function of (seed, global index of the sample).
 
-Shapes: B samples, T positions or slots, N samples of any number, or of a
-validation set.
+Shapes: B samples, T positions or slots, N samples of a validation set.
 """
 
 from dataclasses import dataclass
@@ -23,10 +22,10 @@ class Noise:
     """Times, masks and slot orders of the samples of a micro-batch.
 
     Attributes:
-        length_B: int64, real tokens of each sample: its positions and slots beyond do not exist.
-        is_masked_BT: Masked tokens, natural order; false beyond the length.
-        permutation_BT: int64, `permutation[b, slot] = position`: clean tokens first, masked ones
-            after them, then the positions beyond the length.
+        length_B: int64, real tokens of each sample; positions and slots beyond do not exist.
+        is_masked_BT: Masked tokens in natural order; false beyond the length.
+        permutation_BT: int64, `permutation[b, slot] = position`: clean tokens, then masked ones,
+            then the positions beyond the length.
         t_B: Times of the diffusion samples; nan for sequential ones.
         is_sequential_B: Samples of the sequential phase.
     """
@@ -72,16 +71,16 @@ def diffusion_times(
 ) -> NDArray[np.float64]:
     """Draw the times of a step's samples, stratified over all its diffusion samples.
 
-    The step has n diffusion samples and n strata, one for each:
-    `t = (1 - eps) (u + stratum) / n + eps` with u drawn for the sample. A permutation drawn for the
-    step deals the strata, so that no rank and no micro-batch always has low times. The reference
+    A step with n diffusion samples has n strata, one for each sample:
+    `t = (1 - eps) (u + stratum) / n + eps`, where u is drawn for the sample. A permutation, drawn
+    for the step, deals the strata, so no rank or micro-batch always has low times. The reference
     deals them in order (algo.py, `_sample_t`).
 
     Args:
         seed: The run's seed.
         first_index: Global index of the step's first sample.
         split: The phase of each place; diffusion is phase 0.
-        places: int64 `[B]`, places within the step.
+        places: int64 `[B]`, places of the samples in the step.
         sampling_eps: Lowest time.
 
     Returns:
@@ -143,22 +142,22 @@ def draw_noise(
     length_B: NDArray[np.int64] | None = None,
     is_validation: bool = False,
 ) -> Noise:
-    """Return noise: draw masks and slot orders.
+    """Draw masks and slot orders for given times, and return them as noise.
 
-    A token is masked with probability 1 - alpha_t in a diffusion sample, 1 - alpha_0 in a
-    sequential one. Slots hold the clean tokens in random order, then the masked ones: in random
-    order for diffusion, left to right for the sequential phase. A shorter sample has the masks and
-    the order of the whole one, without the positions beyond its length.
+    A token is masked with probability 1 - alpha_t in a diffusion sample and 1 - alpha_0 in a
+    sequential one. Slots hold the clean tokens in random order, then the masked ones, in random
+    order for diffusion and left to right for the sequential phase. A shorter sample has the masks
+    and the order of the whole sample, without the positions beyond its length.
 
     Args:
         seed: The run's seed.
-        indices_B: Global indices of the samples (of the validation set, in validation).
+        indices_B: Global indices of the samples; in validation, their indices in the set.
         is_sequential_B: Samples of the sequential phase.
-        t_B: Times; not read for sequential samples.
+        t_B: Times of the samples; ignored for sequential ones.
         schedule: The noise schedule.
-        sequence_length: T.
+        sequence_length: T, the tokens of a whole sample.
         length_B: Real tokens of the samples; None: T for each.
-        is_validation: Whether to draw from validation's streams, which training never uses.
+        is_validation: Whether to draw from the streams of validation, which training never uses.
     """
     purposes = _VALIDATION if is_validation else _TRAINING
     is_sequential_B = np.asarray(is_sequential_B, dtype=np.bool_)
@@ -166,7 +165,7 @@ def draw_noise(
     shape = (len(indices_B), sequence_length)
     if length_B is None:
         length_B = np.full(len(indices_B), sequence_length)
-    # Draw each sample's words from streams of its phase: one for the masks, one for the order.
+    # Draw each sample's words from two streams of its phase: for the masks and for the order.
     uniform_BT, bits_BT = np.empty(shape), np.empty(shape, dtype=np.uint64)
     for b, index in enumerate(indices_B):
         phase = int(is_sequential_B[b])
@@ -195,7 +194,7 @@ def draw_noise(
 def draw_any_order(
     seed: int, indices_B: NDArray[np.int64], number: int, alpha_0: float, sequence_length: int
 ) -> Noise:
-    """Draw the `number`-th order of each sample for its exact likelihood, every token masked.
+    """Draw the `number`-th order of each sample for its exact likelihood; mask every token.
 
     As in the sequential phase, a random set of positions comes first, in random order, and the
     others follow left to right. The size of the set is binomial with mean alpha_0 T (the
@@ -206,7 +205,7 @@ def draw_any_order(
         indices_B: Indices of the samples in the set.
         number: Which of a sample's independent orders, from 0 on.
         alpha_0: Expected share of tokens that come first, in random order.
-        sequence_length: T.
+        sequence_length: T, the tokens of a sample.
 
     Returns:
         The orders, with every token masked.

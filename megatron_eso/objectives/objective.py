@@ -1,4 +1,4 @@
-"""What an objective is: the interface that training, validation, estimates and records use.
+"""The interface of objectives, which training, validation, estimates and records use.
 
 Callers iterate over an objective's phases and never compare its name. An objective plans the rows
 of a micro-batch, assigns them to phases, and combines the losses of the phases.
@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_eso.objectives.row_counts import RowCounts
 from megatron_eso.objectives.rows import MicroBatch
 
-# The noise of validation does not depend on a run's seed: runs are compared on the same noise.
+# The noise of validation does not depend on the run's seed, so runs are compared on the same noise.
 VALIDATION_SEED = 0
 
 
@@ -26,19 +26,19 @@ class Phase:
     """A part of an objective whose loss is divided by the tokens of its own samples."""
 
     name: str
-    """Part of the tags, as in `train/loss_NAME`."""
+    """Name of the phase, as in the tag `train/loss_NAME`."""
     share: float
     """Share of the samples of a training step, in [0, 1]; the shares of all phases add up to 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """Where a training step stands in its run."""
+    """The position of a training step in its run."""
 
     number: int
-    """Steps taken before it."""
+    """Steps before this one."""
     first_index: int
-    """Global index of its first sample."""
+    """Global index of the step's first sample."""
     batch_size: int
     """Samples of the step over all ranks: `train.global_batch_size`."""
 
@@ -53,10 +53,10 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Samples:
-    """Texts to plan rows for.
+    """The samples of a micro-batch, before noise.
 
     Attributes:
-        tokens_BT: int64, natural order; anything beyond a sample's length.
+        tokens_BT: int64, natural order; any value beyond a sample's length.
         indices_B: int64, global indices of the samples, or indices in the validation set.
         length_B: int64, real tokens of each sample.
     """
@@ -67,7 +67,7 @@ class Samples:
 
 
 class Objective(Protocol):
-    """A training objective. All that it draws is a function of (seed, index of the sample)."""
+    """A training objective. All its draws are functions of (seed, index of the sample)."""
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -76,8 +76,8 @@ class Objective(Protocol):
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch of a training step.
 
-        `dealing.PhaseSplit` gives the phase of a sample from its place, which is its index minus
-        `step.first_index`. The same rule deals batches to ranks.
+        `dealing.PhaseSplit` gives the phase of a sample from its place. The same rule deals batches
+        to ranks.
 
         Args:
             samples: The samples of the micro-batch.
@@ -94,7 +94,7 @@ class Objective(Protocol):
 
         Args:
             samples: Samples of the set.
-            num_samples: N.
+            num_samples: N, the samples of the set.
 
         Returns:
             The rows and their targets, on the CPU.
@@ -114,21 +114,21 @@ class Objective(Protocol):
         """
 
     def plan_largest(self, phase_B: NDArray[np.int64], sequence_length: int) -> MicroBatch:
-        """Plan the largest micro-batch that samples of these phases can give: all tokens masked.
+        """Plan the largest possible micro-batch for samples of these phases: all tokens masked.
 
         Args:
             phase_B: int64, phase of each sample.
-            sequence_length: T.
+            sequence_length: T, the tokens of a sample.
 
         Returns:
-            A micro-batch of the shape of the largest one, with tokens of no meaning.
+            A micro-batch of the largest shape, with meaningless tokens.
         """
 
     def validation_times(self, num_samples: int) -> Mapping[str, NDArray[np.float64]]:
-        """Return the times `[N]` of a validation set by phase, for the phases that have times."""
+        """Return the times `[N]` of a validation set for each phase that has times, by its name."""
 
     def expect_rows(self, num_tokens: int) -> tuple[RowCounts, ...]:
-        """Return the rows of one sample of each phase, in the mean over its noise."""
+        """Return the expected rows of one sample of each phase, as the mean over its noise."""
 
     def combine(self, losses_P: Tensor) -> Tensor:
-        """Combine the losses of the phases, each per token, to the objective or the NELBO."""
+        """Combine the losses per token of the phases to the objective or the NELBO."""

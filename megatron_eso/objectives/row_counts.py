@@ -1,6 +1,6 @@
-"""How many rows and query-key pairs a sample costs: for given masks, and in the mean over them.
+"""Counts of the rows and query-key pairs of a sample: for given masks, and the mean over masks.
 
-Symbols: T tokens of a sample, m its masked ones.
+Symbols: T tokens of a sample, m masked tokens of it.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from megatron_eso.objectives.schedule import EPSILON
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowCounts:
-    """Rows and pairs of a forward pass, counted or expected; the counts of samples add up."""
+    """The rows and pairs of a forward pass, counted or expected; counts of samples add up."""
 
     rows: float = 0.0
-    """Rows of every layer but the last. The last layer computes only their keys and values."""
+    """Rows of every layer except the last, which computes only their keys and values."""
     pairs: float = 0.0
-    """Query-key pairs of a layer but the last."""
+    """Query-key pairs of every layer except the last."""
     loss_rows: float = 0.0
-    """Rows with a loss, which the rest of the last layer and the head compute."""
+    """Rows that carry loss, which the rest of the last layer and the head compute."""
     loss_pairs: float = 0.0
     """Query-key pairs of the last layer."""
 
@@ -39,11 +39,11 @@ class RowCounts:
 
 
 def count_diffusion_rows(num_tokens: int, num_masked: int) -> RowCounts:
-    """Count a diffusion sample: a causal stream of T rows; without a mask no rows.
+    """Count a diffusion sample: a causal stream of T rows, or no rows without a masked token.
 
     Args:
-        num_tokens: T.
-        num_masked: m.
+        num_tokens: T, the tokens of the sample.
+        num_masked: m, the masked tokens of the sample.
     """
     if num_masked == 0:
         return RowCounts()
@@ -59,8 +59,8 @@ def count_sequential_rows(num_tokens: int, num_masked: int) -> RowCounts:
     """Count a sequential sample: a clean stream of T - 1 rows and m mask queries.
 
     Args:
-        num_tokens: T.
-        num_masked: m.
+        num_tokens: T, the tokens of the sample.
+        num_masked: m, the masked tokens of the sample.
     """
     if num_masked == 0:
         return RowCounts()
@@ -74,7 +74,7 @@ def count_sequential_rows(num_tokens: int, num_masked: int) -> RowCounts:
 
 
 def count_masked_pairs(num_tokens: int, num_masked: int) -> float:
-    """Count the keys that the last m of T slots read: the slots before theirs, and themselves."""
+    """Count the keys that the last m of T slots read: all slots before them, and themselves."""
     return num_masked * num_tokens - num_masked * (num_masked - 1) / 2
 
 
@@ -82,7 +82,7 @@ def expect_diffusion_rows(num_tokens: int, alpha_0: float, sampling_eps: float) 
     """Return the mean of `count_diffusion_rows` over t in [sampling_eps, 1] and the masks.
 
     Args:
-        num_tokens: T.
+        num_tokens: T, the tokens of the sample.
         alpha_0: Share of tokens that diffusion reveals.
         sampling_eps: Lowest time.
     """
@@ -106,7 +106,7 @@ def expect_sequential_rows(num_tokens: int, alpha_0: float) -> RowCounts:
     """Return the mean of `count_sequential_rows` over the masks.
 
     Args:
-        num_tokens: T.
+        num_tokens: T, the tokens of the sample.
         alpha_0: Share of tokens that diffusion reveals.
     """
     masked = 1 - alpha_0
@@ -124,7 +124,7 @@ def expect_masked_pairs(num_tokens: int, first: float, second: float) -> float:
     """Return the mean of `count_masked_pairs` over the masks.
 
     Args:
-        num_tokens: T.
+        num_tokens: T, the tokens of the sample.
         first: Probability that a given token is masked.
         second: Probability that two given tokens are both masked.
     """

@@ -1,16 +1,16 @@
-"""A micro-batch as a list of (token, position) rows, in place of a dense mask.
+"""A micro-batch as a list of (token, position) rows instead of a dense mask.
 
-A sample has n real tokens: T, or fewer where it was cut short. Rows are packed as
-- mixed streams (the diffusion phase), n rows each, slot order: clean tokens, then mask tokens;
-- clean streams (the sequential phase), n - 1 rows each, slot order: no row reads the clean token of
-  the last slot;
-- mask queries of the clean streams, one for each masked token, slot order;
+A sample has n real tokens: T, or fewer if it was cut. Rows are packed in slot order as
+- mixed streams (the diffusion phase), n rows each: clean tokens, then mask tokens;
+- clean streams (the sequential phase), n - 1 rows each: no row reads the clean token of the last
+  slot;
+- mask queries of the clean streams, one for each masked token;
 - padding.
 
-In every layer but the last, streams attend causally. Each query reads the clean stream of its
+In every layer except the last, streams attend causally. Each query reads the clean stream of its
 sample strictly before its slot, and itself. This is the 2T x 2T mask of the reference
-(models/dit.py, BD3-LM mask of block size 1) without the rows that no loss needs. In the last layer
-every loss row is such a query, over the first n - 1 rows of its stream.
+(models/dit.py, BD3-LM mask of block size 1) without the rows that no loss needs. In the last layer,
+every loss row is such a query over the first n - 1 rows of its stream.
 
 Shapes: B samples, T positions or slots, R rows, E loss rows.
 """
@@ -30,19 +30,19 @@ from megatron_eso.objectives.noise import Noise
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Rows:
-    """The rows that a network reads, what they attend to, and which of them carry loss.
+    """The rows that a network reads: their streams, queries and loss rows.
 
-    Tensors lie on one device, lengths are Python integers. Samples without a masked token carry no
-    loss and have no rows.
+    Tensors are on one device; lengths are Python integers. A sample without a masked token carries
+    no loss and has no rows.
 
     Attributes:
         tokens_R: int64, token of each row: the mask token for masked slots, queries and padding.
-        positions_R: int64, the token's original position; 0 for padding.
-        stream_lengths: n of each mixed stream, then n - 1 of each clean stream.
-        num_mixed_streams: Mixed streams; they come first.
+        positions_R: int64, position of each token in the text; 0 for padding.
+        stream_lengths: N of each mixed stream, then n - 1 of each clean stream.
+        num_mixed_streams: Number of mixed streams, which come first.
         query_lengths: Mask queries of each clean stream.
-        loss_rows_E: int64, row of each loss row: mask tokens of mixed streams, then queries, then
-            padding (0).
+        loss_rows_E: int64, number of each loss row among the rows: mask tokens of mixed streams,
+            then queries, then padding (0).
         loss_lengths: Loss rows of each stream.
         num_rows: Rows without padding.
         num_loss_rows: Loss rows without padding.
@@ -68,7 +68,7 @@ class LossRows:
         weights_E: float32, weight in the objective; 0 for padding.
         elbo_weights_E: float32, weight in the NELBO; 0 for padding.
         phase_E: int64, number of the phase; 0 for padding.
-        sample_E: int64, sample of each loss row, as numbered in the micro-batch; 0 for padding.
+        sample_E: int64, number of each loss row's sample in the micro-batch; 0 for padding.
         lengths: Loss rows of each sample that has any, in the order of the rows.
     """
 
@@ -93,28 +93,39 @@ class MicroBatch:
     """The input of one forward pass.
 
     Attributes:
-        rows: What the network reads.
-        loss: What its loss rows predict.
-        indices_B: int64, global indices of the samples. In validation, indices in the set, where
-            each sample comes once for each phase.
+        rows: The rows that the network reads.
+        loss: The targets of its loss rows.
+        indices_B: int64, global indices of the samples. In validation, indices in the set; each
+            sample comes once for each phase.
         phase_B: int64, phase of each sample.
+        block: uint8, the memory that all tensors are views of; None if each has its own.
     """
 
     rows: Rows
     loss: LossRows
     indices_B: NDArray[np.int64]
     phase_B: NDArray[np.int64]
+    block: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the micro-batch with its tensors on a device."""
+        """Return the micro-batch with its tensors on a device; a packed one is copied at once."""
+        if self.block is not None:
+            return self._view(self.block.to(device, non_blocking=True))
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pack(self) -> Self:
+        """Return the micro-batch with all tensors in one block of memory."""
+        tensors = [*_find_tensors(self.rows).values(), *_find_tensors(self.loss).values()]
+        return self._view(torch.cat([_fill_up(tensor) for tensor in tensors]))
 
     def pin_memory(self) -> Self:
         """Return the micro-batch in pinned memory; `to` then copies it to a GPU without waiting."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        packed = self.pack()
+        assert packed.block is not None
+        return packed._view(packed.block.pin_memory())
 
     def pad(self, row_multiple: int, mask_token_id: int) -> Self:
-        """Return the micro-batch with rows and loss rows padded to a multiple, at least to one."""
+        """Return the micro-batch with rows and loss rows padded to a positive multiple."""
         rows, loss = self.rows, self.loss
         missing_R = _count_missing(len(rows.tokens_R), row_multiple)
         missing_E = _count_missing(len(rows.loss_rows_E), row_multiple)
@@ -127,11 +138,23 @@ class MicroBatch:
             loss_rows_E=functional.pad(rows.loss_rows_E, (0, missing_E)),
         )
         padded_loss = _map_tensors(loss, lambda tensor: functional.pad(tensor, (0, missing_E)))
-        return replace(self, rows=padded, loss=padded_loss)
+        return replace(self, rows=padded, loss=padded_loss, block=None)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
         rows, loss = _map_tensors(self.rows, change), _map_tensors(self.loss, change)
-        return replace(self, rows=rows, loss=loss)
+        return replace(self, rows=rows, loss=loss, block=None)
+
+    def _view(self, block: Tensor) -> Self:
+        """Return the micro-batch with the tensors that `pack` has put into a block."""
+        start = 0
+
+        def take(tensor: Tensor) -> Tensor:
+            nonlocal start
+            taken = block[start : start + tensor.nbytes].view(tensor.dtype)
+            start += tensor.nbytes + _count_filling(tensor)
+            return taken
+
+        return replace(self._map(take), block=block)
 
 
 def plan_rows(
@@ -152,15 +175,15 @@ def plan_rows(
             become clean streams with queries, the others mixed streams.
         indices_B: Indices of the samples.
         phase_B: Phases of the samples.
-        weight_B: Weight of a sample's masked tokens in the objective.
-        elbo_weight_B: Their weight in the NELBO.
+        weight_B: Weight of each sample's masked tokens in the objective.
+        elbo_weight_B: Weight of each sample's masked tokens in the NELBO.
         mask_token_id: The mask token.
 
     Returns:
-        The micro-batch on the CPU. It has one row and one loss row at least, padding if needed.
+        The micro-batch on the CPU, with at least one row and one loss row, which may be padding.
 
     Raises:
-        ValueError: A shape does not fit.
+        ValueError: The shapes of tokens and noise differ.
     """
     if x_0_BT.shape != noise.permutation_BT.shape:
         raise ValueError(f"x_0 has shape {x_0_BT.shape}, its noise {noise.permutation_BT.shape}")
@@ -189,14 +212,14 @@ def plan_rows(
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Slots:
-    """The samples of a micro-batch in slot order, and the slots that become rows of each kind.
+    """The samples of a micro-batch in slot order, with the slots that become rows.
 
     Attributes:
         tokens_BT: Clean tokens in slot order.
         permutation_BT: Positions of the slots.
         length_B: Real tokens of the samples.
-        mixed: Samples that become mixed streams; samples without a masked token have no rows.
-        clean: Samples that become clean streams with queries.
+        mixed: Samples that become mixed streams; they have masked tokens.
+        clean: Samples that become clean streams with queries; they have masked tokens.
         counts: Masked tokens of the mixed samples, then of the clean ones.
         is_loss: Slots of the mixed samples that hold a mask token.
         is_query: Slots of the clean samples that a query predicts.
@@ -217,7 +240,7 @@ class _Slots:
 
     @classmethod
     def sort(cls, x_0_BT: NDArray[np.int64], noise: Noise) -> Self:
-        """Sort texts by slot: clean tokens come first, masked tokens fill a sample's last slots."""
+        """Sort samples by slot: clean tokens come first, masked tokens have the last slots."""
         num_masked_B = noise.is_masked_BT.sum(axis=1)
         mixed = np.flatnonzero(~noise.is_sequential_B & (num_masked_B > 0))
         clean = np.flatnonzero(noise.is_sequential_B & (num_masked_B > 0))
@@ -278,13 +301,28 @@ def _join(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> Tensor:
 
 
 def _count_missing(size: int, multiple: int) -> int:
-    """Return how many entries a size lacks to a multiple of at least one `multiple`."""
+    """Return the number of entries that a size lacks to a positive multiple of `multiple`."""
     return -size % multiple if size else multiple
 
 
+def _count_filling(tensor: Tensor) -> int:
+    """Return the bytes between a tensor's end and the next multiple of 8."""
+    return -tensor.nbytes % 8
+
+
+def _fill_up(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor, uint8, filled up to a multiple of 8."""
+    return functional.pad(tensor.view(torch.uint8), (0, _count_filling(tensor)))
+
+
 def _map_tensors(value: Kind, change: Callable[[Tensor], Tensor]) -> Kind:
-    found = {field.name: getattr(value, field.name) for field in fields(value)}
     changes: dict[str, Any] = {
-        name: change(tensor) for name, tensor in found.items() if isinstance(tensor, Tensor)
+        name: change(tensor) for name, tensor in _find_tensors(value).items()
     }
     return replace(value, **changes)
+
+
+def _find_tensors(value: Rows | LossRows) -> dict[str, Tensor]:
+    """Return the tensors among the fields, by name."""
+    found = {field.name: getattr(value, field.name) for field in fields(value)}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}

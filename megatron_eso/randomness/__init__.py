@@ -1,1 +1,1 @@
-"""Random bits as a function of (seed, purpose, index), and the one list of purposes."""
+"""Random bits as a function of (seed, purpose, index), and the registry of purposes."""

@@ -1,8 +1,8 @@
 """Randomness as a function of (seed, purpose, index).
 
 A counter-based generator gives the same words on every rank, machine and layout, in any order of
-drawing. The words are raw Philox-4x64 output: numpy promises that it stays the same from release to
-release, which it does not promise of its distributions.
+draws. The words are raw Philox-4x64 output: numpy guarantees that it does not change between
+releases, which it does not guarantee for its distributions.
 """
 
 import numpy as np
@@ -12,27 +12,36 @@ from .purposes import Purpose
 
 
 def random_bits(
-    seed: int, purpose: Purpose, index: int, count: int, second_index: int = 0
+    seed: int,
+    purpose: Purpose,
+    index: int,
+    count: int,
+    second_index: int = 0,
+    *,
+    first: int = 0,
 ) -> NDArray[np.uint64]:
     """Draw 64-bit words.
 
     Args:
         seed: The run's seed, in [0, 2**64).
-        purpose: What the words are for.
+        purpose: The use of the words.
         index: Global index of the sample (or of the step's first sample), in [0, 2**64).
         count: Number of words; a longer draw begins with the shorter one.
-        second_index: For purposes whose draws have two numbers, such as row and slot.
+        second_index: Second number, for purposes whose draws have two, such as row and slot.
+        first: Number of the first word to return; the ones before it are not drawn.
 
     Returns:
         uint64 `[count]`.
     """
-    # Typed arrays, because numpy turns a list with an integer of 2^63 or more into floats.
+    # One count of the generator gives four words.
+    counter, skipped = divmod(first, 4)
+    # Typed arrays, because numpy converts a list with an integer of 2^63 or more to floats.
     generator = np.random.Philox(
         key=np.array([seed, purpose], dtype=np.uint64),
-        counter=np.array([0, 0, index, second_index], dtype=np.uint64),
+        counter=np.array([counter, 0, index, second_index], dtype=np.uint64),
     )
-    words: NDArray[np.uint64] = generator.random_raw(count)
-    return words
+    words: NDArray[np.uint64] = generator.random_raw(skipped + count)
+    return words[skipped:]
 
 
 def uniform(
@@ -42,7 +51,7 @@ def uniform(
 
     Args:
         seed: As in `random_bits`.
-        purpose: What the numbers are for.
+        purpose: The use of the numbers.
         index: As in `random_bits`.
         count: Number of numbers.
         second_index: As in `random_bits`.

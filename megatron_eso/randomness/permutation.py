@@ -1,8 +1,8 @@
-"""Keyed permutations of [0, size) as pure functions: nothing is stored.
+"""Keyed permutations of [0, size) as pure functions, without stored tables.
 
-A permutation is a Feistel network over [0, a) x [0, b), where a * b is the smallest such rectangle
-of nearly equal sides that holds the range. A value outside the range is permuted again until it
-lies inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3).
+A permutation is a Feistel network over [0, a) x [0, b), where a * b is the smallest rectangle of
+nearly equal sides that contains the range. A value outside the range is permuted again until it is
+inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", methods 2 and 3).
 Round keys are raw Philox bits, which numpy guarantees not to change.
 
 Shapes: N values.
@@ -28,7 +28,7 @@ def round_keys(seed: int, purpose: Purpose, first: int, second: int = 0) -> npt.
 
     Args:
         seed: The seed of the run or the dataset.
-        purpose: What the permutation is for.
+        purpose: The use of the permutation.
         first: First number of the permutation, such as the epoch.
         second: Second number, such as the corpus.
     """
@@ -38,7 +38,7 @@ def round_keys(seed: int, purpose: Purpose, first: int, second: int = 0) -> npt.
 def permute(
     values_N: npt.NDArray[np.uint64], size: int, round_keys: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.int64]:
-    """Return what the keyed permutation of [0, size) makes of `values_N`, uint64 [N].
+    """Apply the keyed permutation of [0, size) to values.
 
     Args:
         values_N: uint64 [N], each below `size`.
@@ -69,7 +69,7 @@ def _encipher(
     side_a, side_b = np.uint64(height), np.uint64(width)
     left_N, right_N = np.divmod(values_N, side_b)
     for number, key in enumerate(round_keys):
-        # The half that changes alternates; each step adds a function of the other half.
+        # The two halves alternate; each round adds a function of the other half to one of them.
         if number % 2 == 0:
             left_N = _add_modulo(left_N, _scale(_mix(right_N, key), side_a), side_a)
         else:

@@ -1,17 +1,19 @@
-"""The one registry of random streams: what each draw of training, data and sampler is for.
+"""The registry of random streams: the purpose of each draw in training, data and sampler.
 
-A purpose is half of a generator's key, the seed is the other. A value never changes its meaning:
-runs and datasets that exist depend on it. Whoever needs a new stream adds a line here.
+A purpose is one half of a generator's key, and the seed is the other. The meaning of a value never
+changes, because existing runs and datasets depend on it. A new stream is a new line here.
 """
 
 from enum import IntEnum
 
-# Changes when any value that an objective draws changes.
+# It is increased when any value that an objective draws changes.
 NOISE_VERSION = 1
+# Changes when any initial weight changes. Version 1 drew whole tensors with torch's generator.
+INIT_VERSION = 2
 
 
 class Purpose(IntEnum):
-    """What a stream of random bits is for."""
+    """The purpose of a stream of random bits."""
 
     # Training: by global index of the sample, or of the step's first sample.
     TIME = 1
@@ -22,6 +24,8 @@ class Purpose(IntEnum):
     SEQUENTIAL_ORDER = 6
     DROPOUT = 13
     LENGTH = 15
+    # By hash of the parameter's name, and element.
+    INITIAL_WEIGHT = 16
 
     # Validation: by index of the sample in the set.
     VALIDATION_TIME = 7
@@ -36,7 +40,7 @@ class Purpose(IntEnum):
     GENERATION_SCHEDULE = 1001
     GENERATION_ORDER = 1002
     GENERATION_TOKEN = 1003
-    # Texts that two networks are compared on, by number.
+    # Texts on which two networks are compared, by number.
     PROBE = 1004
 
     # Data: keys of permutations. The values spell "blend", "docum", "order", "quarant" in ASCII.

@@ -1,1 +1,1 @@
-"""The run directory and its checkpoint format, for all who read or write one. No megatron."""
+"""The run directory and its checkpoint format, for readers and writers, without megatron."""

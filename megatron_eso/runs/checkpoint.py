@@ -1,4 +1,4 @@
-"""One checkpoint of a run, opened for reading: no GPU, no process group."""
+"""Opening of a checkpoint for reading, without a GPU or a process group."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,51 +21,51 @@ PREFIXES = {
     "exp_avg": "optimizer.state.exp_avg.",
     "exp_avg_sq": "optimizer.state.exp_avg_sq.",
 }
-"""What a tensor's name begins with, by the kind of state: main parameters, their moving average,
-Adam's moments. The rest is the model's name of the parameter."""
+"""Prefix of a tensor's name for each kind of state: main parameters, their moving average, Adam's
+moments. The model's name of the parameter follows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """A complete distributed checkpoint."""
+    """A complete distributed checkpoint, opened for reading."""
 
     directory: Path
     config: Config
     state: CheckpointState
     metadata: Metadata
-    """Which tensors it holds, and where."""
+    """The index of the tensors: shapes, dtypes and files."""
 
     @property
     def step(self) -> int:
-        """Steps that the run had taken."""
+        """Steps that the run has taken."""
         return self.state.counters.step
 
     @property
     def tokenizer(self) -> Path | None:
-        """The run's tokenizer, where it has one."""
+        """Folder of the run's tokenizer; None without one."""
         tokenizer = RunDirectory(self.directory.parent.parent).tokenizer
         return tokenizer if tokenizer.is_dir() else None
 
     @property
     def has_ema(self) -> bool:
-        """Whether it holds a moving average of the weights."""
+        """Whether the checkpoint holds a moving average of the weights."""
         return any(key.startswith(EMA_PREFIX) for key in list_shapes(self.metadata))
 
 
 def open_checkpoint(path: Path, step: int | None = None) -> Checkpoint:
-    """Find, check and describe a checkpoint.
+    """Find, check and open a checkpoint.
 
     Args:
         path: A run directory, or a `step_XXXXXXXX` directory.
-        step: Which one of the run; by default the newest.
+        step: The step of the run's checkpoint; by default the newest.
 
     Raises:
-        CheckpointError: There is none, it is damaged, or its format version is unknown.
-        ConfigError: There is none of this step, or its configuration is damaged or of another
-            version.
+        CheckpointError: The checkpoint is missing or damaged, or its format version is unknown.
+        ConfigError: The given step has no checkpoint, or its configuration is damaged or has
+            another version.
     """
     directory = _find_checkpoint(path, step)
-    if (directory / FILE_INDEX).exists():  # checkpoints of other programs have none
+    if (directory / FILE_INDEX).exists():  # other programs write no index
         for problem in find_damage(directory, read_file_index(directory)):
             raise CheckpointError(f"{problem}; take another checkpoint than {directory}")
     return Checkpoint(

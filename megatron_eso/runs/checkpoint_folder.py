@@ -1,7 +1,8 @@
-"""The folder `RUN_DIR/checkpoints`: which checkpoints are kept, and which of them `latest` names.
+"""The folder `RUN_DIR/checkpoints`: publishing, keeping and removing of checkpoints.
 
-Rank 0 alone changes it. A checkpoint has its name from the rename that publishes it to the one that
-takes it away, so that a kill at any instant leaves whole checkpoints under such names only.
+Only rank 0 changes the folder. A rename publishes a checkpoint, and another rename takes its name
+away before its files are removed. A kill at any instant therefore leaves only complete checkpoints
+under their names.
 """
 
 import logging
@@ -23,12 +24,16 @@ logger = logging.getLogger(__name__)
 
 
 def begin(partial: Path, num_bytes: int) -> None:
-    """Make the empty folder that a checkpoint is written in.
+    """Make the empty folder of a new checkpoint.
 
-    What killed jobs left of theirs is removed first: it may be what fills the disk.
+    The unfinished checkpoints of killed jobs are removed first, because they may fill the disk.
+
+    Args:
+        partial: The folder to make.
+        num_bytes: Expected size of the checkpoint.
 
     Raises:
-        OSError: The file system refuses, or has less than `num_bytes` left.
+        OSError: The file system refuses, or less than `num_bytes` are free.
     """
     partial.parent.mkdir(parents=True, exist_ok=True)
     for pattern in LEFTOVERS:
@@ -44,7 +49,16 @@ def begin(partial: Path, num_bytes: int) -> None:
 
 
 def publish(partial: Path, final: Path, config: CheckpointConfig) -> None:
-    """Give a written checkpoint its name, and take those away that are not to be kept."""
+    """Give a written checkpoint its name, and remove checkpoints that are no longer kept.
+
+    Args:
+        partial: The folder that `begin` made.
+        final: The name of the checkpoint.
+        config: Which checkpoints to keep.
+
+    Raises:
+        OSError: The file system refuses the name.
+    """
     rename(partial, final)
     write_latest(final)
     try:
@@ -54,13 +68,13 @@ def publish(partial: Path, final: Path, config: CheckpointConfig) -> None:
 
 
 def remove(checkpoints: Iterable[Path]) -> None:
-    """Delete checkpoints; one that is half deleted does not have the name of a checkpoint."""
+    """Delete checkpoints; each loses its name before its files are deleted."""
     for checkpoint in checkpoints:
         remove_folder(checkpoint, checkpoint.with_suffix(".deleting"))
 
 
 def list_kept(folder: Path, config: CheckpointConfig) -> set[Path]:
-    """Return the last ones, every n-th, the best, and the last one whose update was applied."""
+    """Return the checkpoints to keep: last, every n-th, best, and last with an applied update."""
     steps = list_checkpoints(folder)
     records = {step: _read_record(step) for step in steps}
     kept = set(steps[-config.keep_last :])
@@ -75,7 +89,7 @@ def list_kept(folder: Path, config: CheckpointConfig) -> set[Path]:
 
 
 def _read_record(checkpoint: Path) -> CheckpointState | None:
-    """Return `state.json`; None where it is damaged, which is found out when it is needed."""
+    """Read `state.json`; return None where it is damaged, which its readers report."""
     try:
         return read_checkpoint_state(checkpoint)
     except CheckpointError:
@@ -83,12 +97,12 @@ def _read_record(checkpoint: Path) -> CheckpointState | None:
 
 
 def _is_good(record: CheckpointState | None) -> bool:
-    """Whether the last update before the checkpoint was applied."""
+    """Return whether the last update before the checkpoint was applied."""
     return record is not None and record.kind == "training" and record.counters.skipped_in_row == 0
 
 
 def _read_score(record: CheckpointState | None) -> float:
-    """Return the validation at a checkpoint's step; infinite where there is none that is finite."""
+    """Return the NELBO at a checkpoint's step; infinite without a finite one."""
     score = None if record is None else record.val_nelbo
     return score if isinstance(score, float) and math.isfinite(score) else math.inf
 
@@ -97,9 +111,12 @@ def make_newest(valid: Path, damaged: Iterable[Path], unwanted: Iterable[Path]) 
     """Make a checkpoint the newest one, from which the run continues.
 
     Args:
-        valid: That one.
-        damaged: Of the later ones those to rename to `*.damaged`.
-        unwanted: Of the later ones those to delete.
+        valid: The checkpoint.
+        damaged: Later checkpoints to rename to `*.damaged`.
+        unwanted: Later checkpoints to delete.
+
+    Raises:
+        OSError: The file system refuses.
     """
     latest = valid.parent / LATEST
     if not latest.exists() or latest.read_text().strip() != valid.name:

@@ -1,4 +1,4 @@
-"""`state.json` of a checkpoint: what it holds besides its tensors."""
+"""`state.json` of a checkpoint: its content besides the tensors."""
 
 import json
 from collections.abc import Mapping
@@ -11,29 +11,31 @@ from megatron_eso.runs.counters import Counters, MovingStatistics
 
 STATE_FILE = "state.json"
 FORMAT_VERSION = 1
-_OPTIONAL = ("ema_updates", "torch_version", "val_nelbo", "noise_version", "data")
+_OPTIONAL = ("ema_updates", "torch_version", "val_nelbo", "noise_version", "init_version", "data")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointState:
-    """What a checkpoint of a training run, or of weights alone, states."""
+    """The state that a checkpoint records, of a training run or of weights alone."""
 
     kind: Literal["training", "weights"]
-    """Of weights, step and samples are all that is stated."""
+    """A checkpoint of `weights` records only step and samples."""
     counters: Counters
     losses: MovingStatistics = field(default_factory=MovingStatistics)
-    """Of the losses of the steps that were applied."""
+    """Statistics of the losses of applied steps."""
     grad_norms: MovingStatistics = field(default_factory=MovingStatistics)
-    """Of the logarithms of their gradient norms."""
+    """Statistics of the logarithms of the gradient norms of applied steps."""
     ema_updates: int | None = None
     """Updates of the moving average; None where the checkpoint holds no average."""
     torch_version: str | None = None
     val_nelbo: float | None = None
-    """Of the validation at this step, if there was one."""
+    """NELBO of the validation at this step; None without one."""
     noise_version: int | None = None
-    """How the noise of the samples is drawn."""
+    """Version of the noise of the samples."""
+    init_version: int | None = None
+    """Version of the run's initial weights; None if they were read, or drawn by version 1."""
     data: Mapping[str, Any] | None = None
-    """The order of the samples (megatron_eso/data/samples); None in checkpoints without one."""
+    """The order of the samples (megatron_eso/data/samples); None where none is recorded."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `state.json`."""
@@ -49,14 +51,14 @@ def read_checkpoint_state(checkpoint: Path) -> CheckpointState:
     """Read `state.json` of a checkpoint.
 
     Raises:
-        CheckpointError: It is missing, unreadable or of another format version.
+        CheckpointError: The file is missing, cannot be read, or has another format version.
     """
     path = checkpoint / STATE_FILE
     try:
         content = json.loads(path.read_text())
         version = content["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not readable as a checkpoint's state ({error})") from error
+        raise _describe_damage(path, error) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version {version}, this version reads {FORMAT_VERSION}: "
@@ -65,7 +67,13 @@ def read_checkpoint_state(checkpoint: Path) -> CheckpointState:
     try:
         return _parse(content)
     except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not readable as a checkpoint's state ({error})") from error
+        raise _describe_damage(path, error) from error
+
+
+def _describe_damage(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: not readable as a checkpoint's state ({error}); take another checkpoint"
+    )
 
 
 def _parse(content: Mapping[str, Any]) -> CheckpointState:

@@ -1,7 +1,7 @@
-"""The index of a checkpoint's files: sizes and hashes, by which damage is found before it is used.
+"""The index of a checkpoint's files, whose sizes and hashes show damage before the files are read.
 
-`index.json` lies in the folder of the files that it lists. It is written last, and its own checksum
-is part of it.
+`index.json` is in the folder of the files that it lists. It is written last and holds its own
+checksum.
 """
 
 import json
@@ -22,7 +22,7 @@ _CHUNK_BYTES = 2**22
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """What a file must be."""
+    """The expected size and hash of a file."""
 
     bytes: int
     xxh3_128: str
@@ -32,7 +32,7 @@ Index = Mapping[str, FileEntry]
 
 
 def describe_file(path: Path) -> FileEntry:
-    """Return size and hash of a file as it is."""
+    """Return the present size and hash of a file."""
     digest, size = xxhash.xxh3_128(), 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -52,7 +52,7 @@ def read_file_index(folder: Path) -> Index:
     """Read the index of a folder.
 
     Raises:
-        CheckpointError: It is missing, damaged or of another version.
+        CheckpointError: The index is missing or damaged, or has another version.
     """
     path = folder / FILE_INDEX
     try:
@@ -62,7 +62,9 @@ def read_file_index(folder: Path) -> Index:
             raise ValueError("its checksum differs")
         index = {name: FileEntry(**entry) for name, entry in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); take another checkpoint"
+        ) from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{path}: format_version {version}, this version reads {FORMAT_VERSION}: use the "
@@ -72,12 +74,12 @@ def read_file_index(folder: Path) -> Index:
 
 
 def find_damage(folder: Path, index: Index, names: Iterable[str] | None = None) -> Iterator[str]:
-    """Find what is wrong with the files of a folder, a line each.
+    """Compare the files of a folder with its index; yield a line for each problem.
 
     Args:
-        folder: holds the files.
-        index: of the folder.
-        names: which files to check; all of the index.
+        folder: The folder of the files.
+        index: The index of the folder.
+        names: The files to check; by default all files of the index.
     """
     for name in index if names is None else names:
         path = folder / name

@@ -1,7 +1,7 @@
-"""How the jobs of a run have ended: what a job script decides from, and what was decided.
+"""The ends of a run's jobs: how each job ended, and what the job script decided.
 
-`restarts.jsonl` has a line for each end. `failure.json` holds the error that the user of a job has
-to correct; any of its ranks writes it.
+`restarts.jsonl` has a line for each job. `failure.json` holds the error that the user of a job has
+to correct; any rank of the job may write it.
 """
 
 import json
@@ -24,12 +24,12 @@ class Outcome:
     """The end of one job of a run.
 
     Attributes:
-        decision: What the job script is to do.
-        reason: Why, in a line.
-        step: Of the newest complete checkpoint, 0 without one.
-        job: Slurm's number of it, none outside Slurm.
-        restart: How often Slurm had started this job before.
-        time: In seconds since 1970.
+        decision: What the job script does next.
+        reason: The reason for the decision, in one line.
+        step: Step of the newest complete checkpoint; 0 without one.
+        job: Slurm's number of the job; None outside Slurm.
+        restart: How many times Slurm had started the job before.
+        time: Time of the end, in seconds since 1970.
     """
 
     decision: Decision
@@ -41,7 +41,7 @@ class Outcome:
 
 
 def read_outcomes(path: Path) -> list[Outcome]:
-    """Read the ends of earlier jobs, oldest first; none where there is no file.
+    """Read the ends of earlier jobs, oldest first; a missing file has none.
 
     Raises:
         ConfigError: A line cannot be read.
@@ -59,20 +59,24 @@ def read_outcomes(path: Path) -> list[Outcome]:
 
 
 def append_outcome(path: Path, outcome: Outcome) -> None:
-    """Add a line; on disk when this returns."""
+    """Add a line; it is on disk when this returns."""
     outcomes = [*read_outcomes(path), outcome]
     write_text(path, "".join(json.dumps(asdict(each)) + "\n" for each in outcomes))
 
 
 def restart_count() -> int:
-    """Return how often Slurm has started this job before."""
+    """Return how many times Slurm has started this job before."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def write_failure(path: Path, reason: str) -> None:
-    """Record what the user of this Slurm job has to correct; any rank may.
+    """Record what the user of this Slurm job has to correct; any rank may call this.
 
-    Outside Slurm nothing is written: no job script reads it.
+    Outside Slurm nothing is written, because no job script would read it.
+
+    Args:
+        path: The file to write.
+        reason: The error, in one line.
 
     Raises:
         OSError: The file system refuses.
@@ -85,10 +89,14 @@ def write_failure(path: Path, reason: str) -> None:
 
 
 def read_failure(path: Path, job: str | None) -> str | None:
-    """Return what the user of a job has to correct; None where its ranks have recorded nothing.
+    """Return what the user of a job has to correct; None where its ranks recorded nothing.
+
+    Args:
+        path: The file to read.
+        job: Slurm's number of the job.
 
     Raises:
-        ConfigError: The file cannot be read, or is of another format version.
+        ConfigError: The file cannot be read, or has another format version.
     """
     try:
         content = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""A run's directory: where its files are, and which process holds it."""
+"""The run directory: the paths of its files, and the lock that one process holds."""
 
 import logging
 import os
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """Paths of a run.
+    """A run directory.
 
     Attributes:
-        path: The directory.
-        facts: What every status that is written here states.
+        path: Path of the directory.
+        facts: Facts of the job, which every written status states.
     """
 
     path: Path
@@ -40,7 +40,7 @@ class RunDirectory:
 
     @property
     def tokenizer(self) -> Path:
-        """A copy of the tokenizer that the run's data were made with."""
+        """A copy of the tokenizer of the run's data."""
         return self.path / "tokenizer"
 
     @property
@@ -55,12 +55,12 @@ class RunDirectory:
 
     @property
     def status(self) -> Path:
-        """How the run stands (status.py)."""
+        """The status of the run (status.py)."""
         return self.path / "status.json"
 
     @property
     def restarts(self) -> Path:
-        """How each job of the run has ended (restarts.py)."""
+        """The ends of the run's jobs (restarts.py)."""
         return self.path / "restarts.jsonl"
 
     @property
@@ -70,7 +70,7 @@ class RunDirectory:
 
     @property
     def logs(self) -> Path:
-        """One log a rank."""
+        """One log for each rank."""
         return self.path / "logs"
 
     def log_of_rank(self, rank: int) -> Path:
@@ -79,17 +79,17 @@ class RunDirectory:
 
     @property
     def stop_file(self) -> Path:
-        """Where this file appears, the run saves and ends; it is not requeued."""
+        """When this file appears, the run saves and ends; it is not requeued."""
         return self.path / "stop"
 
     @property
     def requeue_file(self) -> Path:
-        """Where this file appears, the job saves and ends; the job script starts another one."""
+        """When this file appears, the job saves and ends; the job script starts another one."""
         return self.path / "requeue"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line."""
+        """The curves, one JSON object in each line."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -102,8 +102,8 @@ class RunDirectory:
         """Hold the directory for this process, at most until the process ends.
 
         Raises:
-            ConfigError: Another process holds it; the message states its host and job.
-            UserError: The file system gives no locks.
+            ConfigError: Another process holds the directory; the error names its host and job.
+            UserError: The file system does not support locks.
         """
         with hold_lock(self.path / ".lock", holder=describe_process()) as lock:
             if not lock.is_held:
@@ -114,7 +114,7 @@ class RunDirectory:
             yield
 
     def write_config(self, config: Config, tokenizer: Path) -> None:
-        """Record the resolved configuration, and the tokenizer that its data were made with."""
+        """Record the resolved configuration and the tokenizer of its data."""
         write_json(self.config, config_to_dict(config))
         if not self.tokenizer.exists():
             with new_folder(self.tokenizer) as partial:
@@ -130,9 +130,15 @@ class RunDirectory:
         tokens_per_second: float | None = None,
         seconds_left: float | None = None,
     ) -> None:
-        """Replace `status.json` by what this process knows.
+        """Replace `status.json`; an error of the file system is logged and does not end the run.
 
-        A file system that refuses does not end the run; it is logged.
+        Args:
+            state: State of the run.
+            step: Steps that the run has taken.
+            reason: Why the run has ended, in one line.
+            loss: Loss of the last step.
+            tokens_per_second: Speed of the last step.
+            seconds_left: Expected seconds until the last step.
         """
         status = RunStatus(
             state=state,
@@ -146,19 +152,19 @@ class RunDirectory:
         try:
             write_status(self.status, status)
         except OSError as error:
-            logger.error("%s: not up to date: %s", self.status, error)
+            logger.error("%s: cannot be written: %s", self.status, error)
 
     def read_status(self) -> RunStatus | None:
-        """Read `status.json`; None where there is none.
+        """Read `status.json`; return None where it is missing.
 
         Raises:
-            ConfigError: It cannot be read, or is of another format version.
+            ConfigError: The file cannot be read, or has another format version.
         """
         return read_status(self.status)
 
 
 def describe_process() -> str:
-    """Return host, process and job, for the error of a process that finds the directory locked."""
+    """Describe this process, with host and job, for processes that find the directory locked."""
     job = os.environ.get("SLURM_JOB_ID")
     suffix = f" of job {job}" if job else ""
     return f"process {os.getpid()} on {socket.gethostname()}{suffix}"

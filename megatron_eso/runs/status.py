@@ -1,4 +1,4 @@
-"""How a run stands: `status.json`, which is replaced whole, and the newest of `metrics.jsonl`."""
+"""The status of a run: `status.json`, and the newest values in `metrics.jsonl`."""
 
 import json
 import os
@@ -19,7 +19,7 @@ State = Literal["running", "interrupted", "finished", "failed"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobFacts:
-    """What every status of one job states; None where it is not known yet."""
+    """The facts that every status of a job states; None for an unknown one."""
 
     restarts: int | None = None
     """Jobs of this run before this one."""
@@ -30,7 +30,7 @@ class JobFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunStatus(JobFacts):
-    """How a run stands. By default host, process, job and time are those of the caller."""
+    """The status of a run. By default host, process, job and time are those of the caller."""
 
     state: State
     step: int
@@ -39,16 +39,16 @@ class RunStatus(JobFacts):
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     job: str | None = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID"))
-    """Slurm's number of it; None outside Slurm."""
+    """Slurm's number of the job; None outside Slurm."""
     time: float = field(default_factory=time.time)
-    """In seconds since 1970."""
+    """Time of the status, in seconds since 1970."""
     loss: float | None = None
     tokens_per_second: float | None = None
     seconds_left: float | None = None
-    """Until the last step, at the speed so far."""
+    """Expected seconds until the last step, at the speed so far."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of `status.json`; what is not known is left out."""
+        """Return the content of `status.json`, without unknown facts."""
         values = asdict(self)
         stated = {
             name: values[name] for name in _ORDER if name in _ALWAYS or values[name] is not None
@@ -65,7 +65,7 @@ _ORDER = (
 
 
 def write_status(path: Path, status: RunStatus) -> None:
-    """Replace `status.json`; on disk when this returns.
+    """Replace `status.json`; it is on disk when this returns.
 
     Raises:
         OSError: The file system refuses.
@@ -74,10 +74,10 @@ def write_status(path: Path, status: RunStatus) -> None:
 
 
 def read_status(path: Path) -> RunStatus | None:
-    """Read `status.json`; None where there is none.
+    """Read `status.json`; return None where it is missing.
 
     Raises:
-        ConfigError: It cannot be read, or is of another format version.
+        ConfigError: The file cannot be read, or has another format version.
     """
     try:
         content = json.loads(path.read_text())
@@ -90,7 +90,7 @@ def read_status(path: Path) -> RunStatus | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
+        raise ConfigError(f"{path}: cannot be read ({error}); remove it") from error
     raise ConfigError(
         f"{path}: format_version {version}, this version reads {FORMAT_VERSION}: "
         f"use the megatron-eso that wrote it"
@@ -98,9 +98,9 @@ def read_status(path: Path) -> RunStatus | None:
 
 
 def read_recent_metrics(path: Path) -> dict[str, float]:
-    """Read the newest value of each tag in the last 64 KiB; empty where there is no file.
+    """Read the newest value of each tag in the last 64 KiB; empty for a missing file.
 
-    Lines of steps and of validations alternate, so that no single line has every tag.
+    Steps and validations write separate lines, so no line has all tags.
     """
     try:
         with path.open("rb") as file:
@@ -111,8 +111,8 @@ def read_recent_metrics(path: Path) -> dict[str, float]:
     values: dict[str, float] = {}
     for line in lines:
         try:
-            # A value that is not finite is text there.
+            # Values that are not finite are written as text.
             values |= {key: float(value) for key, value in json.loads(line).items()}
-        except (ValueError, TypeError, AttributeError):  # cut by the window, or being written
+        except (ValueError, TypeError, AttributeError):  # a line that is cut, or is being written
             continue
     return values

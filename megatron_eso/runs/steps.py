@@ -1,7 +1,7 @@
-"""The checkpoints of a run by step: their names, which there are, and which one is the newest.
+"""The checkpoints of a run by step: their names, the complete ones, and the newest one.
 
-`folder` is `RUN_DIR/checkpoints` throughout. A checkpoint gets its name `step_XXXXXXXX` once it is
-complete, and keeps it until it is removed.
+In this file `folder` is `RUN_DIR/checkpoints`. A checkpoint gets its name `step_XXXXXXXX` when it
+is complete, and keeps it until it is removed.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_eso.files import write_text
 
 LATEST = "latest"
-"""Names the newest checkpoint, for people; no part of this package reads it."""
+"""The file that names the newest checkpoint, for people; this package does not read it."""
 _PREFIX = "step_"
 
 
@@ -19,7 +19,7 @@ def step_name(step: int) -> str:
 
 
 def step_number(checkpoint: Path) -> int:
-    """Return the step of a checkpoint by its name."""
+    """Return the step in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix(_PREFIX))
 
 
@@ -29,17 +29,17 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the complete checkpoint of the highest step; None where there is none."""
+    """Return the complete checkpoint of the highest step; None without any."""
     return max(list_checkpoints(folder), default=None)
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is that of a complete checkpoint, by its name."""
+    """Return whether a path has the name of a complete checkpoint."""
     return path.is_dir() and path.resolve() in list_checkpoints(path.resolve().parent)
 
 
 def find_step(folder: Path, step: int | None) -> Path | None:
-    """Return the complete checkpoint of a step, by default the newest; None where there is none."""
+    """Return the complete checkpoint of a step, for None the newest; None where it is missing."""
     if step is None:
         return newest(folder)
     checkpoint = folder / step_name(step)
@@ -47,5 +47,5 @@ def find_step(folder: Path, step: int | None) -> Path | None:
 
 
 def write_latest(checkpoint: Path) -> None:
-    """Have `latest` name a checkpoint; on disk when this returns."""
+    """Write the name of a checkpoint to `latest`; it is on disk when this returns."""
     write_text(checkpoint.parent / LATEST, checkpoint.name + "\n")

@@ -1,8 +1,8 @@
-"""Megatron-Core's `torch_dist` directories in plain PyTorch: no megatron, no process group needed.
+"""Megatron-Core's `torch_dist` directories in plain PyTorch, without megatron or a process group.
 
-torch reads `.metadata`, its index of the tensors, with plain pickle; here only the classes of an
-index are built, and tensors are read with `weights_only`. Byte entries (pickled objects) are never
-loaded.
+torch reads `.metadata`, its index of the tensors, with plain pickle. Here, only the classes of an
+index are created, and tensors are read with `weights_only`. Byte entries (pickled objects) are
+never loaded.
 """
 
 import dataclasses
@@ -31,18 +31,18 @@ BACKEND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-"""What Megatron-Core 0.16.1 reads in `metadata.json`."""
+"""The content of `metadata.json`, as Megatron-Core 0.16.1 reads it."""
 
 READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, CheckpointException)
-"""What torch raises where a file is missing or damaged; it wraps most in a CheckpointException."""
+"""Errors of torch for missing or damaged files; most are wrapped in a CheckpointException."""
 
 
 class SafeReader(FileSystemReader):
-    """torch's reader, which does not execute what the pickle of an index names.
+    """A reader of torch that does not execute what the pickle of an index names.
 
     Args:
-        directory: Of the checkpoint.
-        metadata: Its index, if that was read already.
+        directory: Directory of the checkpoint.
+        metadata: The index of the tensors; None: it is read when needed.
     """
 
     def __init__(self, directory: Path, metadata: Metadata | None = None) -> None:
@@ -51,16 +51,16 @@ class SafeReader(FileSystemReader):
         self._metadata = metadata
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Return the index.
+        """Return the index of the tensors.
 
         Raises:
-            CheckpointError: As for the function `read_metadata`.
+            CheckpointError: The index is missing or damaged, or has another format.
         """
         return self._metadata or read_metadata(self._directory)
 
 
 def is_torch_dist(directory: Path) -> bool:
-    """Whether this is a distributed checkpoint itself."""
+    """Return whether the directory is a distributed checkpoint."""
     return (directory / BACKEND_FILE).is_file() and (directory / METADATA_FILE).is_file()
 
 
@@ -68,7 +68,7 @@ def read_metadata(directory: Path) -> Metadata:
     """Read the index of the tensors without executing anything that its pickle names.
 
     Raises:
-        CheckpointError: missing, damaged or of another format.
+        CheckpointError: The index is missing or damaged, or has another format.
     """
     backend = directory / BACKEND_FILE
     try:
@@ -86,11 +86,11 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def write_backend(directory: Path, *, indent: int | None = None) -> tuple[str, str]:
-    """Write the two small files by which Megatron-Core knows a `torch_dist` directory.
+    """Write the two small files that Megatron-Core expects in a `torch_dist` directory.
 
     Args:
-        directory: Of the checkpoint.
-        indent: Of the JSON text.
+        directory: Directory of the checkpoint.
+        indent: Indentation of the JSON text.
 
     Returns:
         The names of the files.
@@ -103,7 +103,7 @@ def write_backend(directory: Path, *, indent: int | None = None) -> tuple[str, s
 
 
 def list_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors by name."""
+    """Return the shapes of the tensors by name."""
     return {
         key: tuple(entry.size)
         for key, entry in metadata.state_dict_metadata.items()
@@ -112,10 +112,15 @@ def list_shapes(metadata: Metadata) -> dict[str, tuple[int, ...]]:
 
 
 def read_tensors(directory: Path, metadata: Metadata, keys: Iterable[str]) -> dict[str, Tensor]:
-    """Read tensors whole, in their stored dtype, whatever layout wrote them.
+    """Read whole tensors in their stored dtype; any layout may have written them.
+
+    Args:
+        directory: Directory of the checkpoint.
+        metadata: The index of the tensors.
+        keys: Names of the tensors.
 
     Raises:
-        CheckpointError: a tensor is not there, or a file is missing or damaged.
+        CheckpointError: A tensor or a file is missing, or a file is damaged.
     """
     tensors = {}
     for key in keys:

@@ -1,10 +1,10 @@
-"""Reading of pickles without executing what they name: everything that this package unpickles.
+"""Reading of pickles without executing what they name, for everything that this package unpickles.
 
-A pickle names functions and classes and has them called. Two unpicklers know short lists of names.
-The one of a distributed checkpoint's `.metadata` refuses any other name. The one of torch files
-makes an inert `Placeholder` of it, which keeps what it was given and runs nothing; a checkpoint of
-another program holds objects that its tensors do not need. No module is imported because a pickle
-names it.
+A pickle can call any function or class that it names. The two unpicklers here have short lists of
+allowed names. The unpickler of a distributed checkpoint's `.metadata` refuses any other name. The
+unpickler of torch files replaces any other object by a `Placeholder`, which keeps its arguments and
+executes nothing: checkpoints of other programs hold objects that the tensors do not need. A name in
+a pickle never causes an import.
 """
 
 import pickle
@@ -44,17 +44,17 @@ class MetadataUnpickler(pickle.Unpickler):
     """An unpickler that refuses every name that is not in `METADATA_NAMES`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Look up a known name.
+        """Look up an allowed name.
 
         Raises:
-            UnpicklingError: The name is not known.
+            UnpicklingError: The name is not allowed.
         """
         if (module, name) not in METADATA_NAMES:
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)
 
 
-# What unpickling damaged bytes raises.
+# Errors that unpickling of damaged bytes raises.
 DAMAGE = (
     *(pickle.UnpicklingError, EOFError, OSError, ImportError, MemoryError, OverflowError),
     *(AttributeError, IndexError, KeyError, TypeError, ValueError),
@@ -65,8 +65,8 @@ def unpickle_metadata(checkpoint: Path) -> Metadata:
     """Read the `.metadata` of a distributed checkpoint, torch's index of its tensors.
 
     Raises:
-        CheckpointError: It is missing or damaged, holds more than an index, or names files that lie
-            elsewhere.
+        CheckpointError: The file is missing or damaged, holds more than an index, or names files in
+            other folders.
     """
     path = checkpoint / METADATA_FILE
     try:
@@ -85,7 +85,7 @@ def unpickle_metadata(checkpoint: Path) -> Metadata:
 
 
 class Placeholder:
-    """Stands for an object of an unknown class: keeps what it is given, and runs nothing."""
+    """A stand-in for an object of an unknown class, which keeps its data and executes nothing."""
 
     qualified_name = "?"
 
@@ -121,7 +121,7 @@ class Placeholder:
 
 
 def _default_dict(*_: Any) -> dict[Any, Any]:
-    """A plain dict in place of a defaultdict, whose factory would be called."""
+    """Return a plain dict in place of a defaultdict, which would call its factory."""
     return {}
 
 
@@ -143,14 +143,14 @@ TORCH_FILE_NAMES: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     **{("torch", name): getattr(torch, name) for name in DTYPE_NAMES},
 }
-"""All that a torch file may name; torch.load itself looks up the names of storages."""
+"""All names that a torch file may use; torch.load itself looks up those of storages."""
 
 
 class TorchFileUnpickler(pickle.Unpickler):
     """An unpickler that makes a placeholder of every name that is not in `TORCH_FILE_NAMES`."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Look up a name without importing anything."""
+        """Look up a name without an import; return a placeholder class for an unknown one."""
         known = TORCH_FILE_NAMES.get((module, name))
         if known is not None:
             return known
@@ -158,7 +158,7 @@ class TorchFileUnpickler(pickle.Unpickler):
 
 
 class _TorchPickle:
-    """What `torch.load` uses in place of the module `pickle`."""
+    """A replacement for the module `pickle` in `torch.load`."""
 
     __name__ = "unpickling"
     Unpickler = TorchFileUnpickler
@@ -170,11 +170,12 @@ class _TorchPickle:
 
 
 def load_torch_file(path: str | Path) -> Any:
-    """Read a zip-format torch file, its tensors mapped from the file, without executing anything.
+    """Read a zip-format torch file without executing anything; tensors are mapped from the file.
 
     Raises:
-        CheckpointError: missing, damaged, or in a format that cannot be read safely.
+        CheckpointError: The file is missing or damaged, or cannot be read safely.
     """
+    # Refuse files that torch would read in another way.
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: not found; give the path of a checkpoint file")
@@ -183,17 +184,17 @@ def load_torch_file(path: str | Path) -> Any:
             names = archive.namelist()
     except zipfile.BadZipFile:
         raise CheckpointError(
-            f"{path}: no zip-format torch file (damaged, or older than torch 1.6); save it again "
-            "with a newer torch"
+            f"{path}: is not a zip-format torch file (damaged, or older than torch 1.6); save it "
+            "again with a newer torch"
         ) from None
-    # torch.load would hand a TorchScript archive to its own loader.
+    # torch.load passes a TorchScript archive to another loader.
     if any(Path(name).name == "constants.pkl" for name in names):
         raise CheckpointError(f"{path}: a TorchScript archive; give a Lightning checkpoint")
     try:
         return torch.load(
             path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_TorchPickle()
         )
-    # Whatever a damaged or hostile pickle breaks becomes one error.
+    # All errors of a damaged or hostile pickle become one error.
     except (
         pickle.UnpicklingError,
         *(EOFError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError),
@@ -204,7 +205,7 @@ def load_torch_file(path: str | Path) -> Any:
 
 
 def plain_value(value: Any) -> Any:
-    """Dicts, lists and scalars of an OmegaConf object read as placeholders; others stay."""
+    """Convert an OmegaConf object that was read as placeholders to dicts, lists and scalars."""
     if isinstance(value, Placeholder) and isinstance(value.state, dict):
         for key in ("_content", "_val"):
             if key in value.state:

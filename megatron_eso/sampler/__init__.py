@@ -1,4 +1,4 @@
-"""The single-device model: scoring and the KV-cached sampler. Imports torch and never megatron."""
+"""The single-device model, with scoring and a KV-cached sampler; imports torch, never megatron."""
 
 from .generation import Generation
 from .model import EsoLM

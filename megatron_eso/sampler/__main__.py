@@ -1,4 +1,4 @@
-"""`python -m megatron_eso.sampler sample | score SAMPLER_DIR`: generation and exact likelihood."""
+"""Generates texts from a sampler directory, or computes exact likelihoods of texts."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 
 def load_model(args: argparse.Namespace) -> TextModel:
-    """The model of the command line, on the chosen device."""
+    """Load the model that the command line names, on its device."""
     return TextModel.load(str(args.sampler_dir), DTYPES[args.dtype], args.device)
 
 
@@ -29,7 +29,7 @@ def run_sample(args: argparse.Namespace) -> None:
 
 
 def run_score(args: argparse.Namespace) -> None:
-    """Print exact log-likelihoods of texts, left to right, a JSON object a line, and the total."""
+    """Print exact left-to-right log-likelihoods of texts, one JSON object each, and their total."""
     model = load_model(args)
     log_likelihood, num_tokens = 0.0, 0
     for path in args.input or ["-"]:
@@ -41,7 +41,7 @@ def run_score(args: argparse.Namespace) -> None:
 
 
 def print_score(score: TextScore) -> None:
-    """Print one line."""
+    """Print the score of a text as one line of JSON."""
     record = {
         "name": score.name,
         "tokens": score.num_tokens,
@@ -53,27 +53,31 @@ def print_score(score: TextScore) -> None:
 
 
 def build_parser() -> CommandLine:
-    """The command line."""
+    """Build the parser; each command sets `run`, which takes the parsed arguments."""
     parser = CommandLine(prog="python -m megatron_eso.sampler", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
+    # Generation.
     command = commands.add_parser("sample", help=run_sample.__doc__)
     _add_common(command)
     command.add_argument("--num-samples", type=count(1), default=1, metavar="N")
-    command.add_argument("--length", type=count(1), help="tokens of a sample; default: max_length")
-    command.add_argument("--prompt", metavar="TEXT", help="how each sample begins")
+    command.add_argument("--length", type=count(1), help="tokens of a sample (default: max_length)")
+    command.add_argument("--prompt", metavar="TEXT", help="text with which each sample begins")
     command.add_argument("--steps", type=count(1), help="time steps of the diffusion phase")
-    command.add_argument("--alpha-0", type=real, help="share of tokens that diffusion reveals")
+    command.add_argument(
+        "--alpha-0", type=real, help="share of tokens that the diffusion phase reveals"
+    )
     command.add_argument("--temperature", type=real)
     command.add_argument("--top-p", type=real)
     command.add_argument("--seed", type=count(0, 2**64 - 1))
     command.set_defaults(run=run_sample)
 
+    # Likelihoods.
     command = commands.add_parser(
         "score",
         help=run_score.__doc__,
-        description=f"{run_score.__doc__} A text that is longer than the model's max_length is cut "
-        "into windows of max_length tokens; each is scored by itself, without what comes before.",
+        description=f"{run_score.__doc__} A text longer than the model's max_length is cut into "
+        "windows of max_length tokens; each is scored by itself, without the text before it.",
     )
     _add_common(command)
     command.add_argument(
@@ -81,16 +85,18 @@ def build_parser() -> CommandLine:
         type=_text_file,
         nargs="*",
         metavar="FILE",
-        help="text, or .jsonl, each also .gz or .zst; - or none: text from stdin",
+        help="text or .jsonl, also as .gz or .zst; - or no file: text from stdin",
     )
-    command.add_argument("--text-key", default="text", help="of .jsonl; default %(default)s")
+    command.add_argument(
+        "--text-key", default="text", help="key of the text in .jsonl (default: %(default)s)"
+    )
     command.add_argument("--batch-size", type=count(1), default=8)
     command.set_defaults(run=run_score)
     return parser
 
 
 def _text_file(text: str) -> str:
-    """A file that exists, or `-`."""
+    """Return the path of a file that exists, or `-`."""
     return text if text == "-" else str(existing_path(text))
 
 
@@ -101,7 +107,13 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run one command."""
+    """Run one command.
+
+    Raises:
+        ConfigError: A value of the command line is wrong.
+        CheckpointError: The sampler directory is damaged.
+        DataError: The tokenizer or a text is missing or damaged.
+    """
     args = build_parser().parse_args(argv)
     args.run(args)
 

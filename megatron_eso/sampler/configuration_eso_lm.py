@@ -1,4 +1,4 @@
-"""The configuration of a sampler directory as Hugging Face transformers reads it."""
+"""The configuration of a sampler directory for Hugging Face transformers."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 
 class EsoLMConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
-    """Hyper-parameters of an Eso-LM; the meaning of each is in `layers_eso_lm.NetworkConfig`."""
+    """Hyper-parameters of an Eso-LM, as `layers_eso_lm.NetworkConfig` describes them."""
 
     model_type = "eso_lm"
 
@@ -32,7 +32,7 @@ class EsoLMConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         max_length: int = 1024,
         **kwargs: Any,
     ) -> None:
-        """Keep the network's fields, and give the rest to transformers."""
+        """Keep the network's fields, and pass the others to transformers."""
         kwargs["tie_word_embeddings"] = tie_word_embeddings
         super().__init__(**kwargs)
         self.vocab_size = vocab_size
@@ -53,9 +53,9 @@ class EsoLMConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         self.max_length = max_length
 
     def _get_generation_parameters(self) -> dict[str, Any]:
-        """None: transformers takes `max_length` for a parameter of its own generation."""
+        """Return no parameter: transformers would use `max_length` for its own generation."""
         return {}
 
     def _get_non_default_generation_parameters(self) -> dict[str, Any]:
-        """As above, by the name of transformers 4."""
+        """Return no parameter, under the name of transformers 4."""
         return {}

@@ -1,4 +1,4 @@
-"""Reading a sampler directory: `config.json` and `model.safetensors`, or shards with an index."""
+"""Reads a sampler directory: `config.json`, and `model.safetensors` or shards with an index."""
 
 import json
 from pathlib import Path
@@ -20,10 +20,11 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 def read_description(directory: str | Path) -> dict[str, Any]:
-    """Read and check `config.json`.
+    """Read `config.json`, and check its kind, version, variant and alpha_0.
 
     Raises:
-        CheckpointError: it is missing or no JSON, or of another kind, version or variant.
+        CheckpointError: The file is missing or no JSON, or has another kind, version or variant, or
+            no alpha_0.
     """
     path = Path(directory) / "config.json"
     try:
@@ -33,7 +34,7 @@ def read_description(directory: str | Path) -> dict[str, Any]:
             f"{path}: not found; give a directory that `checkpoints_conversion` wrote"
         ) from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: no valid JSON ({error}); convert again") from None
+        raise CheckpointError(f"{path}: is no valid JSON ({error}); convert again") from None
     if not isinstance(config, dict) or config.get("model_type") != "eso_lm":
         raise CheckpointError(f"{path}: model_type is not eso_lm; give a sampler directory")
     if config.get("format_version") != FORMAT_VERSION:
@@ -43,16 +44,19 @@ def read_description(directory: str | Path) -> dict[str, Any]:
         )
     if config.get("variant") != "b":
         raise CheckpointError(
-            f"{path}: variant {config.get('variant')!r} is unknown, this version samples b"
+            f"{path}: variant {config.get('variant')!r} is unknown, this version samples b only"
         )
+    alpha_0 = config.get("alpha_0")
+    if not isinstance(alpha_0, int | float):
+        raise CheckpointError(f"{path}: alpha_0 is {alpha_0!r}, no number; convert again")
     return config
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:
-    """Read all tensors, on the CPU, in their stored dtype.
+    """Read all tensors to the CPU, in their stored dtype.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: A file is missing or damaged.
     """
     directory = Path(directory)
     index = directory / INDEX_FILE
@@ -71,32 +75,56 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
             f"{directory}: {error.filename or error} is missing; convert again"
         ) from None
     except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{directory}: damaged weights ({error}); convert again") from None
+        raise CheckpointError(
+            f"{directory}: its weights are damaged ({error}); convert again"
+        ) from None
     return tensors
+
+
+def read_network_config(directory: str | Path) -> NetworkConfig:
+    """Read the network's fields of `config.json`.
+
+    Raises:
+        CheckpointError: As `read_description`, or a field is missing or wrong.
+    """
+    description = read_description(directory)
+    try:
+        return NetworkConfig.from_dict(description)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{Path(directory) / 'config.json'}: {error}; convert again"
+        ) from None
 
 
 def load_network(directory: str | Path, dtype: torch.dtype, device: str) -> EsoNetwork:
     """Build the network of a sampler directory.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or tensors and configuration do not fit.
+        CheckpointError: A file is missing or damaged, or tensors and configuration do not fit.
     """
-    try:
-        config = NetworkConfig.from_dict(read_description(directory))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{Path(directory) / 'config.json'}: {error}; convert again"
-        ) from None
-    return build_network(config, read_weights(directory), dtype, device)
+    config = read_network_config(directory)
+    return build_network(config, read_weights(directory), dtype, device, source=directory)
 
 
 def build_network(
-    config: NetworkConfig, tensors: dict[str, Tensor], dtype: torch.dtype, device: str
+    config: NetworkConfig,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    device: str,
+    *,
+    source: object,
 ) -> EsoNetwork:
-    """A network in evaluation mode, its parameters without gradients, from tensors by name.
+    """Build a network in evaluation mode, its parameters without gradients.
+
+    Args:
+        config: Describes the network.
+        tensors: The parameters by name.
+        dtype: Dtype of the parameters.
+        device: Where the network runs.
+        source: Where the tensors come from, for errors.
 
     Raises:
-        CheckpointError: tensors are missing, left over, or of another shape.
+        CheckpointError: Tensors are missing, left over, or of another shape.
     """
     with torch.device("meta"):
         network = EsoNetwork(config)
@@ -105,8 +133,8 @@ def build_network(
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise CheckpointError(
-                f"tensor {name}: the configuration asks for the shape {expected.get(name)}, the "
-                f"weights have {found.get(name)}; convert again"
+                f"{source}: tensor {name}: {found.get(name, 'missing')} in the weights, "
+                f"{expected.get(name, 'missing')} in the configuration; convert a whole checkpoint"
             )
     placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
     network.load_state_dict(placed, assign=True)

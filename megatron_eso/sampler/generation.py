@@ -1,10 +1,10 @@
-"""The KV-cached sampler: each step forwards the tokens of the last step and the masks of this one.
+"""The KV-cached sampler: each step reads the tokens of the last step and this step's masks.
 
-Source: arXiv 2506.01928 section on sampling; `dit.py` (`forward_sample`) and `algo.py` of its
+Source: arXiv 2506.01928, section on sampling; `dit.py` (`forward_sample`) and `algo.py` of its
     repository.
 
-Shape suffixes: N samples, T slots, R rows of a step (contiguous slots of each sample), E masks to
-reveal in a step, K keys, G key/value groups, D head dimension, C width of the model, V vocabulary.
+Shape suffixes: N samples, T slots, R rows of a step (contiguous slots of each sample), E masks that
+a step reveals, K keys, G key/value groups, D head dimension, C width of the model, V vocabulary.
 """
 
 import os
@@ -23,36 +23,36 @@ from .network_eso_lm import EsoNetworkMixin
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Generation:
-    """What `EsoLM.generate` returns."""
+    """Result of `EsoLM.generate`."""
 
     sequences: Tensor
-    """int64 `[N, T]`, natural order."""
+    """Tokens in natural order, int64 `[N, T]`."""
     permutation: Tensor
-    """int64 `[N, T]`, `permutation[n, slot] = position`."""
+    """Order of generation, int64 `[N, T]`: `permutation[n, slot] = position`."""
     schedule: list[int] | list[list[int]]
-    """Tokens revealed in each step; a list per row where the rows differ."""
+    """Tokens revealed in each step; one list per sample if the samples differ."""
     nfe: int
     """Forward passes of the network for the batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TokenChoice:
-    """How a token is chosen from logits."""
+    """Parameters by which a token is chosen from logits."""
 
     temperature: float
     top_p: float
     seed: int
     gumbel: Tensor | None
-    """`[N, T, V]` slot order: noise added to the logits, in place of the seed's."""
+    """Noise for the logits in slot order, `[N, T, V]`; None draws tokens by the seed."""
 
 
 class SlotCache:
-    """Keys and values in slot order; a step overwrites those of the masks of the step before."""
+    """Keys and values in slot order; each step overwrites those of the last step's masks."""
 
     def __init__(
         self, config: NetworkConfig, num_samples: int, num_slots: int, like: Tensor
     ) -> None:
-        """Allocate `num_slots` and one more, which padding rows write to."""
+        """Allocate `num_slots` slots, and one more that padding rows write to."""
         shape = (
             config.num_hidden_layers,
             num_samples,
@@ -67,25 +67,25 @@ class SlotCache:
         self.num_keys = 0
 
     def place(self, slots_NR: Tensor, num_keys: int) -> None:
-        """Set the slots of the next step's rows, and the number of slots that it reads."""
+        """Set the slots of the next step's rows, int64 `[N, R]`, and its number of keys."""
         self.slots_NR = slots_NR
         self.num_keys = num_keys
 
     def extend(self, layer: int, key_BRGD: Tensor, value_BRGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the rows of one layer; return the keys and values `[N, K, G, D]` of all slots."""
+        """Store the rows of one layer; return its keys and values, each `[N, K, G, D]`."""
         self.keys[layer][self.samples_N1, self.slots_NR] = key_BRGD
         self.values[layer][self.samples_N1, self.slots_NR] = value_BRGD
         return self.keys[layer][:, : self.num_keys], self.values[layer][:, : self.num_keys]
 
 
 def cache_bytes(config: NetworkConfig, num_samples: int, num_slots: int, element_bytes: int) -> int:
-    """Return the size of a `SlotCache`."""
+    """Return the size of a `SlotCache` in bytes."""
     per_slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return num_samples * (num_slots + 1) * per_slot * element_bytes
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the memory of a device; of a CPU, that of the machine."""
+    """Return the memory of a device in bytes; for a CPU, the memory of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -101,11 +101,11 @@ def reveal_tokens(
     """Reveal the unknown tokens in place, and return the number of forward passes.
 
     Args:
-        network: in evaluation mode.
-        tokens_NT: int64 slot order: known tokens, then mask tokens; overwritten.
-        permutation_NT: int64, `permutation[n, slot] = position`.
-        schedules: of each row; sums to its unknown tokens.
-        choice: how tokens are chosen.
+        network: The network in evaluation mode.
+        tokens_NT: Tokens in slot order, int64: known tokens, then mask tokens; overwritten.
+        permutation_NT: Order of generation, int64: `permutation[n, slot] = position`.
+        schedules: For each sample, the tokens to reveal in each step.
+        choice: Parameters by which tokens are chosen.
     """
     num_samples, num_slots = tokens_NT.shape
     mask_token_id = network.network_config.mask_token_id
@@ -117,20 +117,20 @@ def reveal_tokens(
     num_steps = max((len(schedule) for schedule in schedules), default=0)
     for step in range(num_steps):
         # The rows of the step: known tokens that are not in the cache, then the masks to reveal. A
-        # sample without a step left has no rows, and is padded.
+        # sample that is complete has padding rows only.
         reveal_N = np.array([s[step] if step < len(s) else 0 for s in schedules], dtype=np.int64)
         end_N = np.where(reveal_N > 0, clean_N + reveal_N, start_N)
         slots_NR = start_N[:, None] + np.arange((end_N - start_N).max())
         is_real_NR = slots_NR < end_N[:, None]
         is_mask_NR = is_real_NR & (slots_NR >= clean_N[:, None])
-        # One forward pass, and a token for each mask.
+        # One forward pass, which gives a token for each mask.
         placed_NR = _placed(slots_NR, is_real_NR, num_slots, device)
         hidden_NRC = _forward_rows(network, cache, tokens_NT, permutation_NT, placed_NR)
         hidden_EC = hidden_NRC[torch.from_numpy(is_mask_NR).to(device)]
         sample_E, row_E = np.nonzero(is_mask_NR)
         slot_E = slots_NR[sample_E, row_E]
         chosen_E = choose_tokens(network.logits(hidden_EC), mask_token_id, sample_E, slot_E, choice)
-        # The tokens take their slots. The next step reads them, since the cache has their masks.
+        # The next step reads the new tokens, since the cache has the keys of their masks.
         where = torch.from_numpy(sample_E).to(device), torch.from_numpy(slot_E).to(device)
         tokens_NT[where] = chosen_E
         start_N = np.where(reveal_N > 0, clean_N, start_N)
@@ -141,7 +141,7 @@ def reveal_tokens(
 def _placed(
     slots_NR: np.ndarray, is_real_NR: np.ndarray, num_slots: int, device: torch.device
 ) -> Tensor:
-    """Slots of the rows; padding rows have the slot T."""
+    """Return the slots of the rows, int64 `[N, R]`; padding rows have the slot T."""
     return torch.from_numpy(np.where(is_real_NR, slots_NR, num_slots)).to(device)
 
 
@@ -152,7 +152,7 @@ def _forward_rows(
     permutation_NT: Tensor,
     slots_NR: Tensor,
 ) -> Tensor:
-    """Hidden states `[N, R, C]` of the rows at `slots_NR`, each seeing the slots up to its own."""
+    """Compute the hidden states `[N, R, C]` of rows; each reads the slots up to its own."""
     num_slots = tokens_NT.shape[1]
     is_real_NR = slots_NR < num_slots
     num_keys = int(torch.where(is_real_NR, slots_NR, -1).max()) + 1
@@ -175,11 +175,18 @@ def choose_tokens(
     slot_E: np.ndarray,
     choice: TokenChoice,
 ) -> Tensor:
-    """Choose a token for each row of logits, never the mask token.
+    """Choose a token for each row of logits, int64 `[E]`, never the mask token.
 
-    With given noise it is `argmax(logits / temperature + gumbel)`; else the inverse of the
-    cumulative distribution in float64 at one uniform number per (seed, row, slot). Temperature 0
-    takes the likeliest token.
+    With given noise the token is `argmax(logits / temperature + gumbel)`. Otherwise the cumulative
+    distribution is inverted in float64 at one uniform number per (seed, sample, slot). Temperature
+    0 takes the likeliest token.
+
+    Args:
+        logits_EV: The logits of the masks that the step reveals.
+        mask_token_id: The mask token.
+        sample_E: Sample of each mask.
+        slot_E: Slot of each mask.
+        choice: Parameters by which tokens are chosen.
     """
     logits_EV = logits_EV.clone()
     logits_EV[:, mask_token_id] = -torch.inf
@@ -199,13 +206,13 @@ def choose_tokens(
     cumulative_EV = logits_EV.to(torch.float64).softmax(dim=-1).cumsum(dim=-1)
     total_E1 = cumulative_EV[:, -1:]
     uniform_E1 = torch.tensor(draws, dtype=torch.float64, device=logits_EV.device)[:, None]
-    # Below the total even when the product rounds up to it, so that the choice has a probability.
+    # The product may round up to the total, behind which no token has a probability.
     drawn_E1 = torch.minimum(uniform_E1 * total_E1, total_E1.nextafter(torch.zeros_like(total_E1)))
     return torch.searchsorted(cumulative_EV, drawn_E1, right=True)[:, 0]
 
 
 def keep_nucleus(logits_EV: Tensor, top_p: float) -> Tensor:
-    """Set to -inf all but the fewest likeliest tokens whose probabilities reach `top_p`."""
+    """Keep the fewest likeliest tokens that reach `top_p` together; set other logits to -inf."""
     if top_p >= 1:
         return logits_EV
     sorted_EV, order_EV = logits_EV.to(torch.float64).sort(dim=-1, descending=True)

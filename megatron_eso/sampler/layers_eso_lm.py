@@ -1,7 +1,7 @@
-"""The layers of an Eso-LM of variant B in plain torch, and the sizes that they depend on.
+"""The layers of an Eso-LM of variant B in plain torch, and the configuration of the network.
 
-A sampler directory carries a copy of this file and of `network_eso_lm.py`, so it imports torch and
-nothing else. Paper: arXiv 2506.01928.
+A sampler directory holds a copy of this file and of `network_eso_lm.py`, so this file imports torch
+only. Paper: arXiv 2506.01928.
 
 Shape suffixes: B samples, R rows of a forward pass, K keys, H heads, G key/value groups,
 D head dimension, V vocabulary, C width of the model, F width of the MLP, E rows given to the head.
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:
-    """What the network's shape and arithmetic depend on; the names are those of `config.json`."""
+    """Shape and arithmetic of the network, by the names of `config.json`."""
 
     vocab_size: int
-    """Tokens with the mask token; the embedding and the head have exactly this many rows."""
+    """Number of tokens with the mask token; embedding and head have this many rows."""
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
@@ -40,10 +40,14 @@ class NetworkConfig:
     tie_word_embeddings: bool
     mask_token_id: int
     max_length: int
-    """Largest number of positions of a sequence."""
+    """Largest number of positions of a text."""
 
     def __post_init__(self) -> None:
-        """Raise `ValueError` for a combination that no network has."""
+        """Check the combination of values.
+
+        Raises:
+            ValueError: No network has this combination.
+        """
         if self.activation not in ("gelu", "swiglu"):
             raise ValueError(f"activation {self.activation!r} is neither gelu nor swiglu")
         if self.normalization not in ("LayerNorm", "RMSNorm"):
@@ -61,10 +65,10 @@ class NetworkConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Pick the fields out of a `config.json`, whose further keys are ignored.
+        """Take the fields from the content of a `config.json`, and ignore its other keys.
 
         Raises:
-            ValueError: a field is missing or has another type.
+            ValueError: A field is missing or has another type, or no network has these values.
         """
         for field in fields(cls):
             value = values.get(field.name)
@@ -76,15 +80,15 @@ class NetworkConfig:
 
 
 class KeyValueStore(Protocol):
-    """Where a forward pass leaves the keys and values of its rows, and finds the earlier ones."""
+    """A store of the keys and values of this and earlier forward passes."""
 
     def extend(self, layer: int, key_BRGD: Tensor, value_BRGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the rows of one layer and return all its keys and values, each `[B, K, G, D]`."""
+        """Store the rows of one layer; return all its keys and values, each `[B, K, G, D]`."""
         ...
 
 
 def residual_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The residual stream, norms and logits have at least float32, as in training."""
+    """Return the dtype of residual stream, norms and logits: at least float32, as in training."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -108,7 +112,7 @@ class WideRMSNorm(nn.Module):
     """Root-mean-square norm in at least float32; the result has the weight's dtype."""
 
     def __init__(self, size: int, eps: float) -> None:
-        """Start with a weight of ones."""
+        """Create the weight, which is one at first."""
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
@@ -121,14 +125,14 @@ class WideRMSNorm(nn.Module):
 
 
 def build_norm(config: NetworkConfig, size: int) -> nn.Module:
-    """The norm that the configuration names, over the last dimension of this size."""
+    """Build the norm that the configuration names, over a last dimension of this size."""
     if config.normalization == "LayerNorm":
         return WideLayerNorm(size, eps=config.norm_epsilon)
     return WideRMSNorm(size, eps=config.norm_epsilon)
 
 
 def rotary_tables(config: NetworkConfig, positions_BR: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, float32 `[B, R, 1, D]`, halves repeated."""
+    """Compute cosine and sine of the rotary angles, float32 `[B, R, 1, D]`, with equal halves."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions_BR.device)
     inverse_frequency = 1.0 / (config.rotary_base ** (exponents / config.head_dim))
     angles = positions_BR.to(torch.float32)[..., None] * inverse_frequency
@@ -144,7 +148,7 @@ def _rotate(x_BRHD: Tensor, cos_BR1D: Tensor, sin_BR1D: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Self-attention with rotary angles of the rows' original positions."""
+    """Self-attention with rotary angles of the rows' positions in the text."""
 
     def __init__(self, config: NetworkConfig, layer: int) -> None:
         """Build the projections of layer number `layer`."""
@@ -169,7 +173,7 @@ class Attention(nn.Module):
         is_visible_BRK: Tensor | None,
         cache: KeyValueStore | None,
     ) -> Tensor:
-        """Attend; without `is_visible_BRK` a row sees itself and the rows before it."""
+        """Attend; without `is_visible_BRK` each row reads itself and the rows before it."""
         q_BRHD = self.q_norm(self.q_proj(x_BRC).unflatten(-1, (-1, self.head_dim)))
         k_BRGD = self.k_norm(self.k_proj(x_BRC).unflatten(-1, (-1, self.head_dim)))
         v_BRGD = self.v_proj(x_BRC).unflatten(-1, (-1, self.head_dim))
@@ -189,7 +193,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GELU (tanh approximation) or SwiGLU feed-forward."""
+    """Feed-forward network with GELU (tanh approximation) or SwiGLU."""
 
     def __init__(self, config: NetworkConfig) -> None:
         """Build the projections."""
@@ -202,7 +206,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x_BRC: Tensor) -> Tensor:
-        """Apply to each row."""
+        """Transform each row."""
         up_BRF = self.up_proj(x_BRC)
         if self.is_gated:
             up_BRF = F.silu(self.gate_proj(x_BRC)) * up_BRF
@@ -237,17 +241,17 @@ class Layer(nn.Module):
 
 
 class Head(nn.Module):
-    """Logits of the vocabulary; a tied head has no weight of its own."""
+    """Projection to the logits of the vocabulary; a tied head has no weight."""
 
     def __init__(self, config: NetworkConfig) -> None:
-        """Build the parameters that the configuration has."""
+        """Create the parameters that the configuration has, with zeros."""
         super().__init__()
         shape = (config.vocab_size, config.hidden_size)
         self.weight = None if config.tie_word_embeddings else nn.Parameter(torch.zeros(shape))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head_bias else None
 
     def forward(self, x_EC: Tensor, embedding_VC: Tensor) -> Tensor:
-        """Logits `[..., V]` in at least float32, the mask token's column raw."""
+        """Compute logits `[..., V]` in at least float32; the mask token's column is not masked."""
         weight = embedding_VC if self.weight is None else self.weight
         logits = F.linear(x_EC, weight, self.bias)
         return logits.to(residual_dtype(logits.dtype))

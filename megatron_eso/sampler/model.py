@@ -1,4 +1,4 @@
-"""`EsoLM`: the model of a sampler directory with its scoring functions and its sampler.
+"""`EsoLM`: the model of a sampler directory, with scoring and generation.
 
 Shape suffixes: B and N samples, T slots, V vocabulary.
 """
@@ -19,7 +19,7 @@ from .network_eso_lm import EsoNetwork, check_permutation, check_tokens
 from .ordering import RevealPlan, draw_order, plan_ancestral, plan_given
 
 MAX_STEPS = 2**24
-"""A schedule of more steps has no other samples, and takes time and memory."""
+"""Largest number of time steps; more steps take time and memory and do not change samples."""
 
 Schedule = Sequence[int] | Sequence[Sequence[int]]
 
@@ -31,8 +31,8 @@ class EsoLM:
         """Wrap a network.
 
         Args:
-            network: in evaluation mode.
-            alpha_0: of training; the default of `generate`.
+            network: The network in evaluation mode.
+            alpha_0: The value of training, which is the default of `generate`.
         """
         self.network = network
         self.config = network.network_config
@@ -48,41 +48,44 @@ class EsoLM:
         """Load a sampler directory.
 
         Args:
-            directory: what `checkpoints_conversion` wrote.
-            dtype: of the weights; norms, residual stream and logits have at least float32.
-            device: where the model runs.
+            directory: A directory that `checkpoints_conversion` wrote.
+            dtype: Dtype of the weights; norms, residual stream and logits have at least float32.
+            device: Device on which the model runs.
 
         Raises:
-            CheckpointError: a file is missing or damaged, or its version is unknown.
+            CheckpointError: A file is missing or damaged, or its version is unknown.
         """
         alpha_0 = float(read_description(directory)["alpha_0"])
         return cls(load_network(directory, dtype, str(device)), alpha_0=alpha_0)
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
+        """Device on which the model runs."""
         return self.network.embed_tokens.weight.device
 
     @torch.no_grad()
     def diffusion_logits(self, z_t: Tensor, permutation: Tensor) -> Tensor:
-        """Logits `[B, T, V]` of the diffusion phase; see `EsoNetworkMixin.diffusion_logits`."""
+        """Compute the logits of the diffusion phase; see `EsoNetworkMixin.diffusion_logits`."""
         return self.network.diffusion_logits(z_t, permutation)
 
     @torch.no_grad()
     def sequential_logits(self, z_0: Tensor, x_0: Tensor, permutation: Tensor) -> Tensor:
-        """Logits `[B, T, V]` of the sequential phase; see `EsoNetworkMixin.sequential_logits`."""
+        """Compute the logits of the sequential phase; see `EsoNetworkMixin.sequential_logits`."""
         return self.network.sequential_logits(z_0, x_0, permutation)
 
     @torch.no_grad()
     def token_log_likelihoods(self, x_0: Tensor, permutation: Tensor) -> Tensor:
-        """float64 `[B, T]` slot order: log p(x_slot | the earlier slots).
+        """Compute log p(token of a slot | tokens of the earlier slots), float64 `[B, T]`.
 
         Args:
-            x_0: int64 `[B, T]` natural order; the mask token has probability 0.
-            permutation: int64 `[B, T]`, `permutation[b, slot] = position`.
+            x_0: Text in natural order, int64 `[B, T]`; the mask token has probability 0.
+            permutation: Order of the slots, int64 `[B, T]`: `permutation[b, slot] = position`.
+
+        Returns:
+            Natural logarithms in slot order.
 
         Raises:
-            ValueError: as `diffusion_logits`.
+            ValueError: A shape, dtype or token is wrong, or `T > max_length`.
         """
         masked = torch.full_like(x_0, self.config.mask_token_id)
         logits_BTV = self.network.sequential_logits(masked, x_0, permutation).to(torch.float64)
@@ -91,9 +94,9 @@ class EsoLM:
         return logits_BTV.log_softmax(dim=-1).gather(2, targets_BT1)[:, :, 0]
 
     def log_likelihood(self, x_0: Tensor, permutation: Tensor) -> Tensor:
-        """float64 `[B]`: the exact log-likelihood of each text in the given order of slots.
+        """Compute the exact log-likelihood of each text in the given order, float64 `[B]`.
 
-        Arguments and errors as `token_log_likelihoods`.
+        Arguments and errors are those of `token_log_likelihoods`.
         """
         return self.token_log_likelihoods(x_0, permutation).sum(dim=1)
 
@@ -115,27 +118,27 @@ class EsoLM:
     ) -> Generation:
         """Sample texts, or fill in prompts.
 
-        With a seed, a row's sample does not depend on the other rows (up to the rounding of matrix
-        products); without one it is drawn from the operating system.
+        A sample depends on the seed and its number in the batch, and not on the other samples (up
+        to the rounding of matrix products).
 
         Args:
-            num_samples: N.
-            prompt: int64 `[N, T]` natural order, the mask token where unknown; rows may differ.
-            schedule: tokens revealed per step, summing to the unknown tokens; a list per row where
-                rows differ. Default: the paper's ancestral schedule, then one token at a time.
-            permutation: int64 `[N, T]`, the known positions in its first slots. Default: random up
-                to `alpha_0 T` slots, then left to right.
-            gumbel: `[N, T, V]` slot order, ignored at known slots: a slot's token is
+            num_samples: Number N of samples.
+            prompt: Text in natural order, int64 `[N, T]`, with the mask token where unknown.
+            schedule: Tokens to reveal in each step, all unknown ones together; one list per sample
+                if these differ. Default: the paper's ancestral one, then one token at a time.
+            permutation: Order of generation, int64 `[N, T]`, with the known positions in the first
+                slots. Default: random up to `alpha_0 T` slots, then left to right.
+            gumbel: Noise in slot order, `[N, T, V]`: an unknown token is
                 `argmax(logits / temperature + gumbel)`.
             length: T without a prompt; default `max_length`.
-            alpha_0: share of the tokens that the diffusion phase reveals; default that of training.
-            steps: time steps of the ancestral schedule; default T.
-            temperature: divides the logits; 0 takes the likeliest token.
-            top_p: keeps the fewest likeliest tokens whose probabilities sum to it or more.
-            seed: of schedule, order and tokens.
+            alpha_0: Share of the tokens that the diffusion phase reveals; default that of training.
+            steps: Time steps of the ancestral schedule; default T.
+            temperature: Divisor of the logits; 0 takes the likeliest token.
+            top_p: Keeps the fewest likeliest tokens whose probabilities sum to at least this.
+            seed: Seed of all random numbers; None takes one from the operating system.
 
         Raises:
-            ValueError: a masked token comes before a clean one in slot order, `T > max_length`, a
+            ValueError: A masked token comes before a clean one in slot order, `T > max_length`, a
                 shape does not fit, or a number is out of its range.
         """
         prompt = self._prompt(num_samples, prompt, length)
@@ -160,7 +163,7 @@ class EsoLM:
         )
 
     def _prompt(self, num_samples: int, prompt: Tensor | None, length: int | None) -> Tensor:
-        """The prompt on the model's device, all masks without one."""
+        """Return the checked prompt on the model's device; without one, mask tokens only."""
         if not isinstance(num_samples, Integral) or num_samples < 1:
             raise ValueError(f"num_samples is {num_samples!r}, not a whole number from 1")
         if prompt is None:
@@ -203,7 +206,7 @@ class EsoLM:
             )
 
     def _order(self, permutation: Tensor, prompt: Tensor) -> Tensor:
-        """The permutation on the model's device, checked against the prompt."""
+        """Return the permutation on the model's device, checked against the prompt."""
         if permutation.shape != prompt.shape or permutation.dtype != torch.int64:
             raise ValueError(
                 f"permutation is {permutation.dtype} {list(permutation.shape)}, not int64 [N, T] = "
@@ -235,7 +238,7 @@ def _check_ranges(
 def _plan_rows(
     is_known_NT: np.ndarray, schedule: Schedule | None, seed: int, alpha_0: float, steps: int
 ) -> list[RevealPlan]:
-    """A plan for each row, from the given schedule or drawn."""
+    """Plan the generation of each sample, by the given schedule or a drawn one."""
     num_samples, num_slots = is_known_NT.shape
     known_N = [int(count) for count in is_known_NT.sum(axis=1)]
     if schedule is None:
@@ -244,8 +247,8 @@ def _plan_rows(
     for row, (counts, known) in enumerate(zip(given, known_N, strict=True)):
         if any(count < 1 for count in counts) or sum(counts) != num_slots - known:
             raise ValueError(
-                f"schedule of row {row} is no list of positive numbers with the sum "
-                f"{num_slots - known}, the row's unknown tokens"
+                f"schedule of sample {row} is no list of positive numbers with the sum "
+                f"{num_slots - known}, the number of unknown tokens"
             )
     return [
         plan_given(counts, num_slots, known, alpha_0)
@@ -254,7 +257,7 @@ def _plan_rows(
 
 
 def _draw_orders(seed: int, is_known_NT: np.ndarray, plans: Sequence[RevealPlan]) -> Tensor:
-    """int64 `[N, T]`: a permutation for each row."""
+    """Draw a permutation for each sample, int64 `[N, T]`."""
     orders = [
         draw_order(seed, row, is_known_NT[row], plan.num_random) for row, plan in enumerate(plans)
     ]
@@ -262,12 +265,12 @@ def _draw_orders(seed: int, is_known_NT: np.ndarray, plans: Sequence[RevealPlan]
 
 
 def _join(schedules: list[list[int]]) -> list[int] | list[list[int]]:
-    """One list where all rows have the same."""
+    """Return one list if all samples have the same, else all lists."""
     return schedules[0] if all(row == schedules[0] for row in schedules) else schedules
 
 
 def _schedule_rows(schedule: Any, num_samples: int) -> list[list[int]]:
-    """One list of ints for each row."""
+    """Return one list of ints for each sample."""
     listed = list(schedule)
     is_nested = [
         isinstance(item, Sequence | Tensor | np.ndarray) and np.ndim(item) for item in listed
@@ -276,6 +279,6 @@ def _schedule_rows(schedule: Any, num_samples: int) -> list[list[int]]:
         return [[int(count) for count in listed]] * num_samples
     if len(listed) != num_samples or not all(is_nested):
         raise ValueError(
-            f"schedule is neither a list of ints nor {num_samples} such lists, one a row"
+            f"schedule is neither a list of ints nor {num_samples} such lists, one per sample"
         )
     return [[int(count) for count in row] for row in listed]

@@ -1,4 +1,4 @@
-"""An Eso-LM as `transformers.AutoModel.from_pretrained(dir, trust_remote_code=True)` loads it."""
+"""The class that `transformers.AutoModel.from_pretrained(dir, trust_remote_code=True)` loads."""
 
 from dataclasses import dataclass, fields
 
@@ -14,14 +14,14 @@ from .network_eso_lm import EsoNetworkMixin
 
 @dataclass
 class EsoLMOutput(ModelOutput):
-    """Logits `[B, T, V]` in slot order, and the permutation `[B, T]` that they belong to."""
+    """Logits `[B, T, V]` in slot order, and the permutation `[B, T]` of these slots."""
 
     logits: Tensor | None = None
     permutation: Tensor | None = None
 
 
 class EsoLMModel(EsoNetworkMixin, PreTrainedModel):  # type: ignore[no-untyped-call]
-    """Eso-LM, variant B."""
+    """An Eso-LM of variant B as a model of transformers."""
 
     config_class = EsoLMConfig
     base_model_prefix = ""
@@ -35,11 +35,11 @@ class EsoLMModel(EsoNetworkMixin, PreTrainedModel):  # type: ignore[no-untyped-c
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding of the tokens."""
+        """Return the embedding of the tokens."""
         return self.embed_tokens
 
     def get_output_embeddings(self) -> None:
-        """None: a tied head reads the embedding itself, so nothing is left to tie."""
+        """Return None: a tied head reads the embedding itself, so transformers must not tie it."""
 
     def forward(
         self,
@@ -47,13 +47,16 @@ class EsoLMModel(EsoNetworkMixin, PreTrainedModel):  # type: ignore[no-untyped-c
         permutation: Tensor | None = None,
         x_0: Tensor | None = None,
     ) -> EsoLMOutput:
-        """Logits of the diffusion phase, or with `x_0` those of the sequential phase.
+        """Compute the logits of the diffusion phase, or with `x_0` those of the sequential phase.
 
         Args:
-            input_ids: int64 `[B, T]` natural order, the mask token where unknown.
-            permutation: int64 `[B, T]`, `permutation[b, slot] = position`; by default the clean
-                positions and then the masked ones, each left to right.
-            x_0: int64 `[B, T]` natural order, the clean text.
+            input_ids: Text in natural order, int64 `[B, T]`, with the mask token where unknown.
+            permutation: Order of the slots, int64 `[B, T]`: `permutation[b, slot] = position`; by
+                default the clean positions, then the masked ones, each left to right.
+            x_0: The clean text in natural order, int64 `[B, T]`.
+
+        Raises:
+            ValueError: As `EsoNetworkMixin.sequential_logits`.
         """
         if permutation is None:
             is_masked = input_ids == self.network_config.mask_token_id

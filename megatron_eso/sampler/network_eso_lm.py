@@ -1,10 +1,9 @@
 """The Eso-LM network of variant B in plain torch: a pre-LN causal transformer over slots.
 
-This file and `layers_eso_lm.py` are the one source of the network. The package imports them, and a
-sampler directory carries a copy of both, with `modeling_eso_lm.py`, so they import torch and each
-other only. Paper: arXiv 2506.01928.
+The package imports this file and `layers_eso_lm.py`; a sampler directory holds a copy of both, with
+`modeling_eso_lm.py`. So they import torch and each other only. Paper: arXiv 2506.01928.
 
-Shape suffixes: B samples, T slots, M mask queries, R rows of a forward pass, K keys, V vocabulary,
+Shape suffixes: B samples, T slots, M queries, R rows of a forward pass, K keys, V vocabulary,
 C width of the model, E rows given to the head.
 """
 
@@ -24,7 +23,7 @@ from .layers_eso_lm import (
 
 
 class EsoNetworkMixin:
-    """The network and its two kinds of logits, for a class that is an `nn.Module` as well."""
+    """The network and the logits of its two phases, for a subclass that is an `nn.Module`."""
 
     network_config: NetworkConfig
     embed_tokens: nn.Embedding
@@ -47,13 +46,13 @@ class EsoNetworkMixin:
         is_visible_BRK: Tensor | None = None,
         cache: KeyValueStore | None = None,
     ) -> Tensor:
-        """Normed output of the last layer for each row, `[B, R, C]`.
+        """Compute the normed output of the last layer for each row, `[B, R, C]`.
 
         Args:
-            tokens_BR: int64 tokens of the rows.
-            positions_BR: int64 original positions, which set the rotary angles.
-            is_visible_BRK: bool, which keys a row sees; causal over the rows if None.
-            cache: keeps the rows' keys and values and adds the earlier ones.
+            tokens_BR: Tokens of the rows, int64.
+            positions_BR: Positions of the rows in the text, int64, for the rotary angles.
+            is_visible_BRK: Which keys each row reads, bool; None: causal over the rows.
+            cache: Stores the rows' keys and values, and adds those of earlier passes.
         """
         rotary = rotary_tables(self.network_config, positions_BR)
         embedded_BRC: Tensor = self.embed_tokens(tokens_BR)
@@ -64,23 +63,23 @@ class EsoNetworkMixin:
         return normed_BRC
 
     def logits(self, x_EC: Tensor) -> Tensor:
-        """Logits `[..., V]` of normed rows `[..., C]`."""
+        """Compute the logits `[..., V]` of normed rows `[..., C]`."""
         logits: Tensor = self.lm_head(x_EC, self.embed_tokens.weight)
         return logits
 
     def diffusion_logits(self, z_t: Tensor, permutation: Tensor) -> Tensor:
-        """Logits of the diffusion phase, causal over slots.
+        """Compute the logits of the diffusion phase, causal over slots.
 
         Args:
-            z_t: int64 `[B, T]` natural order, the mask token where unknown.
-            permutation: int64 `[B, T]`, `permutation[b, slot] = position`.
+            z_t: Text in natural order, int64 `[B, T]`, with the mask token where unknown.
+            permutation: Order of the slots, int64 `[B, T]`: `permutation[b, slot] = position`.
 
         Returns:
-            `[B, T, V]` in slot order, the mask token's column raw.
+            Logits in slot order, `[B, T, V]`; the mask token's column is not masked.
 
         Raises:
-            ValueError: a masked token comes before a clean one in slot order, `T > max_length`, or
-                a shape does not fit.
+            ValueError: A masked token comes before a clean one in slot order, `T > max_length`, or
+                a shape, dtype or token is wrong.
         """
         self._check(permutation, z_t=z_t)
         z_BT = z_t.gather(1, permutation)
@@ -88,22 +87,22 @@ class EsoNetworkMixin:
         return self.logits(self.hidden_states(z_BT, permutation))
 
     def sequential_logits(self, z_0: Tensor, x_0: Tensor, permutation: Tensor) -> Tensor:
-        """Logits of the sequential phase: each masked slot reads the clean slots before it.
+        """Compute the logits of the sequential phase: a masked slot reads the slots before it.
 
-        Equal to the paper's `2T x 2T` mask on `z_0` and `x_0` without the rows that no other
-        row reads: a causal stream of the clean text, and one mask query per masked slot which sees
-        the stream strictly before its slot, and itself.
+        The rows are a causal stream of the clean text, and one query per masked slot, which reads
+        the stream strictly before its slot, and itself. The result equals that of the paper's
+        `2T x 2T` mask on `z_0` and `x_0`, which has further rows that no other row reads.
 
         Args:
-            z_0: int64 `[B, T]` natural order, the mask token at the slots to predict.
-            x_0: int64 `[B, T]` natural order, the clean text.
-            permutation: int64 `[B, T]`, `permutation[b, slot] = position`.
+            z_0: Text in natural order, int64 `[B, T]`, with the mask token where it is predicted.
+            x_0: The clean text in natural order, int64 `[B, T]`.
+            permutation: Order of the slots, int64 `[B, T]`: `permutation[b, slot] = position`.
 
         Returns:
-            `[B, T, V]` in slot order; the rows of clean slots are zeros.
+            Logits in slot order, `[B, T, V]`, with zeros at clean slots.
 
         Raises:
-            ValueError: as `diffusion_logits`, or `z_0` and `x_0` differ at a clean position.
+            ValueError: As `diffusion_logits`, or `z_0` and `x_0` differ at a clean position.
         """
         self._check(permutation, z_0=z_0, x_0=x_0)
         mask_token_id = self.network_config.mask_token_id
@@ -118,7 +117,7 @@ class EsoNetworkMixin:
         return F.pad(logits_BMV, (0, 0, num_slots - num_queries, 0))
 
     def _query_logits(self, x_BT: Tensor, permutation_BT: Tensor, num_queries: int) -> Tensor:
-        """Logits `[B, M, V]` of mask queries at the last M slots."""
+        """Compute the logits `[B, M, V]` of queries at the last M slots."""
         num_slots = x_BT.shape[1]
         query_positions_BM = permutation_BT[:, num_slots - num_queries :]
         queries_BM = torch.full_like(query_positions_BM, self.network_config.mask_token_id)
@@ -126,7 +125,7 @@ class EsoNetworkMixin:
         query_slots_M = slots_T[num_slots - num_queries :]
         row_slots_R = torch.cat([slots_T, query_slots_M])
         is_query_R = torch.arange(num_slots + num_queries, device=x_BT.device) >= num_slots
-        # A clean row sees the clean rows up to its slot; a query those before its slot, and itself.
+        # A clean row reads the clean rows up to its slot; a query those before it, and itself.
         last_R = row_slots_R - is_query_R.to(torch.int64)
         is_visible_RT = slots_T[None] <= last_R[:, None]
         is_visible_RM = is_query_R[:, None] & (query_slots_M[None] == row_slots_R[:, None])
@@ -139,7 +138,11 @@ class EsoNetworkMixin:
         return self.logits(hidden_BRC[:, num_slots:])
 
     def _check(self, permutation: Tensor, **tokens: Tensor) -> None:
-        """Raise `ValueError` unless all are int64 `[B, T]`, in range, and one is a permutation."""
+        """Check shapes, dtypes and values.
+
+        Raises:
+            ValueError: A tensor is not int64 `[B, T]` with the values that it may have.
+        """
         num_slots = permutation.shape[-1]
         for name, tensor in {"permutation": permutation, **tokens}.items():
             if tensor.dim() != 2 or tensor.shape != permutation.shape:
@@ -159,16 +162,24 @@ class EsoNetworkMixin:
 
 
 def check_permutation(permutation_BT: Tensor) -> None:
-    """Raise `ValueError` unless each row holds the positions 0..T-1 once."""
+    """Check a batch of permutations, int64 `[B, T]`.
+
+    Raises:
+        ValueError: One of them does not hold each of the positions 0..T-1 once.
+    """
     positions_T = torch.arange(permutation_BT.shape[1], device=permutation_BT.device)
     if not bool((permutation_BT.sort(dim=1).values == positions_T).all()):
-        raise ValueError("permutation has a row that is no permutation of 0..T-1")
+        raise ValueError("permutation does not hold each of the positions 0..T-1 once")
 
 
 def check_tokens(name: str, tokens: Tensor, vocab_size: int) -> None:
-    """Raise `ValueError` if a token is not in the vocabulary."""
+    """Check tokens of any shape.
+
+    Raises:
+        ValueError: A token is not in the vocabulary.
+    """
     if bool(((tokens < 0) | (tokens >= vocab_size)).any()):
-        raise ValueError(f"{name} has a token outside of 0..{vocab_size - 1}")
+        raise ValueError(f"{name} has a token outside 0..{vocab_size - 1}")
 
 
 def _check_clean_first(is_masked_BT: Tensor) -> None:
@@ -177,9 +188,9 @@ def _check_clean_first(is_masked_BT: Tensor) -> None:
 
 
 class EsoNetwork(EsoNetworkMixin, nn.Module):
-    """The network as a module of its own; its state dict has the names of `model.safetensors`."""
+    """The network as a module, whose state dict has the names of `model.safetensors`."""
 
     def __init__(self, config: NetworkConfig) -> None:
-        """Build with torch's own random weights and a zero head."""
+        """Build the network with torch's random weights and a head of zeros."""
         super().__init__()
         self.build_network(config)

@@ -1,8 +1,8 @@
-"""Schedules and orders of generation, and the random numbers behind them.
+"""Draws the schedules and orders of generation.
 
-Every number is a function of (seed, purpose, row, slot), so a row's sample does not depend on which
-other rows are in the batch. Sources: arXiv 2506.01928, `algo.py` of its repository (ancestral
-schedule: `_sample_schedule`; order: a random permutation with an ascending tail).
+Every random number is a function of (seed, purpose, sample, slot), so a sample does not depend on
+the others in its batch. Sources: arXiv 2506.01928, `algo.py` of its repository (ancestral schedule:
+`_sample_schedule`; order: a random permutation with an ascending tail).
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RevealPlan:
-    """How one row is generated."""
+    """The plan for the generation of one sample."""
 
     schedule: list[int]
-    """Unknown tokens revealed in each step."""
+    """Number of unknown tokens that each step reveals."""
     num_random: int
-    """Slots from this one on ascend in position, the known and the unknown apart."""
+    """Slot from which positions ascend, among known and among unknown tokens."""
 
 
 def plan_ancestral(
@@ -34,9 +34,15 @@ def plan_ancestral(
     """Draw the paper's schedule: ancestral diffusion steps, then one token at a time.
 
     The chain of binomials over `t = 1 .. 1/steps` is drawn as one reveal time per token. Known
-    tokens count as those that the chain revealed first, so the number of tokens that diffusion
-    leaves to the sequential phase is that of training. It depends on the seed and the counts, and
-    not on the row.
+    tokens count as those that the chain revealed first, so the diffusion phase leaves as many
+    tokens to the sequential phase as in training.
+
+    Args:
+        seed: Seed of the reveal times.
+        num_slots: Number T of slots.
+        num_known: Number of known tokens.
+        alpha_0: Share of the tokens that the diffusion phase reveals.
+        steps: Time steps of the chain.
     """
     alphas = LogLinearSchedule(alpha_0).alpha(np.linspace(1.0, 0.0, steps + 1))
     revealed_by = 1.0 - (1.0 - alphas[1:]) / (1.0 - alphas[0])
@@ -54,7 +60,7 @@ def plan_ancestral(
 def plan_given(
     schedule: Sequence[int], num_slots: int, num_known: int, alpha_0: float
 ) -> RevealPlan:
-    """Use a given schedule; the order is random until `alpha_0 T` slots are known."""
+    """Plan by a given schedule; the order is random until `alpha_0 T` slots are known."""
     target = round(alpha_0 * num_slots)
     num_revealed = num_known
     for count in schedule:
@@ -67,10 +73,16 @@ def plan_given(
 
 
 def draw_order(seed: int, row: int, is_known_T: npt.NDArray[np.bool_], num_random: int) -> Int64:
-    """Draw a row's permutation: known positions, then unknown ones.
+    """Draw the permutation of one sample, int64 `[T]`: known positions, then unknown ones.
 
-    Up to slot `num_random` the order is random; behind it positions ascend, as in the training of
+    Before slot `num_random` the order is random; from it on positions ascend, as in the training of
     the sequential phase, where the prefix is random.
+
+    Args:
+        seed: Seed of the order.
+        row: Number of the sample in the batch.
+        is_known_T: Which positions are known.
+        num_random: Number of slots in random order.
     """
     random_order = np.argsort(
         random_bits(seed, Purpose.GENERATION_ORDER, row, len(is_known_T)), kind="stable"

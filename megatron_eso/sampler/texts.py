@@ -1,4 +1,4 @@
-"""Texts instead of token ids: sampling and scoring with the tokenizer of a sampler directory."""
+"""Samples and scores texts with the tokenizer of a sampler directory."""
 
 import json
 import math
@@ -25,7 +25,7 @@ DEFAULTS = {"temperature": 1.0, "top_p": 1.0}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextSamples:
-    """Generated texts; without a tokenizer their token ids, with spaces between them."""
+    """Generated texts, or without a tokenizer their token ids as numbers."""
 
     texts: list[str]
     nfe: int
@@ -34,31 +34,31 @@ class TextSamples:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextScore:
-    """The exact log-likelihood of a text, left to right."""
+    """The exact left-to-right log-likelihood of a text."""
 
     name: str
     num_tokens: int
     log_likelihood: float
-    """Natural logarithm, summed over the tokens."""
+    """Sum of natural logarithms over the tokens."""
 
     @property
     def nats_per_token(self) -> float | None:
-        """None for an empty text."""
+        """Negative log-likelihood per token; None for an empty text."""
         return -self.log_likelihood / self.num_tokens if self.num_tokens else None
 
     @property
     def perplexity(self) -> float | None:
-        """None for an empty text, and where it is too large for a float."""
+        """Perplexity per token; None for an empty text, or if it is too large for a float."""
         nats = self.nats_per_token
         return None if nats is None or not nats < 700 else math.exp(nats)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextModel:
-    """A model with its tokenizer."""
+    """A model with its tokenizer, if it has one."""
 
     directory: str
-    """The sampler directory that both come from."""
+    """The sampler directory of both."""
     model: EsoLM
     tokenizer: Tokenizer | None
 
@@ -67,9 +67,9 @@ class TextModel:
         """Load a sampler directory.
 
         Raises:
-            ConfigError: there is no such device.
-            CheckpointError: a file is missing or damaged.
-            DataError: the tokenizer is damaged, or not the model's.
+            ConfigError: The device does not exist.
+            CheckpointError: A file is missing or damaged.
+            DataError: The tokenizer is damaged, or not the model's.
         """
         check_device(device)
         model = EsoLM.from_pretrained(directory, dtype=dtype, device=device)
@@ -86,15 +86,15 @@ class TextModel:
         """Generate texts.
 
         Args:
-            num_samples: of texts.
-            prompt: how each text begins.
-            length: tokens of a text; by default the model's `max_length`.
-            seed: of everything drawn; None for a seed from the operating system.
-            options: `alpha_0`, `steps`, `temperature`, `top_p` of `EsoLM.generate`; one that is
-                None has the value that `generation_config.json` gives.
+            num_samples: Number of texts.
+            prompt: Text with which each begins.
+            length: Tokens of a text; by default the model's `max_length`.
+            seed: Seed of all random numbers; None takes one from the operating system.
+            options: `alpha_0`, `steps`, `temperature`, `top_p` of `EsoLM.generate`; None takes the
+                value of `generation_config.json`.
 
         Raises:
-            ConfigError: a value is out of its range, or the prompt is too long or has no tokenizer.
+            ConfigError: A value is out of its range, or the prompt is too long or has no tokenizer.
         """
         defaults = read_defaults(self.directory)
         known = None if prompt is None else self._build_prompt(prompt, num_samples, length)
@@ -115,15 +115,16 @@ class TextModel:
         return TextSamples(texts=texts, nfe=out.nfe)
 
     def score(self, path: str, text_key: str, batch_size: int) -> Iterator[TextScore]:
-        """Score a whole text file, or each line of JSONL; `-` is the standard input.
+        """Score a whole text file, or each line of JSONL.
 
         Args:
-            path: of the file, which may be compressed (`.gz`, `.zst`).
-            text_key: the text's key in a line of .jsonl; ids may stand under `tokens` instead.
-            batch_size: windows of `max_length` tokens that the network reads at once.
+            path: Path of the file, which may be compressed (`.gz`, `.zst`); `-` is standard input.
+            text_key: Key of the text in a line of JSONL; a line may have ids under `tokens`
+                instead.
+            batch_size: Number of windows of `max_length` tokens in a forward pass.
 
         Raises:
-            DataError: the file cannot be read, or a token is not in the vocabulary.
+            DataError: The file cannot be read, or a token is not in the vocabulary.
         """
         vocab_size = self.model.config.vocab_size
         for name, ids in self._read_texts(path, text_key):
@@ -133,9 +134,9 @@ class TextModel:
             yield TextScore(name=name, num_tokens=len(ids), log_likelihood=log_likelihood)
 
     def _build_prompt(self, text: str, num_samples: int, length: int | None) -> Tensor:
-        """int64 `[N, T]`: the prompt's tokens, then mask tokens up to `length`."""
+        """Return the prompt's tokens, then mask tokens up to `length`, int64 `[N, T]`."""
         if self.tokenizer is None:
-            raise ConfigError(f"--prompt: {self.directory} has no tokenizer; leave it out")
+            raise ConfigError(f"--prompt: {self.directory} has no tokenizer; leave the prompt out")
         ids = self.tokenizer.encode(text)
         length = self.model.config.max_length if length is None else length
         if len(ids) > length:
@@ -156,7 +157,7 @@ class TextModel:
         return self.tokenizer.encode(text)
 
     def _read_texts(self, path: str, text_key: str) -> Iterator[tuple[str, list[int]]]:
-        """Yield names and token ids."""
+        """Yield the name and the token ids of each text."""
         content = read_text(path)
         if not path.endswith(JSONL_SUFFIXES):
             yield path, self._encode(content)
@@ -173,17 +174,17 @@ class TextModel:
                     raise TypeError("tokens is no list of integers")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(
-                    f"{name}: no JSON object with a text under {text_key!r} or ids under 'tokens' "
-                    f"({error})"
+                    f"{name}: is no JSON object with a text under {text_key!r} or ids under "
+                    f"'tokens' ({error}); correct the line or name the key by --text-key"
                 ) from None
             yield name, ids
 
 
 def read_text(path: str) -> str:
-    """Read a text file, perhaps compressed (`.gz`, `.zst`); `-` is the standard input.
+    """Read a text file, which may be compressed (`.gz`, `.zst`); `-` is standard input.
 
     Raises:
-        DataError: It cannot be read, is damaged, or is no UTF-8.
+        DataError: The file cannot be read, is damaged, or is no UTF-8.
     """
     try:
         if path == "-":
@@ -197,10 +198,10 @@ def read_text(path: str) -> str:
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not there.
+    """Refuse a device that does not exist.
 
     Raises:
-        ConfigError: torch cannot compute on it.
+        ConfigError: torch cannot compute on the device.
     """
     try:
         torch.zeros(1, device=device).item()
@@ -210,10 +211,10 @@ def check_device(device: str) -> None:
 
 
 def load_tokenizer(directory: str, model: EsoLM) -> Tokenizer | None:
-    """The tokenizer of a sampler directory; None where it has none.
+    """Load the tokenizer of a sampler directory; return None if it has none.
 
     Raises:
-        DataError: it is damaged, or not the model's.
+        DataError: The tokenizer is damaged, or not the model's.
     """
     if not has_tokenizer(directory):
         return None
@@ -223,16 +224,16 @@ def load_tokenizer(directory: str, model: EsoLM) -> Tokenizer | None:
     if ours != network:
         raise DataError(
             f"{directory}: the tokenizer has {ours[0]} tokens and the mask token {ours[1]}, the "
-            f"network {network[0]} and {network[1]}; put the network's tokenizer there, or none"
+            f"network {network[0]} and {network[1]}; replace it by the network's tokenizer"
         )
     return tokenizer
 
 
 def read_defaults(directory: str) -> dict[str, Any]:
-    """The content of `generation_config.json`; without the file the model's own defaults.
+    """Read `generation_config.json`; without the file, return the model's defaults.
 
     Raises:
-        CheckpointError: the file is no JSON object.
+        CheckpointError: The file is no JSON object.
     """
     path = Path(directory) / GENERATION_FILE
     if not path.is_file():
@@ -240,11 +241,11 @@ def read_defaults(directory: str) -> dict[str, Any]:
     try:
         return {**DEFAULTS, **json.loads(path.read_text(encoding="utf-8"))}
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: no valid JSON ({error}); convert again") from None
+        raise CheckpointError(f"{path}: is no valid JSON object ({error}); convert again") from None
 
 
 def score_tokens(model: EsoLM, ids: list[int], batch_size: int) -> float:
-    """Log-likelihood in nats; a text longer than `max_length` is scored in windows of it."""
+    """Compute the log-likelihood of a text in nats; a long one in windows of `max_length`."""
     length = model.config.max_length
     num_whole = len(ids) // length
     whole = torch.tensor(ids[: num_whole * length], dtype=torch.int64).reshape(num_whole, length)

@@ -15,8 +15,6 @@ from megatron_eso.runs.checkpoint import PREFIXES
 from megatron_eso.runs.checkpoint_state import read_checkpoint_state
 from megatron_eso.training.checkpointing.restore import refuse_damage
 from megatron_eso.training.checkpointing.state import load_weights
-from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-from megatron_eso.training.distributed.device import prepare_device
 from megatron_eso.training.distributed.parallel import (
     find_timeout,
     model_parallel_groups,
@@ -24,7 +22,7 @@ from megatron_eso.training.distributed.parallel import (
 )
 from megatron_eso.training.steps.batches import ValidationBatches
 from megatron_eso.training.steps.evaluation import evaluate, evaluate_orders
-from megatron_eso.training.steps.train_state import TrainState, build_train_state
+from megatron_eso.training.steps.train_state import TrainState, build_empty_state
 
 
 def evaluate_checkpoint(
@@ -50,8 +48,6 @@ def evaluate_checkpoint(
         CheckpointError: The checkpoint is damaged, or lacks these weights.
         DataError: The shards are of another tokenizer.
     """
-    prepare_device(config)
-    install_cpu_backend()
     # Which weights, and whether the data fit them.
     record = read_checkpoint_state(checkpoint)
     if record.data is not None:  # a converted checkpoint has none
@@ -96,7 +92,7 @@ def load_state(
     """Load the raw or EMA weights of a checkpoint, and nothing else; collective over the world."""
     # An evaluation has no moving average of its weights.
     optimizer = dataclasses.replace(config.optimizer, ema_decay=0.0)
-    state = build_train_state(dataclasses.replace(config, optimizer=optimizer), groups)
+    state = build_empty_state(dataclasses.replace(config, optimizer=optimizer), groups)
     refuse_damage(checkpoint)
     load_weights(checkpoint, state, prefix=PREFIXES["ema" if weights == "ema" else "param"])
     return state

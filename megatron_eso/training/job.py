@@ -27,8 +27,6 @@ from megatron_eso.training.checkpointing.checkpoints import Checkpoints
 from megatron_eso.training.checkpointing.restore import restore
 from megatron_eso.training.checkpointing.rollbacks import Rollbacks
 from megatron_eso.training.checkpointing.saves import Saves
-from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-from megatron_eso.training.distributed.device import prepare_device
 from megatron_eso.training.distributed.failure import describe_error, end_process, report_failure
 from megatron_eso.training.distributed.parallel import (
     find_timeout,
@@ -47,7 +45,7 @@ from megatron_eso.training.records.run_records import RunRecords
 from megatron_eso.training.records.wandb_log import WandbLog
 from megatron_eso.training.steps.batches import TrainingBatches, ValidationBatches
 from megatron_eso.training.steps.prefetch import StepPrefetcher
-from megatron_eso.training.steps.train_state import TrainState, build_train_state
+from megatron_eso.training.steps.train_state import TrainState, build_empty_state
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +58,8 @@ def run_job(
 ) -> None:
     """Build everything on this rank and train; collective over the world.
 
-    `status.json` records how it ends. A rank that fails ends its process here.
+    `status.json` records how it ends. A rank that fails ends its process here. `prepare_device`
+    comes first, and without a GPU `install_cpu_backend`.
 
     Args:
         config: The resolved configuration.
@@ -69,8 +68,6 @@ def run_job(
         prepare_weights: Converts initial weights that are not a checkpoint. Rank 0 calls it with
             `checkpoint.init_from` and the run directory, while it holds the directory.
     """
-    prepare_device(config)
-    install_cpu_backend()
     run = locate_run(config)
     with ExitStack() as stack:
         if is_first_rank():
@@ -204,7 +201,7 @@ def restore_state(
     Returns:
         The state, and the checkpoints of the run.
     """
-    state = build_train_state(config, groups)
+    state = build_empty_state(config, groups)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, batches)
     logger.info("%s", describe_parts(config, state))
     initial = run.initial if run.initial.exists() else None

@@ -108,6 +108,8 @@ class Trainer:
     rollbacks: Rollbacks
     stop: StopRequests
     watchdog: Watchdog
+    _requests: tuple[int, ...] = field(init=False, default=(0, 0))
+    """Of any rank in the last step: the reason to stop, and whether a save is due."""
 
     def train(self) -> str | None:
         """Train from the step of `state` to `train.num_steps`; collective over the world.
@@ -133,9 +135,7 @@ class Trainer:
                 self.records.rewind(state.counters)
                 continue
             # Any rank may have received a request to stop, or find that a save is due.
-            step = state.counters.step
-            with self.watchdog.deadline("train step", f"{step}, its end"):
-                request, is_save_due = max_over_world(self.stop.received(), self.saves.is_due_now())
+            step, (request, is_save_due) = state.counters.step, self._requests
             if request and step < num_steps:
                 # The time may be too short for a validation that is due: the next job makes it.
                 self.saves.save(state, None, wait=True)
@@ -169,7 +169,9 @@ class Trainer:
                 self.groups,
                 flops_per_token=self.records.flops_per_token,
                 dropout_seed=self.dropout_seed,
+                read_requests=lambda: (self.stop.received(), self.saves.is_due_now()),
             )
+        self._requests = result.requests
         # Its records.
         now, counters, train = time.monotonic(), self.state.counters, self.train_config
         self.records.record_oddity(result, before, counters)

@@ -45,9 +45,9 @@ def test_save_and_resume(
     found = world.run(measure, num_ranks, *arguments, timeout_seconds=LIMIT_SECONDS)[0]
     resumed = world.run(resume, num_ranks, *arguments, timeout_seconds=LIMIT_SECONDS)[0]
     print(
-        f"\n{name}, {found['bytes'] / 1e9:.2f} GB: a save beside the training holds it "
+        f"\n{name}, {found['bytes'] / 1e9:.2f} GB: a save during the training holds it "
         f"{found['held']:.3f} s, one at once {found['at once']:.2f} s: "
         f"{100 * found['held'] / found['at once']:.1f} %; a step takes {found['step']:.2f} s, "
-        f"{found['step beside']:.2f} s beside a save; resumed in {resumed:.1f} s; the check for "
-        f"stale tensors takes {1000 * found['check']:.1f} ms"
+        f"{found['step during a save']:.2f} s during a save; resumed in {resumed:.1f} s; the check "
+        f"for stale tensors takes {1000 * found['check']:.1f} ms"
     )

@@ -87,7 +87,7 @@ def batch_rows(rows: Iterator[Tokens], length: int) -> Iterator[Tokens]:
 
 @pytest.fixture
 def ways(tiny_data: Path, tmp_path: Path) -> dict[str, Read]:
-    """The ways of reading; each gives all tokens once."""
+    """Return the ways of reading; each gives all tokens once."""
     tokenizer = Tokenizer.load(tiny_data / "train" / "tokenizer")
     tokens = np.random.default_rng(0).integers(5, tokenizer.vocab_size, NUM_TOKENS)
     tokens[999::1000] = tokenizer.eos_token_id

@@ -1,6 +1,6 @@
 """Time from the imports to the first row: a corpus of 1e12 tokens compared with one of 1e9.
 
-The manifest and the files beside the shards are as large as they would be; the shards are holes.
+The manifest and the files next to the shards are as large as they would be; the shards are holes.
 """
 
 import hashlib

@@ -1,14 +1,12 @@
-"""`build` killed by `kill -9` at random moments and run again: the bytes of a run in peace."""
+"""`build` killed by `kill -9` at random moments and run again: the bytes of an undisturbed run."""
 
 import hashlib
-import itertools
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from data_tools.builds.dataset import merge_parts
 from data_tools.builds.journal import SpanFiles, read_state
 from data_tools.text.embedded_corpus import write_corpus
 from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
-from tests.support.processes import HANG_SECONDS, freeze_when, kill_tree
+from tests.support.processes import HANG_SECONDS
 
 NUM_KILLS = 20
 NUM_COPIES = 10
@@ -33,15 +31,34 @@ SETTINGS = {
     "span_bytes": 2**22,
     "commit_bytes": 1,
 }
+MOMENTS_OF_TEN_COMMITS = 60
+"""Before and after each of the three flushes of a commit."""
 PROGRAM = """
-import json, sys
+import itertools, json, os, signal, sys
 from pathlib import Path
 from data_tools.builds.dataset import BuildOptions, Part, build_dataset
-settings = json.loads(sys.argv[1])
+settings, what, moment = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+moments, flush = itertools.count(1), os.fsync
+def pass_moment():
+    if next(moments) == moment:
+        if what == "SIGKILL":
+            os.killpg(0, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGSTOP)
+def flush_between_moments(descriptor):
+    pass_moment()
+    flush(descriptor)
+    pass_moment()
+os.fsync = flush_between_moments
+def count_event(event, arguments):
+    is_note = event == "os.remove" and os.fspath(arguments[0]).endswith(".npz")
+    if event == "os.rename" or is_note:
+        pass_moment()
+sys.addaudithook(count_event)
 settings["out"] = Path(settings["out"])
 if "part" in settings:
     settings["part"] = Part(**settings["part"])
 build_dataset(BuildOptions(**settings))
+print(next(moments))
 """
 
 
@@ -52,8 +69,8 @@ class Corpus:
     inputs: list[str]
     tokenizer: str
     hashes: dict[str, str]
-    num_commits: int
-    num_shards: int
+    num_moments: int
+    """Moments of a build: before and after each flush, before each rename and note's removal."""
 
 
 def hash_tree(directory: Path) -> dict[str, str]:
@@ -79,50 +96,49 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
                 text = json.loads(line)["text"]
                 many.write(json.dumps({"text": text if copy == 0 else f"{copy} {text}"}) + "\n")
     straight = folder / "straight"
-    arguments = Corpus(inputs, str(tokenizer), {}, 0, 0)
-    process = start(arguments, straight, 1)
-    counts = [0, 0]
-    while process.poll() is None:
-        counts = [max(pair) for pair in zip(counts, count_progress(straight), strict=True)]
-        time.sleep(0.01)
-    assert process.returncode == 0, process.stderr and process.stderr.read().decode()
-    return Corpus(inputs, str(tokenizer), hash_tree(straight), *counts)
+    arguments = Corpus(inputs, str(tokenizer), {}, 0)
+    (num_moments, *_) = finish(start(arguments, straight, 1)).split()[-1:]
+    return Corpus(inputs, str(tokenizer), hash_tree(straight), int(num_moments))
 
 
 def start(
-    corpus: Corpus, out: Path, num_workers: int, **settings: object
+    corpus: Corpus,
+    out: Path,
+    num_workers: int,
+    what: str = "SIGKILL",
+    moment: int = 0,
+    **settings: object,
 ) -> subprocess.Popen[bytes]:
+    """Start a build that kills its process group, or stops itself, at a moment; 0: never."""
     settings |= SETTINGS | {
         "inputs": corpus.inputs,
         "tokenizer": corpus.tokenizer,
         "out": str(out),
         "num_workers": num_workers,
     }
-    command = [sys.executable, "-c", PROGRAM, json.dumps(settings)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, json.dumps(settings), what, str(moment)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[bytes], *codes: int) -> str:
+    """Wait until a build and its workers have ended, and return its output."""
+    output, errors = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode in (codes or (0,)), errors.decode()
+    return output.decode()
 
 
 def catch_at_work(
-    corpus: Corpus, folder: Path, num_commits: int, num_workers: int = 1
-) -> tuple[subprocess.Popen[bytes], Path]:
-    """A build that is stopped after some commits, and its dataset; one too quick is done again."""
-    for number in itertools.count():
-        out = folder / f"out_{number}"
-        process = start(corpus, out, num_workers)
-        if freeze_when(process, lambda out=out: count_progress(out)[0] >= num_commits):
-            return process, out
-        assert process.returncode == 0, process.stderr and process.stderr.read().decode()
-    raise AssertionError
-
-
-def count_progress(out: Path) -> tuple[int, int]:
-    """Lines of all journals, and shards that are packed."""
-    building = out.with_name(f"{out.name}.building")
-    journals = read_journals(out).values()
-    return (
-        sum(journal.count(b"\n") for journal in journals),
-        sum(1 for _ in building.glob("packing/*/*.npz")),
-    )
+    corpus: Corpus, out: Path, moment: int, num_workers: int = 1
+) -> subprocess.Popen[bytes]:
+    """Start a build, and wait until it has stopped itself at a moment."""
+    process = start(corpus, out, num_workers, "SIGSTOP", moment)
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
+    return process
 
 
 def read_journals(out: Path) -> dict[str, bytes]:
@@ -143,61 +159,47 @@ def keep_whole_lines(journal: bytes) -> bytes:
 
 
 @pytest.mark.slow
-def test_killed_builds_go_on_and_give_the_same_bytes(corpus: Corpus, tmp_path: Path) -> None:
-    """Kills are spread over both stages, by the work that was done, plus a moment."""
-    draw = random.Random()
-    total = corpus.num_commits + corpus.num_shards
-    assert total > 1.5 * NUM_KILLS
-    num_rounds, num_kills = 0, 0
+def test_killed_builds_continue_and_give_the_same_bytes(corpus: Corpus, tmp_path: Path) -> None:
+    """Kills are spread over both stages, by the work that was done."""
+    draw, num_builds, num_kills = random.Random(), 0, 0
     while num_kills < NUM_KILLS:
-        out = tmp_path / str(num_rounds)
-        num_rounds += 1
-        targets = sorted(draw.sample(range(total), NUM_KILLS - num_kills))
-        for target in targets:
-            num_kills += kill_at(corpus, out, target, draw)
-        process = start(corpus, out, draw.choice((1, 2)))
-        _, errors = process.communicate(timeout=HANG_SECONDS)
-        assert process.returncode == 0, errors.decode()
+        out, building = tmp_path / str(num_builds), tmp_path / f"{num_builds}.building"
+        num_builds += 1
+        while num_kills < NUM_KILLS and kill_at_random(corpus, out, draw):
+            num_kills += 1
+        if building.exists() or not out.exists():
+            finish(start(corpus, out, draw.choice((1, 2))))
         assert hash_tree(out) == corpus.hashes
-        assert not out.with_name(f"{out.name}.building").exists()
-    print(f"{num_kills} kills in {num_rounds} builds")
+        assert not building.exists()
+    print(f"{num_kills} kills in {num_builds} builds of {corpus.num_moments} moments")
 
 
-def kill_at(corpus: Corpus, out: Path, target: int, draw: random.Random) -> bool:
-    """Run until `target` commits and shards are there, kill, and see that nothing was done twice.
+def kill_at_random(corpus: Corpus, out: Path, draw: random.Random) -> bool:
+    """Continue a build up to a random moment, kill it, and check that no work was repeated.
 
     Returns:
-        Whether it was killed before it was finished.
+        Whether it was killed: it may have had less work left.
     """
     journals, notes = read_journals(out), stat_notes(out)
-    process = start(corpus, out, draw.choice((1, 2)))
-    deadline = time.monotonic() + HANG_SECONDS
-    while process.poll() is None and sum(count_progress(out)) < target:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    time.sleep(draw.uniform(0, 0.03))
-    if process.poll() is not None:
-        assert process.returncode == 0, process.stderr and process.stderr.read().decode()
-        return False
-    kill_tree(process)
-    if process.returncode == 0:
-        return False
+    moment = draw.randrange(1, 2 * corpus.num_moments // NUM_KILLS)
+    process = start(corpus, out, draw.choice((1, 2)), "SIGKILL", moment)
+    finish(process, 0, -signal.SIGKILL)
     # What was committed stays as it was, and what follows continues it.
     after = read_journals(out)
-    if after:
+    if after:  # else one rename has put all of them elsewhere: every span is packed
         for name, journal in journals.items():
             assert after[name].startswith(keep_whole_lines(journal))
-    found = stat_notes(out)
-    if found:
+    if not out.exists():  # else the notes are being removed
+        found = stat_notes(out)
         assert {name: found[name] for name in notes} == notes
-    return True
+    return process.returncode != 0
 
 
 def test_workers_end_with_their_parent(corpus: Corpus, tmp_path: Path) -> None:
-    process, _ = catch_at_work(corpus, tmp_path, 3, num_workers=2)
+    process = catch_at_work(corpus, tmp_path / "out", MOMENTS_OF_TEN_COMMITS, num_workers=2)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
-    process.wait()
+    finish(process, -signal.SIGKILL)
     _, alive = psutil.wait_procs(children, timeout=HANG_SECONDS)
     assert len(children) >= 2
     assert not alive
@@ -207,47 +209,49 @@ def test_a_journal_cut_anywhere_is_read_up_to_its_last_whole_line(
     corpus: Corpus, tmp_path: Path
 ) -> None:
     """A torn write, which a crash of the machine leaves: the same bytes in the end."""
-    process, out = catch_at_work(corpus, tmp_path, 10)
-    kill_tree(process)
+    out = tmp_path / "out"
+    finish(start(corpus, out, 1, "SIGKILL", MOMENTS_OF_TEN_COMMITS), -signal.SIGKILL)
     building = out.with_name(f"{out.name}.building")
     files = SpanFiles(directory=building / "spans", number=1)
     whole = files.journal.read_bytes()
     units = [json.loads(line)["num_units"] for line in whole.splitlines() if line]
+    assert len(units) >= 5
     for size in range(len(whole), 0, -1):
         os.truncate(files.journal, size)
         num_lines = whole.count(b"\n", 0, size)
         assert read_state(files).num_units == (units[num_lines - 1] if num_lines else 0)
     files.journal.write_bytes(whole[: len(whole) // 2])
-    # As after a crash, the other files may hold more than the journal tells, or garbage behind.
+    # As after a crash, the other files may hold more than the journal counts, or garbage behind it.
     with files.tokens.open("ab") as tokens:
         tokens.write(b"garbage")
-    process = start(corpus, out, 1)
-    _, errors = process.communicate(timeout=HANG_SECONDS)
-    assert process.returncode == 0, errors.decode()
+    finish(start(corpus, out, 1))
     assert hash_tree(out) == corpus.hashes
 
 
 def test_a_live_build_is_not_disturbed(corpus: Corpus, tmp_path: Path) -> None:
-    process, out = catch_at_work(corpus, tmp_path, 1)
+    out = tmp_path / "out"
+    process = catch_at_work(corpus, out, MOMENTS_OF_TEN_COMMITS)
     second = start(corpus, out, 1)
     _, errors = second.communicate(timeout=HANG_SECONDS)
     assert second.returncode != 0
     assert b"another process is writing" in errors
     process.send_signal(signal.SIGCONT)
-    assert process.wait(HANG_SECONDS) == 0
+    finish(process)
     assert hash_tree(out) == corpus.hashes
 
 
 def test_parts_that_start_at_once_share_a_build(corpus: Corpus, tmp_path: Path) -> None:
-    """An array of jobs: all of them find nothing there, one writes the plan; one is killed."""
+    """An array of jobs: no part finds a plan, one writes it; one part is killed."""
     out = tmp_path / "out"
-    processes = [start(corpus, out, 1, part={"number": number, "count": 3}) for number in range(3)]
-    while count_progress(out)[0] < 3:
-        time.sleep(0.005)
-    kill_tree(processes[1])
-    processes[1] = start(corpus, out, 1, part={"number": 1, "count": 3})
+    parts = [{"number": number, "count": 3} for number in range(3)]
+    moments = (0, MOMENTS_OF_TEN_COMMITS, 0)
+    processes = [
+        start(corpus, out, 1, "SIGKILL", moment, part=part)
+        for part, moment in zip(parts, moments, strict=True)
+    ]
+    finish(processes[1], -signal.SIGKILL)
+    processes[1] = start(corpus, out, 1, part=parts[1])
     for process in processes:
-        _, errors = process.communicate(timeout=HANG_SECONDS)
-        assert process.returncode == 0, errors.decode()
+        finish(process)
     merge_parts(out)
     assert hash_tree(out) == corpus.hashes

@@ -15,6 +15,7 @@ from megatron_eso.runs.file_index import FILE_INDEX
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import list_checkpoints
 from tests.ranks.checkpoints import restore_each
+from tests.ranks.loop import run_loop
 from tests.ranks.training import train_tiny
 from tests.support.processes import HANG_SECONDS
 from tests.support.training import DISTRIBUTED, Overrides, tiny_arguments
@@ -26,6 +27,11 @@ FILES = (
     *("__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt", "metadata.json"),
     *("config.json", "state.json", FILE_INDEX),
 )
+SCHEDULE: Overrides = {
+    "checkpoint.interval": 2,
+    "validation.interval": 2,
+    "validation.num_samples": 8,
+}
 
 
 def truncate(path: Path) -> None:
@@ -67,10 +73,10 @@ def test_each_file_damaged_in_turn(world: World, tiny_data: Path, tmp_path: Path
     answers = world.run(restore_each, NUM_RANKS, list(runs), tiny_data, DISTRIBUTED)[0]
     for (run, name), restored in zip(runs.items(), answers, strict=True):
         assert restored.step == 1, run.name
-        told = [line for line in restored.log.splitlines() if "is damaged" in line]
-        assert len(told) == 1, run.name
-        assert f"{run}/checkpoints/{NEWEST} is damaged: " in told[0]
-        assert f"/{NEWEST}/{name}: " in told[0], run.name
+        logged = [line for line in restored.log.splitlines() if "is damaged" in line]
+        assert len(logged) == 1, run.name
+        assert f"{run}/checkpoints/{NEWEST} is damaged: " in logged[0]
+        assert f"/{NEWEST}/{name}: " in logged[0], run.name
         folder = run / "checkpoints"
         assert sorted(path.name for path in folder.iterdir()) == sorted(
             ["latest", OLDER, f"{NEWEST}.damaged"]
@@ -79,12 +85,7 @@ def test_each_file_damaged_in_turn(world: World, tiny_data: Path, tmp_path: Path
 
 
 def train(run: Path, data: Path, num_steps: int) -> subprocess.CompletedProcess[str]:
-    overrides: Overrides = {
-        "train.num_steps": num_steps,
-        "checkpoint.interval": 2,
-        "validation.interval": 2,
-        "validation.num_samples": 8,
-    }
+    overrides = SCHEDULE | {"train.num_steps": num_steps}
     return subprocess.run(
         [sys.executable, "-m", "pretrain.train", *tiny_arguments(run, data, overrides)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -95,11 +96,13 @@ def train(run: Path, data: Path, num_steps: int) -> subprocess.CompletedProcess[
     )
 
 
+@pytest.mark.parallel
 @pytest.mark.slow
-def test_a_run_goes_on_from_the_one_before(tiny_data: Path, tmp_path: Path) -> None:
-    """Continue the records too, no step twice or missing; without a checkpoint end with code 1."""
-    first = train(tmp_path, tiny_data, 6)
-    assert first.returncode == 0, first.stderr
+def test_a_run_continues_from_the_checkpoint_before(
+    world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The records have no step twice or missing; without a checkpoint the code is 1."""
+    world.run(run_loop, 1, tmp_path, tiny_data, SCHEDULE | {"train.num_steps": 6})
     checkpoints = list_checkpoints(tmp_path / "checkpoints")
     flip_bit(checkpoints[-1] / "__0_0.distcp")
     second = train(tmp_path, tiny_data, 8)

@@ -35,7 +35,7 @@ SETTINGS: Overrides = {
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own."""
+    """Mount a small file system."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
@@ -84,6 +84,7 @@ def test_a_full_disk_loses_nothing(small_disk: Path, tiny_data: Path, tmp_path: 
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
     try:
+        # Full: a save fails, and the run continues.
         wait_for(lambda: saved_steps(run), process, log)
         filler = fill(small_disk, leave=0)
         wait_for(lambda: "could not be saved" in log.read_text(), process, log)
@@ -92,9 +93,10 @@ def test_a_full_disk_loses_nothing(small_disk: Path, tiny_data: Path, tmp_path: 
         wait_for(lambda: logged_step(log) > full_at + 12, process, log)
         for checkpoint in list_checkpoints(run / "checkpoints"):
             assert not list(find_damage(checkpoint, read_file_index(checkpoint)))
+        # Room again: the next save succeeds.
         filler.unlink()
         wait_for(lambda: max(saved_steps(run), default=0) > full_at, process, log)
-        # Once a save has failed, nothing is removed any more that could make room for the last one.
+        # Full at the end. Once a save has failed, nothing is removed that could make room for it.
         num_failures = count_failures(log)
         fill(small_disk, leave=STATUS_BYTES)
         wait_for(lambda: count_failures(log) > num_failures, process, log)
@@ -104,6 +106,7 @@ def test_a_full_disk_loses_nothing(small_disk: Path, tiny_data: Path, tmp_path: 
     finally:
         process.kill()
         process.wait()
+    # What is reported, what is on the disk, and that no record is missing.
     text = log.read_text()
     assert "make room" in text
     assert "stay in memory until there is room" in text

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.objectives.noise import draw_any_order
 from megatron_eso.objectives.objective import VALIDATION_SEED
 from megatron_eso.sampler import EsoLM
-from tests.support.training import TINY, tiny_arguments
+from tests.ranks.loop import run_loop
+from tests.support.training import TINY
+from tests.support.world import World
 
 NELBO_TOLERANCE = 1e-6  # relative
 NUM_SAMPLES, NUM_ORDERS = 6, 3
@@ -32,14 +35,40 @@ def run_module(*arguments: str, ranks: int = 1) -> str:
     return finished.stdout
 
 
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("nowhere", "error: RUN_DIR: nowhere: No such file or directory; see `python -m pre"),
+        (".", "error: .: has no complete checkpoint; complete checkpoints: none"),
+    ],
+)
+def test_an_error_of_all_ranks_is_reported_once(path: str, line: str, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    finished = subprocess.run(
+        [sys.executable, *launcher, "-m", "pretrain.evaluate", path],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (found,) = (each for each in finished.stderr.splitlines() if each.startswith("error: "))
+    assert found.startswith(line)
+
+
+@pytest.mark.parallel
 @pytest.mark.slow
-def test_evaluate_repeats_the_runs_validation(tiny_data: Path, tmp_path: Path) -> None:
+def test_evaluate_repeats_the_runs_validation(
+    world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    # A run whose validation is to be repeated.
     run = tmp_path / "run"
     steps = {"train.num_steps": 3, "validation.num_samples": NUM_SAMPLES}
-    run_module("pretrain.train", *tiny_arguments(run, tiny_data, steps))
+    world.run(run_loop, 1, run, tiny_data, steps)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = next(record for record in reversed(records) if "val/nelbo" in record)
 
+    # Its NELBO, of both kinds of weights, on one rank and on two.
     options = ["pretrain.evaluate", str(run), "--any-order", str(NUM_ORDERS)]
     ema: dict[str, Any] = json.loads(run_module(*options))
     assert (ema["step"], ema["weights"], ema["num_samples"]) == (3, "ema", NUM_SAMPLES)
@@ -50,6 +79,7 @@ def test_evaluate_repeats_the_runs_validation(tiny_data: Path, tmp_path: Path) -
     raw = json.loads(run_module(*options, layout, *data, "--weights", "raw", ranks=2))
     assert raw["nelbo"] == pytest.approx(last["val_raw/nelbo"], rel=NELBO_TOLERANCE)
 
+    # The any-order bound, from the sampler's likelihoods of the same orders.
     length, alpha_0 = int(TINY["data.sequence_length"]), float(TINY["objective.alpha_0"])
     indices = np.arange(NUM_SAMPLES)
     x_0 = torch.from_numpy(TokenDataset.open(tiny_data / "validation").rows(indices, length))

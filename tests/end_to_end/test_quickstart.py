@@ -1,4 +1,4 @@
-"""The quickstart's whole way with a smaller model, and commands that are refused."""
+"""The whole quickstart with a smaller model, and commands that are refused."""
 
 import json
 import math
@@ -13,16 +13,27 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_eso.runs.run_directory import RunDirectory
+from tests.ranks.loop import run_loop
 from tests.support.processes import HANG_SECONDS
 from tests.support.training import tiny_arguments
+from tests.support.world import World
 
-START_TOLERANCE = 0.05  # of the NELBO before training beside that of the uniform distribution
+START_TOLERANCE = 0.05  # of the NELBO before training, relative to the uniform distribution's
 
 LATE_ON_RANK_0 = """
 import os, time
+from pathlib import Path
+from types import SimpleNamespace
+from megatron_eso import ranks
 from megatron_eso.errors import run_command
 from pretrain.train import main
-time.sleep(3 if os.environ["RANK"] == "0" else 0)
+waits, sleep = Path(__file__).with_name("rank_1_waits"), time.sleep
+def wait_for_rank_0(seconds):
+    waits.touch()
+    sleep(HANG_SECONDS)
+ranks.time = SimpleNamespace(sleep=wait_for_rank_0)
+while os.environ["RANK"] == "0" and not waits.exists():
+    sleep(0.01)
 run_command(main)
 """
 
@@ -64,6 +75,7 @@ def run_quickstart(folder: Path) -> str:
 
 @pytest.mark.slow
 def test_quickstart_trains_converts_and_samples(tmp_path: Path) -> None:
+    # What it prints.
     output = run_quickstart(tmp_path)
     found = {
         name: float(value)
@@ -76,13 +88,15 @@ def test_quickstart_trains_converts_and_samples(tmp_path: Path) -> None:
         "samples",
         "TensorBoard logs",
         "sampler directory",
-        "next, what the paper's 125M run takes",
+        "next, plan the paper's 125M run",
     ):
         assert word in output
+    # The command at the end works as it is printed.
     (*_, plan) = output.splitlines()
     command = [sys.executable, *shlex.split(plan)[1:]]
     planned = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "# memory of the fullest rank" in planned.stdout
+    # What the run has recorded.
     run = RunDirectory(tmp_path / "run")
     records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert set().union(*records) >= TAGS | SCALING
@@ -123,9 +137,9 @@ def test_a_wrong_command_is_one_line(
 
 
 def test_the_line_of_rank_0_is_not_lost_where_another_rank_ends_first(tmp_path: Path) -> None:
-    """Torchrun ends rank 0, which starts late here, as soon as rank 1 has ended."""
+    """Torchrun ends rank 0 as soon as rank 1 has ended; here it starts when rank 1 waits for it."""
     script = tmp_path / "command.py"
-    script.write_text(LATE_ON_RANK_0)
+    script.write_text(LATE_ON_RANK_0.replace("HANG_SECONDS", str(HANG_SECONDS)))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     finished = subprocess.run(
         [sys.executable, *launcher, str(script), "quickstart.toml", "train.num_steps=20"],
@@ -152,11 +166,14 @@ def test_a_dry_run_knows_the_vocabulary_of_the_data(tiny_data: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-def test_a_changed_model_is_refused_on_resume(tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parallel
+def test_a_changed_model_is_refused_on_resume(
+    world: World, tiny_data: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "pretrain.train"]
     steps = {"train.num_steps": 2, "validation.num_samples": 4}
     arguments = tiny_arguments(tmp_path / "run", tiny_data, steps)
-    subprocess.run([*command, *arguments], check=True, capture_output=True)
+    world.run(run_loop, 1, tmp_path / "run", tiny_data, steps)
     finished = subprocess.run(
         [*command, *arguments, "run.seed=5"], capture_output=True, text=True, check=False
     )

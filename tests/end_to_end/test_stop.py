@@ -1,4 +1,4 @@
-"""Whatever stops a run: all ranks save the same step, report it, and go on bitwise."""
+"""Whatever stops a run: all ranks save the same step, report it, and continue bitwise."""
 
 import os
 import signal
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import list_checkpoints
-from megatron_eso.training.guards.stop import REASONS, SIGNALS, StopRequests
+from megatron_eso.training.guards.stop import END_TIME_VARIABLE, REASONS, SIGNALS, StopRequests
+from tests.ranks.loop import run_loop, run_until_stopped
+from tests.support.killed_job import compare_runs
 from tests.support.processes import HANG_SECONDS
 from tests.support.torchrun import (
     NUM_RANKS,
@@ -24,7 +25,8 @@ from tests.support.torchrun import (
     read_records,
     until_step,
 )
-from tests.support.training import OVERLAPPED, Overrides, read_checkpoint
+from tests.support.training import OVERLAPPED, Overrides
+from tests.support.world import World
 
 STEPS_AFTERWARDS = 5
 OVERRIDES: Overrides = OVERLAPPED | {
@@ -35,15 +37,14 @@ OVERRIDES: Overrides = OVERLAPPED | {
     "validation.num_samples": 2,
     "checkpoint.end_margin_minutes": 1,
 }
-MARGIN_SECONDS = 60
-# The launcher ends with the signal that it was given; the ranks end with 0.
+# The launcher ends with the signal that it has received; the ranks end with 0.
 LAUNCHER_CODE_AFTER_SIGNAL = 1
 
 Launcher = subprocess.Popen[bytes]
 
 
-def signal_a_rank(run: Path, launcher: Launcher) -> None:
-    """Again and again until it is gone: while it saves and leaves, too."""
+def signal_a_rank(launcher: Launcher) -> None:
+    """Send signals to a rank until it has ended: also while it saves and leaves."""
     rank, number_sent = find_rank(launcher, 1), 0
     while launcher.poll() is None:
         try:
@@ -55,71 +56,66 @@ def signal_a_rank(run: Path, launcher: Launcher) -> None:
     print(f"{number_sent} signals")
 
 
-def terminate_the_launcher(run: Path, launcher: Launcher) -> None:
+def terminate_the_launcher(launcher: Launcher) -> None:
     launcher.send_signal(signal.SIGTERM)
 
 
-def interrupt_the_launcher(run: Path, launcher: Launcher) -> None:
-    """As Ctrl-C does."""
+def interrupt_the_launcher(launcher: Launcher) -> None:
+    """Send what Ctrl-C sends."""
     launcher.send_signal(signal.SIGINT)
 
 
-def write_the_file(run: Path, launcher: Launcher) -> None:
-    (run / "requeue").touch()
-
-
-def wait_for_the_end(run: Path, launcher: Launcher) -> None:
-    """The allocation ends while it runs: see the environment."""
-
-
-WAYS: list[tuple[str, Callable[[Path, Launcher], None]]] = [
-    ("SIGTERM or SIGUSR1", signal_a_rank),
-    ("SIGTERM", terminate_the_launcher),
-    ("SIGINT", interrupt_the_launcher),
-    ("the file requeue is in the run directory", write_the_file),
-    ("the allocation ends", wait_for_the_end),
+WAYS: list[tuple[str, int, Callable[[Launcher], None]]] = [
+    ("SIGTERM or SIGUSR1", 0, signal_a_rank),
+    ("SIGTERM", LAUNCHER_CODE_AFTER_SIGNAL, terminate_the_launcher),
+    ("SIGINT", LAUNCHER_CODE_AFTER_SIGNAL, interrupt_the_launcher),
 ]
+WAYS_WITHOUT_LAUNCHER: list[tuple[str, bool, int]] = [
+    ("the file requeue is in the run directory", True, 0),
+    ("the allocation ends", False, 1),
+]
+NUM_JOBS = len(WAYS) + len(WAYS_WITHOUT_LAUNCHER) + 1
 
 
+def read_stop(run: Path, reason: str, reached: int) -> int:
+    """Check that a run was stopped for a reason, and return the step, which it has saved."""
+    status = RunDirectory(run).read_status()
+    assert status is not None
+    assert status.state == "interrupted", status
+    assert status.reason in reason.split(" or ")
+    assert status.step > reached
+    assert list_checkpoints(run / "checkpoints")[-1].name == f"step_{status.step:08d}"
+    print(f"{reason}: stopped after step {status.step}")
+    return status.step
+
+
+@pytest.mark.parallel
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_bitwise(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_continues_bitwise(world: World, tiny_data: Path, tmp_path: Path) -> None:
     run, straight, reached = tmp_path / "run", tmp_path / "straight", 0
-    for reason, stop in WAYS:
-        environment = {}
-        if stop is wait_for_the_end:
-            environment["SLURM_JOB_END_TIME"] = str(int(time.time()) + MARGIN_SECONDS + 1)
-        launcher = launch(run, tiny_data, OVERRIDES, **environment)
+    # What reaches processes: the launcher, or one rank.
+    for reason, expected_code, stop in WAYS:
+        launcher = launch(run, tiny_data, OVERRIDES)
         ranks = [find_rank(launcher, rank) for rank in range(NUM_RANKS)]
         until_step(run, launcher, reached + 1)
-        stop(run, launcher)
-        code = launcher.wait(HANG_SECONDS)
-        status = RunDirectory(run).read_status()
-        assert status.state == "interrupted", read_log(run)[-3000:]
-        assert status.reason in reason.split(" or ")
-        is_signalled = stop in (terminate_the_launcher, interrupt_the_launcher)
-        expected = LAUNCHER_CODE_AFTER_SIGNAL if is_signalled else 0
-        assert code == expected, read_log(run)[-3000:]
+        stop(launcher)
+        assert launcher.wait(HANG_SECONDS) == expected_code, read_log(run)[-3000:]
         assert not any(rank.is_running() for rank in ranks)
-        assert reached + 1 <= status.step
-        reached = status.step
-        newest = list_checkpoints(run / "checkpoints")[-1]
-        assert newest.name == f"step_{reached:08d}"
-        print(f"{reason}: stopped after step {reached}")
-    assert "minutes are left until checkpoint.end_margin_minutes = 1 before" in read_log(run)
+        reached = read_stop(run, reason, reached)
+    # What rank 0 looks at: a file, the clock.
+    for reason, is_file, end_minutes in WAYS_WITHOUT_LAUNCHER:
+        arguments = (run, tiny_data, OVERRIDES, is_file, end_minutes)
+        world.run(run_until_stopped, NUM_RANKS, *arguments)
+        reached = read_stop(run, reason, reached)
+    # To the end, and as if nothing had stopped it.
     num_steps = reached + STEPS_AFTERWARDS
-    overrides = OVERRIDES | {"train.num_steps": num_steps}
     for each in (run, straight):
-        assert launch(each, tiny_data, overrides).wait(HANG_SECONDS) == 0, read_log(each)[-3000:]
+        world.run(run_loop, NUM_RANKS, each, tiny_data, OVERRIDES | {"train.num_steps": num_steps})
+    compare_runs(run, straight, num_steps=num_steps)
     status = RunDirectory(run).read_status()
-    assert (status.state, status.restarts) == ("finished", len(WAYS))
+    assert status is not None
+    assert status.restarts == NUM_JOBS - 1
     assert not (run / "requeue").exists()
-    assert read_records(run) == read_records(straight)
-    name = f"step_{num_steps:08d}"
-    expected_tensors = read_checkpoint(straight / "checkpoints" / name)
-    found = read_checkpoint(run / "checkpoints" / name)
-    assert expected_tensors.keys() == found.keys()
-    for key, tensor in expected_tensors.items():
-        assert torch.equal(found[key], tensor), key
     check_curves(run, num_steps)
 
 
@@ -135,10 +131,10 @@ def check_curves(run: Path, num_steps: int) -> None:
         first = 0 if tag.startswith("val") else 1
         assert sorted(shown) == list(range(first, num_steps + 1))
     texts = accumulator.Tensors("config/text_summary")
-    assert len(texts) == len(WAYS) + 1  # as each job saw it
+    assert len(texts) == NUM_JOBS  # as each job read it
 
 
-def test_a_signal_is_told_by_its_name_and_means_nothing_afterwards() -> None:
+def test_a_signal_is_reported_by_its_name_and_ignored_afterwards() -> None:
     for number in SIGNALS:
         previous = signal.getsignal(number)
         try:
@@ -148,3 +144,13 @@ def test_a_signal_is_told_by_its_name_and_means_nothing_afterwards() -> None:
             os.kill(os.getpid(), number)
         finally:
             signal.signal(number, previous)
+
+
+def test_an_end_within_the_margin_is_reported(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of this allocation is in 1970."""
+    monkeypatch.setenv(END_TIME_VARIABLE, "60")
+    with StopRequests(RunDirectory(Path("/nonexistent")), 60.0) as stop:
+        assert REASONS[stop.received()] == "the allocation ends"
+    assert "minutes are left until checkpoint.end_margin_minutes = 1 before" in caplog.text

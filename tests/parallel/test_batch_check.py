@@ -1,4 +1,4 @@
-"""Ranks of one copy of the model whose batches differ: every rank stops, and says the same."""
+"""Ranks of one copy of the model whose batches differ: every rank stops with the same error."""
 
 import dataclasses
 import os
@@ -41,7 +41,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def data_by_rank(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of data folders by rank. One token differs on rank 1, and the hashes are its own.
+    """Make a data folder for each rank. One token differs on rank 1, which has hashes of its own.
 
     Such a file is whole by all that reading checks.
     """

@@ -19,7 +19,7 @@ from tests.ranks.checkpoints import (
     save_in_trouble,
     save_many,
     stumble,
-    write_and_tell,
+    write_and_return,
 )
 from tests.ranks.loop import run_loop
 from tests.ranks.training import resave, train_tiny
@@ -53,13 +53,13 @@ def test_every_layout_writes_the_same_whole_state(
     world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
     """SwiGLU, tied embedding, GQA, bf16: first held to the tensors of one rank, then re-saved."""
-    (told,) = world.run(write_and_tell, 1, tmp_path / "a", tiny_data, MODEL)
+    (written,) = world.run(write_and_return, 1, tmp_path / "a", tiny_data, MODEL)
     (checkpoint,) = list_checkpoints(tmp_path / "a" / "checkpoints")
     expected = read_checkpoint(checkpoint)
-    assert expected.keys() == told.state.keys()
+    assert expected.keys() == written.state.keys()
     for name, tensor in expected.items():
         assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, told.state[name]), name
+        assert torch.equal(tensor, written.state[name]), name
     for number, (num_ranks, overrides) in enumerate(LAYOUTS.values()):
         run = tmp_path / str(number)
         folder = run / "checkpoints" / checkpoint.name
@@ -72,7 +72,7 @@ def test_every_layout_writes_the_same_whole_state(
             assert torch.equal(found[name], tensor), (overrides, name)
 
 
-def test_a_save_beside_the_steps_is_the_state_of_its_step(
+def test_a_save_during_the_steps_is_the_state_of_its_step(
     world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
     overrides: Overrides = DISTRIBUTED | {"train.precision": '"bf16"', "checkpoint.interval": 1}
@@ -115,8 +115,8 @@ def test_a_write_that_fails_on_one_rank_fails_on_all_and_leaves_the_one_before(
 ) -> None:
     answers = world.run(save_in_trouble, 2, tmp_path, tiny_data, {}, rank, how)
     for saved in answers:
-        at_once, beside, left, after = saved.messages
-        for message in (at_once, beside):
+        at_once, in_background, left, after = saved.messages
+        for message in (at_once, in_background):
             assert message is not None
             assert "step_00000001 could not be saved" in message
             assert ("File too large" if how == "limit" else "Not a directory") in message
@@ -138,16 +138,16 @@ def test_a_new_run_starts_from_weights(world: World, tiny_data: Path, tmp_path: 
         "objective.alpha_0": 0.5,
     }
     run = tmp_path / "b"
-    told = world.run(restore_each, 2, [run], tiny_data, longer)[0][0].log
+    log = world.run(restore_each, 2, [run], tiny_data, longer)[0][0].log
     for line in (
-        f"starting from {trained}: loaded are its weights of step 2 (not their moving average)",
-        "fresh are Adam's moments, the moving average (it starts at these weights), the learning-",
-        "learning-rate schedule, the counters and the order of the samples",
+        f"starting from {trained}: read the weights of step 2 (not their moving average)",
+        "Adam's moments, the moving average (it starts at these weights), the learning-rate ",
+        "learning-rate schedule, the counters and the order of the samples start fresh",
         "changed since step_00000002: data.sequence_length: 24 -> 32",
         "changed since step_00000002: model.rotary_base: 10000 -> 50000",
         "changed since step_00000002: objective.alpha_0: 0.25 -> 0.5",
     ):
-        assert line in told
+        assert line in log
     started = world.run(train_tiny, 2, run, tiny_data, longer, 0)[0].checkpoint
     assert started.name == "step_00000000"
     before, after = read_checkpoint(trained), read_checkpoint(started)
@@ -161,14 +161,14 @@ def test_a_new_run_starts_from_weights(world: World, tiny_data: Path, tmp_path: 
     assert [state[key] for key in ("step", "consumed_samples", "ema_updates")] == [0, 0, 0]
 
 
-def test_what_changes_on_resume_is_told(world: World, tiny_data: Path, tmp_path: Path) -> None:
+def test_what_changes_on_resume_is_logged(world: World, tiny_data: Path, tmp_path: Path) -> None:
     world.run(train_tiny, 1, tmp_path, tiny_data, {}, 2)
     changed: Overrides = PP2 | {
         "optimizer.learning_rate": 0.5,
         "train.global_batch_size": 4,
         "train.num_steps": 7,
     }
-    told = world.run(restore_each, 2, [tmp_path], tiny_data, changed)[0][0].log
+    log = world.run(restore_each, 2, [tmp_path], tiny_data, changed)[0][0].log
     for line in (
         "changed since step_00000002: optimizer.learning_rate: 0.01 -> 0.5",
         "changed since step_00000002: train.global_batch_size: 8 -> 4",
@@ -176,7 +176,7 @@ def test_what_changes_on_resume_is_told(world: World, tiny_data: Path, tmp_path:
         "changed since step_00000002: parallel.pipeline_model_parallel_size: 1 -> 2",
         "step 2, sample 16: weights, Adam's moments, counters, moving average",
     ):
-        assert line in told
+        assert line in log
 
 
 def test_a_run_that_fails_ends_the_save_in_the_background(
@@ -188,7 +188,7 @@ def test_a_run_that_fails_ends_the_save_in_the_background(
     assert names == ["latest", "step_00000002"]
 
 
-def test_a_save_that_failed_is_tried_again(world: World, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_save_that_failed_is_retried(world: World, tiny_data: Path, tmp_path: Path) -> None:
     """Long before the next one is due by steps."""
     overrides: Overrides = {"train.num_steps": 30, "checkpoint.interval": 20}
     assert world.run(run_with_quick_retries, 1, tmp_path, tiny_data, overrides) == [None]
@@ -197,7 +197,7 @@ def test_a_save_that_failed_is_tried_again(world: World, tiny_data: Path, tmp_pa
     assert last == 30
 
 
-def test_saves_go_by_the_clock_as_well(world: World, tiny_data: Path, tmp_path: Path) -> None:
+def test_saves_are_due_by_the_clock_as_well(world: World, tiny_data: Path, tmp_path: Path) -> None:
     overrides: Overrides = {"train.num_steps": 3, "checkpoint.interval_minutes": 1e-6}
     world.run(run_loop, 2, tmp_path, tiny_data, overrides)
     names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
@@ -217,8 +217,8 @@ def test_training_starts_from_a_sampler_directory(
     }
     run = tmp_path / "b"
     command = [sys.executable, "-m", "pretrain.train", *tiny_arguments(run, tiny_data, overrides)]
-    told = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True).stderr
-    assert f"starting from {run}/init_from" in told
+    log = subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True).stderr
+    assert f"starting from {run}/init_from" in log
     before = read_checkpoint(trained)
     after = read_checkpoint(run / "checkpoints" / "step_00000001")
     for name, tensor in before.items():

@@ -18,7 +18,7 @@ NUM_MICRO_BATCHES = 200
 
 
 def count_rows(batch: Any) -> dict[str, int]:
-    """The sizes that memory goes with."""
+    """Return the sizes that memory depends on."""
     plan, streams = batch.rows, batch.rows.stream_lengths
     with_queries = streams[plan.num_mixed_streams :]
     return {
@@ -82,8 +82,8 @@ def test_it_leaves_no_trace(layout: str, world: World, tiny_data: Path, tmp_path
 
 
 def test_the_error_names_the_levers(world: World, tiny_data: Path, tmp_path: Path) -> None:
-    told = world.run(raise_shortage, 1, tmp_path, tiny_data, {})[0]
-    assert "\n" not in told
+    error = world.run(raise_shortage, 1, tmp_path, tiny_data, {})[0]
+    assert "\n" not in error
     for lever in (
         "beyond 4.0 GiB",
         "71 rows of train.micro_batch_size = 2 samples of data.sequence_length = 24",
@@ -92,4 +92,4 @@ def test_the_error_names_the_levers(world: World, tiny_data: Path, tmp_path: Pat
         "parallel.pipeline_model_parallel_size = 1",
         "parallel.use_distributed_optimizer = false",
     ):
-        assert lever in told
+        assert lever in error

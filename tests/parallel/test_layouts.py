@@ -39,7 +39,7 @@ EDGES: dict[str, Overrides] = {
 
 
 def updates(run: Path, trained: Trained) -> dict[str, Tensor]:
-    """What the steps changed in every tensor of the model."""
+    """Compute what the steps changed in every tensor of the model."""
     before = read_checkpoint(run / "checkpoints" / "step_00000000")
     after = read_checkpoint(trained.checkpoint)
     names = [name for name in after if not name.startswith(("optimizer.", "ema."))]

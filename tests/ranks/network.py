@@ -33,7 +33,7 @@ ALPHA_0 = 0.25
 
 
 def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) -> list[Tensor]:
-    """Inputs, orders and the Megatron model's logits of loss rows, diffusion then sequential.
+    """Compute the Megatron model's logits of loss rows, diffusion first; with inputs and orders.
 
     Returns:
         On the last pipeline stage x_0, is_masked, permutation of each phase and its logits [E, V].

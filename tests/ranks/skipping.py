@@ -22,12 +22,12 @@ BAD_STEP, BAD_RANK = 3, 1
 
 
 def find_layer(trainer: Any) -> torch.nn.Module:
-    """The first layer on this rank."""
+    """Return the first layer on this rank."""
     return next(iter(unwrap_model(trainer.state.chunks[0]).decoder.layers))
 
 
 def find_head(trainer: Any) -> torch.nn.Module:
-    """The output layer, or the first layer on a rank without one."""
+    """Return the output layer, or the first layer on a rank without one."""
     head = getattr(unwrap_model(trainer.state.chunks[-1]), "output_layer", None)
     return head or find_layer(trainer)
 
@@ -121,8 +121,8 @@ def spoil(trainer: Any, _gathered: list[Any], factors: dict[int, float]) -> None
     spoil_output(trainer, factors, BAD_RANK)
 
 
-def go_on_elsewhere(run: Path, data: Path, overrides: Overrides, consumed: int) -> list[float]:
-    """The oracle: steps from a checkpoint on, with the samples after `consumed`."""
+def continue_elsewhere(run: Path, data: Path, overrides: Overrides, consumed: int) -> list[float]:
+    """Take the oracle's steps from a checkpoint on, with the samples after `consumed`."""
     config = tiny_config(run, data, overrides)
     losses = []
     with model_parallel_groups(config.parallel) as groups:

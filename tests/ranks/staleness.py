@@ -110,7 +110,7 @@ def save_cut_off(run: Path, data: Path, overrides: Overrides, what: str) -> list
 
 
 def cut_off(parameter, what: str):  # type: ignore[no-untyped-def]
-    """The parameter with a main parameter, or a moment of it, that nothing updates."""
+    """Return the parameter with a main parameter, or a moment of it, that nothing updates."""
     if parameter.main is None:
         return parameter
     main, moments = parameter.main, parameter.inner.state[parameter.main]

@@ -54,7 +54,7 @@ def train_tiny(run: Path, data: Path, overrides: Overrides, num_steps: int) -> T
 
 
 def open_batches(config: Config, data_parallel_size: int) -> Any:
-    """The batches of a small run, with its objective."""
+    """Open the batches of a small run, with its objective."""
     data = TrainingData.open(config.data, config.run.seed)
     return TrainingBatches(
         objective_of(config),
@@ -66,7 +66,7 @@ def open_batches(config: Config, data_parallel_size: int) -> Any:
 
 
 def open_held_out(config: Config) -> Any:
-    """The validation batches of a small run."""
+    """Open the validation batches of a small run."""
     data = ValidationData.open(config.data)
     assert data is not None
     objective, multiple = objective_of(config), config.parallel.row_multiple
@@ -88,7 +88,7 @@ def take_step(config: Config, state: Any, batches: Any, groups: Any, prefetcher:
 
 
 def list_learning_rates(run: Path, data: Path, overrides: Overrides) -> Any:
-    """The rate of every step of a run, and of a run that resumes at the middle."""
+    """List the rate of every step of a run, and the rate of a run that resumes in the middle."""
     config = tiny_config(run, data, overrides)
     with model_parallel_groups(config.parallel) as groups:
         state = build_train_state(config, groups)

@@ -36,11 +36,13 @@ def run_with_a_slow_rank(run: Path, data: Path, overrides: Overrides) -> str | N
 
 
 def stop_at_step_3(trainer: Any, _gathered: list[Any]) -> None:
-    def ask(*_: Any) -> None:
+    def request_stop(*_: Any) -> None:
         if trainer.state.counters.step == 2 and dist.get_rank() == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    next(iter(unwrap_model(trainer.state.chunks[0]).decoder.layers)).register_forward_hook(ask)
+    next(iter(unwrap_model(trainer.state.chunks[0]).decoder.layers)).register_forward_hook(
+        request_stop
+    )
 
 
 def never_finite(trainer: Any, _gathered: list[Any]) -> None:

@@ -1,6 +1,7 @@
 """Functions that end in every way in which a call of `world.run` can end."""
 
 import os
+import sys
 import time
 
 import torch
@@ -11,6 +12,14 @@ def add_up(start: int) -> int:
     tensor = torch.tensor(start + dist.get_rank())
     dist.all_reduce(tensor)
     return int(tensor)
+
+
+def find_loaded(*names: str) -> list[str]:
+    return [name for name in names if name in sys.modules]
+
+
+def count_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
 
 
 def describe_process() -> tuple[int, int, str | None]:

@@ -1,4 +1,4 @@
-"""One Slurm cluster for all tests of this folder; what is not run is said at the end."""
+"""One Slurm cluster for all tests of this folder; at the end it reports that they were not run."""
 
 import os
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def slurm() -> Iterator[SlurmCluster]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say in a line of its own that the Slurm tests were not run."""
+    """Print that the Slurm tests were not run."""
     missing = missing_programs()
     if missing:
         terminalreporter.write_line(f"NOT RUN: the tests on real Slurm: {missing}", red=True)

@@ -80,7 +80,7 @@ class Command:
 
 
 def overrides(*sections: dict[str, object]) -> list[str]:
-    """The command-line form of settings; the later value of a key wins."""
+    """Format settings as a command line; the later value of a key wins."""
     merged: dict[str, object] = {}
     for section in sections:
         merged |= section
@@ -88,13 +88,13 @@ def overrides(*sections: dict[str, object]) -> list[str]:
 
 
 def train(title: str, run: str, num_ranks: int, *sections: dict[str, object]) -> Command:
-    """A training job in `runs/RUN`."""
+    """Plan a training job in `runs/RUN`."""
     arguments = ["pretrain.train", f"run.directory=runs/{run}", *overrides(TINY, *sections)]
     return Command(title=title, arguments=arguments, num_ranks=num_ranks)
 
 
 def plan_data() -> list[Command]:
-    """Text, tokenizer, shards."""
+    """Plan text, tokenizer and shards."""
     tools = "data_tools"
     build = ["build", "--input", "corpus.jsonl", "--tokenizer", "tokenizer", "--out", "shards"]
     sizes = ["--record-tokens", "4096", "--shard-records", "4"]
@@ -120,7 +120,7 @@ def plan_data() -> list[Command]:
 
 
 def dry_run_arguments() -> list[str]:
-    """The configuration of a run that nothing starts."""
+    """Return the arguments of a dry run."""
     return ["run.directory=runs/none", *overrides(TINY)]
 
 
@@ -175,7 +175,7 @@ def plan_runs() -> list[Command]:
 
 
 def plan_conversions() -> list[Command]:
-    """Evaluation, conversions, generation and scoring."""
+    """Plan evaluation, conversions, generation and scoring."""
     convert, sampler = "checkpoints_conversion", "megatron_eso.sampler"
     prompt = ["--prompt", "The ", "--steps", "6", "--alpha-0", "0.5", "--top-p", "0.9"]
     raw = ["--step", "3", "--weights", "raw", "--dtype", "bfloat16"]
@@ -220,7 +220,7 @@ def plan_conversions() -> list[Command]:
 
 
 def list_products() -> dict[str, str]:
-    """What is compared, and where it lies in the folder of a checkout."""
+    """List what is compared, and where it lies in the folder of a checkout."""
     data = {
         "text of the corpus": "corpus.jsonl",
         "tokenizer": "tokenizer",

@@ -129,13 +129,13 @@ def compare_outcomes(command: Command, old: Outcome, new: Outcome) -> Row:
 
 
 def read_answer(command: Command, outcome: Outcome) -> list[str]:
-    """The lines of a command's output that are compared."""
+    """Return the lines of a command's output that are compared."""
     text = {"": "", "stderr": outcome.stderr}.get(command.shows, outcome.stdout)
     return text.splitlines()
 
 
 def find_line(old: list[str], new: list[str], shows: str) -> str | None:
-    """The first line that differs; None where there is none."""
+    """Find the first line that differs; None where there is none."""
     if shows == "lines":
         new = [line for line in new if line in set(old)]
     pairs = zip_longest(old, new, fillvalue="(no line)")

@@ -106,7 +106,7 @@ def build_graphs(
 def describe_folders(
     files: list[Module], early: Graph, lazy: Graph, floors: dict[str, int]
 ) -> list[Folder]:
-    """A folder each, from the lowest floor to the highest."""
+    """List the folders, from the lowest floor to the highest."""
     by_folder: dict[str, list[Module]] = defaultdict(list)
     for module in files:
         by_folder[module.folder].append(module)
@@ -125,7 +125,7 @@ def describe_folders(
 
 
 def reach(graph: Graph, start: str) -> set[str]:
-    """What is imported by `start`, directly or not; itself only where it is in a circle."""
+    """Find what `start` imports, directly or not; itself only where it is in a circle."""
     reached: set[str] = set()
     waiting = list(graph[start])
     while waiting:
@@ -137,7 +137,7 @@ def reach(graph: Graph, start: str) -> set[str]:
 
 
 def find_circles(graph: Graph) -> list[list[str]]:
-    """Groups of nodes that reach one another, each group once."""
+    """Find groups of nodes that reach one another, each group once."""
     reached = {node: reach(graph, node) for node in graph}
     groups = {
         tuple(sorted(other for other in reached[node] if node in reached[other]))
@@ -148,7 +148,7 @@ def find_circles(graph: Graph) -> list[list[str]]:
 
 
 def find_level_circles(file_graph: Graph) -> list[list[str]]:
-    """Circles between the files and folders that lie in one folder, for every folder.
+    """Find circles between the files and folders that lie in one folder, for every folder.
 
     A folder stands for all that lies in it: `data` and `training` make a circle where any file of
     one imports one of the other, and the other way round.
@@ -170,7 +170,7 @@ def find_level_circles(file_graph: Graph) -> list[list[str]]:
 
 
 def list_imports_within(circle: list[str], file_graph: Graph) -> list[str]:
-    """The imports between files of different folders of a circle, as `file <- what it imports`."""
+    """List imports between files of a circle's folders, as `file <- what it imports`."""
     found = []
     for file, targets in file_graph.items():
         folder = str(Path(file).parent)
@@ -183,7 +183,7 @@ def list_imports_within(circle: list[str], file_graph: Graph) -> list[str]:
 
 
 def find_floors(graph: Graph) -> dict[str, int]:
-    """The length of the longest path below each node; the nodes of a circle count as one."""
+    """Compute the longest path below each node; the nodes of a circle count as one."""
     reached = {node: reach(graph, node) for node in graph}
     floors: dict[str, int] = {}
     for node in sorted(graph, key=lambda name: len(reached[name] | {name})):

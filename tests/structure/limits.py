@@ -71,7 +71,7 @@ def count_lazy_imports(modules: dict[str, Module]) -> dict[str, int]:
 
 
 def count_objective_name_readers(modules: Iterable[Module]) -> dict[str, int]:
-    """Reads of the attribute `objective.name`."""
+    """Count reads of the attribute `objective.name`."""
 
     def find(module: Module) -> Iterator[ast.AST]:
         for node in ast.walk(module.tree):
@@ -88,7 +88,7 @@ def count_objective_name_readers(modules: Iterable[Module]) -> dict[str, int]:
 
 
 def count_phase_names(modules: Iterable[Module]) -> dict[str, int]:
-    """Identifiers and strings outside the objectives' room that name a phase."""
+    """Count identifiers and strings outside the objectives' room that name a phase."""
     outside = [module for module in modules if not is_in(module.name, OBJECTIVE_ROOMS)]
     return _count_by_file(
         outside,
@@ -109,12 +109,12 @@ def count_checkpoint_names(modules: Iterable[Module]) -> dict[str, int]:
 
 
 def count_flocks(modules: Iterable[Module]) -> dict[str, int]:
-    """Calls of `flock`."""
+    """Count calls of `flock`."""
     return _count_by_file(modules, lambda module: find_calls(module.tree, {"flock"}))
 
 
 def count_renames(modules: Iterable[Module]) -> dict[str, int]:
-    """Calls that move a file to its place: `os.replace`, `os.rename`, `path.rename(target)`."""
+    """Count calls that move a file: `os.replace`, `os.rename`, `path.rename(target)`."""
 
     def find(module: Module) -> Iterator[ast.Call]:
         for call in find_calls(module.tree, {"replace", "rename"}):
@@ -128,7 +128,7 @@ def count_renames(modules: Iterable[Module]) -> dict[str, int]:
 
 
 def find_calls(tree: ast.AST, names: set[str]) -> Iterator[ast.Call]:
-    """The calls of methods and of modules' functions with one of these names."""
+    """Yield the calls of methods and of modules' functions with one of these names."""
     for node in ast.walk(tree):
         callee = node.func if isinstance(node, ast.Call) else None
         if isinstance(callee, ast.Attribute) and callee.attr in names:
@@ -145,7 +145,7 @@ def find_identifiers(tree: ast.AST) -> Iterator[str]:
 
 
 def find_strings(tree: ast.AST) -> Iterator[str]:
-    """String constants, the parts of f-strings included, documentation left out."""
+    """Yield string constants, with the parts of f-strings, without documentation."""
     documentation = {
         id(node.value)
         for node in ast.walk(tree)

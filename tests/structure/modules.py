@@ -42,7 +42,7 @@ def is_in(module: str, parts: tuple[str, ...]) -> bool:
 
 
 def find_modules(root: Path) -> dict[str, Module]:
-    """The modules of the four packages of a checkout, by name; empty files are left out."""
+    """Find the modules of a checkout's four packages, by name; empty files are left out."""
     files = {path for name in PACKAGES for path in (root / name).rglob("*.py")}
     modules = {}
     for path in sorted(path for path in files if path.stat().st_size):

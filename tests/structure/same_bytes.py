@@ -69,7 +69,7 @@ def compare(old: Path, new: Path) -> Comparison:
 
 
 def list_other_code(old: Path, new: Path) -> list[str]:
-    """The code files of two folders that differ, which is allowed."""
+    """List the code files of two folders that differ, which is allowed."""
     names = {path.name for folder in (old, new) for path in folder.glob("*.py")}
     different = [
         name
@@ -81,7 +81,7 @@ def list_other_code(old: Path, new: Path) -> list[str]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The bytes of a file; those of torch's `.metadata` without the identifier of the save."""
+    """Read a file; torch's `.metadata` without the identifier of the save."""
     content = path.read_bytes()
     return SAVE_ID.sub(b"", content) if path.name == ".metadata" else content
 
@@ -117,7 +117,7 @@ def compare_contents(name: str, old: Path, new: Path, result: Comparison) -> Non
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records without what depends on the clock."""
+    """Read the records without what depends on the clock."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return [
         {key: value for key, value in record.items() if not key.startswith("perf/")}
@@ -126,17 +126,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_status(path: Path) -> dict[str, Any]:
-    """The status without clock, host and process."""
+    """Read the status without clock, host and process."""
     return {k: v for k, v in json.loads(path.read_text()).items() if k not in STATUS_CLOCK}
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file."""
+    """Read a JSON file."""
     return json.loads(path.read_text())
 
 
 def read_index(path: Path) -> Any:
-    """The hashes of a checkpoint's files, apart from those that are compared by their content."""
+    """Read the hashes of a checkpoint's files, except those that are compared by content."""
     content = json.loads(path.read_text())
     del content["checksum"]
     by_content = {"config.json", "state.json", ".metadata"}
@@ -158,7 +158,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
 
 
 def find_difference(old: Any, new: Any, where: str = "") -> str | None:
-    """The first value of `old` that `new` lacks or has otherwise; None where there is none."""
+    """Find the first value of `old` that `new` lacks or changes; None where there is none."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key, value in old.items():
             inside = f"{where}.{key}".strip(".")
@@ -176,7 +176,7 @@ def find_difference(old: Any, new: Any, where: str = "") -> str | None:
 
 
 def compare_tensors(old: dict[str, Tensor], new: dict[str, Tensor]) -> str | None:
-    """The first tensor that differs in name, dtype, shape or a bit."""
+    """Find the first tensor that differs in name, dtype, shape or a bit."""
     for name in sorted(old.keys() | new.keys()):
         if name not in old or name not in new:
             return f"tensor {name}: only one has it"
@@ -189,7 +189,7 @@ def compare_tensors(old: dict[str, Tensor], new: dict[str, Tensor]) -> str | Non
 
 
 def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """The tensors of a distributed checkpoint."""
+    """Read the tensors of a distributed checkpoint."""
     # Imported late: it takes seconds, and is needed only where bytes differ.
     from torch.distributed import checkpoint as torch_checkpoint
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -202,6 +202,6 @@ def read_tensors(checkpoint: Path) -> dict[str, Tensor]:
         if isinstance(entry, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that there is one process
+        warnings.simplefilter("ignore")  # torch warns that there is one process
         torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
     return tensors

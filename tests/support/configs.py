@@ -8,7 +8,7 @@ from megatron_eso.config.sections import Config, DataConfig, OptimizerConfig, Ru
 
 
 def make_config(**changes: object) -> Config:
-    """A small configuration; `changes` are sections by name."""
+    """Make a small configuration; `changes` are sections by name."""
     sections: dict[str, object] = {
         "run": RunConfig(directory="runs/test"),
         "model": ModelConfig(num_layers=4, hidden_size=64, num_attention_heads=4),
@@ -20,7 +20,7 @@ def make_config(**changes: object) -> Config:
 
 
 def replace_value(config: Config, path: str, value: Any) -> Config:
-    """The configuration with another value of `section.name`, legal or not."""
+    """Return the configuration with another value of `section.name`, legal or not."""
     section, _, name = path.partition(".")
     changed = dataclasses.replace(getattr(config, section), **{name: value})
     return dataclasses.replace(config, **{section: changed})

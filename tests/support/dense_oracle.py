@@ -186,7 +186,7 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor, mask_token_id: int) -> 
 
 
 def dense_objective(losses: DenseLosses, noise: Noise, dealing: Dealing) -> Tensor:
-    """The loss of a global batch of the given losses: both phases over all their tokens."""
+    """Compute the loss of a global batch from its losses: both phases over all their tokens."""
     is_sequential_B = torch.from_numpy(noise.is_sequential_B)
     sum_B = losses.nll_BT.sum(1) * losses.weights_B
     length_B = torch.from_numpy(noise.length_B)
@@ -217,7 +217,7 @@ def _dense_forward(
 
 
 def _as_float32_values(weights: list[float]) -> Tensor:
-    """The plan's weights are float32: the comparison is of what is done with them."""
+    """Round to float32, as the plan's weights are: the comparison is of what is done with them."""
     return torch.tensor(weights, dtype=torch.float32).double()
 
 
@@ -251,7 +251,7 @@ def row_objective(
     tokens: Sequence[int],
     backend: AttentionBackend,
 ) -> Tensor:
-    """The loss of a global batch of the given micro-batches and real tokens."""
+    """Compute the loss of a global batch from its micro-batches and real tokens."""
     sums_P = torch.stack(
         [
             sum_phases(
@@ -272,7 +272,7 @@ def row_objective(
 def _project_qkv(
     parameters: Parameters, config: OracleConfig, i: int, hidden: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns rotated queries `[*, H, D]`, rotated keys and values `[*, G, D]`."""
+    """Return rotated queries `[*, H, D]`, rotated keys and values `[*, G, D]`."""
     layer = f"layers.{i}"
     normed = _normalize(parameters, f"{layer}.input_layernorm", hidden, config.norm_epsilon)
     heads = {"q": config.num_heads, "k": config.num_groups, "v": config.num_groups}
@@ -291,7 +291,7 @@ def _project_qkv(
 def _finish_layer(
     parameters: Parameters, config: OracleConfig, i: int, hidden: Tensor, mixed: Tensor
 ) -> Tensor:
-    """Adds the attention branch of mixed values `[*, H, D]` and the MLP branch."""
+    """Add the attention branch of mixed values `[*, H, D]` and the MLP branch."""
     layer = f"layers.{i}"
     hidden = hidden + _project(parameters, f"{layer}.self_attn.o_proj", mixed.flatten(-2))
     name = f"{layer}.post_attention_layernorm"

@@ -54,7 +54,7 @@ def read_documents(
 
 
 def to_jsonl(texts: Sequence[str], key: str = "text") -> bytes:
-    """The texts as JSONL."""
+    """Format the texts as JSONL."""
     return b"".join(json.dumps({"id": 0, key: text}).encode() + b"\n" for text in texts)
 
 
@@ -70,7 +70,7 @@ def write_parquet(path: Path, texts: pa.Array | Sequence[str | None], **options:
 
 
 def write_formats(folder: Path, texts: Sequence[str]) -> list[Path]:
-    """The same texts in every format; none of them may hold SEPARATOR or be empty at the end."""
+    """Write the texts in every format; none may hold SEPARATOR or be empty at the end."""
     jsonl, plain = to_jsonl(texts), SEPARATOR.join(texts).encode()
     half = len(jsonl) // 2
     skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"

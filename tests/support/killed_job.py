@@ -7,8 +7,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -16,32 +17,25 @@ import torch
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import list_checkpoints
 from tests.support.processes import HANG_SECONDS, kill_tree
-from tests.support.torchrun import NUM_RANKS, read_records
+from tests.support.torchrun import LAUNCHER, read_records
 from tests.support.training import (
     Overrides,
     read_checkpoint,
     tiny_arguments,
 )
 
-NUM_STEPS = 60
 MAX_RESTARTS = 100
 MOMENTS = ("start", "resume", "step", "save", "publication")
 STARTED = re.compile(r"resuming from|starting from")
 
 SCHEDULE: Overrides = {
-    "train.num_steps": NUM_STEPS,
+    "train.num_steps": 100_000,  # no run ends before its last kill, however late that is
     "checkpoint.interval": 2,
     "checkpoint.keep_last": 2,
     "checkpoint.keep_best": "false",
-    "validation.interval": 20,
+    "validation.interval": 10,
     "validation.num_samples": 8,
-    # Low enough for differences of rounding to stay what they are on another layout.
-    "optimizer.learning_rate": 3e-3,
 }
-
-
-class RunFinishedError(AssertionError):
-    """A run has finished before it could be killed."""
 
 
 class Job:
@@ -58,8 +52,7 @@ class Job:
 
     def start(self) -> None:
         """Start torchrun; its log lies next to the run directory."""
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}"]
-        launcher.append(f"--max-restarts={MAX_RESTARTS}")
+        launcher = [*LAUNCHER, f"--max-restarts={MAX_RESTARTS}"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, "-m", "pretrain.train", *self._arguments],
@@ -69,29 +62,30 @@ class Job:
             )
         self.num_starts += 1
 
-    def finish(self) -> None:
-        """Wait for the end of the run."""
+    def finish(self, num_steps: int) -> None:
+        """Start a job that has been killed for the last time, and wait for the end of the run."""
+        self._arguments.append(f"train.num_steps={num_steps}")
+        self.start()
         while (code := self.process.wait(HANG_SECONDS)) != 0:
-            assert self.num_starts < MAX_RESTARTS, f"code {code}: {self.tail()}"
+            assert self.num_starts < MAX_RESTARTS, f"code {code}: {self.read_tail()}"
             self.start()
 
-    def keep_up(self) -> None:
-        """Start torchrun again where it has ended before the run."""
+    def keep_running(self) -> None:
+        """Start torchrun again where it has ended."""
         code = self.process.poll()
-        if code == 0:
-            raise RunFinishedError("the run has finished before its last kill")
+        assert code != 0, f"finished too early: {self.read_tail()}"
         if code is not None:
             self.start()
 
-    def wait_for(self, happened: Callable[[], object], *, poll_seconds: float = 0.002) -> None:
-        """Wait until something happens, and keep the job up."""
+    def wait_for(self, happened: Callable[[], object], *, poll_seconds: float = 0.01) -> None:
+        """Wait until something happens, and keep the job running."""
         deadline = time.monotonic() + HANG_SECONDS
         while not happened():
-            assert time.monotonic() < deadline, self.tail()
-            self.keep_up()
+            assert time.monotonic() < deadline, self.read_tail()
+            self.keep_running()
             time.sleep(poll_seconds)
 
-    def tail(self) -> str:
+    def read_tail(self) -> str:
         return self.log.read_text()[-5000:]
 
     def forget_log(self) -> None:
@@ -99,7 +93,7 @@ class Job:
         self._log_read = self.log.stat().st_size
 
     def has_started(self) -> bool:
-        """Whether a life of the ranks has come as far as the checkpoint since `forget_log`."""
+        """Whether ranks that started after `forget_log` have come as far as the checkpoint."""
         with self.log.open() as log:
             log.seek(self._log_read)
             return STARTED.search(log.read()) is not None
@@ -108,7 +102,7 @@ class Job:
         return max((record["step"] for record in read_records(self.run)), default=0)
 
     def find_ranks(self) -> dict[int, psutil.Process]:
-        """The training processes that are there now, by rank."""
+        """Find the training processes that are there now, by rank."""
         found = {}
         with contextlib.suppress(psutil.NoSuchProcess):
             for child in psutil.Process(self.process.pid).children():
@@ -121,7 +115,7 @@ def wait_for_moment(moment: str, job: Job, draw: random.Random) -> None:
     """Wait for an instant within the kind that `moment` names."""
     folder = job.run / "checkpoints"
     if moment == "start":  # imports, rendezvous, the model's construction
-        time.sleep(draw.uniform(0.0, 5.0))
+        time.sleep(draw.uniform(0.0, 4.0))
         return
     job.wait_for(job.has_started)
     if moment == "resume":
@@ -140,19 +134,10 @@ def wait_for_moment(moment: str, job: Job, draw: random.Random) -> None:
 
 
 def kill(
-    job: Job,
-    draw: random.Random,
-    number: int,
-    moment: str,
-    victims: Sequence[int | str] = (*range(NUM_RANKS), "all"),
+    job: Job, draw: random.Random, number: int, moment: str, victim: int | Literal["all"]
 ) -> None:
-    """Kill a rank or everything at a random instant.
-
-    Raises:
-        RunFinishedError: The run came to its end first.
-    """
-    victim = draw.choice(victims)
-    job.keep_up()
+    """Kill a rank or everything at a random instant within the kind that `moment` names."""
+    job.keep_running()
     wait_for_moment(moment, job, draw)
     if isinstance(victim, int):
         job.wait_for(lambda: kill_rank(job, victim), poll_seconds=0.0)
@@ -164,7 +149,7 @@ def kill(
 
 
 def kill_rank(job: Job, rank: int) -> bool:
-    """Kill a rank if it is there; whether it was."""
+    """Kill a rank if it is there, and return whether it was."""
     process = job.find_ranks().get(rank)
     if process is None:
         return False
@@ -175,6 +160,7 @@ def kill_rank(job: Job, rank: int) -> bool:
 
 
 def report_restarts(job: Job, num_kills: int) -> None:
+    """Print who has started the run again."""
     num_lives = len(STARTED.findall(job.log.read_text()))
     print(
         f"{num_kills} kills; came back by the job script {job.num_starts - 1} times, by torchrun "
@@ -183,7 +169,7 @@ def report_restarts(job: Job, num_kills: int) -> None:
 
 
 def compare_runs(found: Path, expected: Path, *, num_steps: int) -> None:
-    """The same records and, bitwise, the same last checkpoint."""
+    """Check that two runs have the same records and, bitwise, the same last checkpoint."""
     assert RunDirectory(found).read_status().state == "finished"
     assert read_records(found) == read_records(expected)
     name = f"step_{num_steps:08d}"

@@ -24,5 +24,5 @@ VALUES: dict[str, object] = {
 
 
 def make_network_config(**changes: object) -> NetworkConfig:
-    """A GELU, LayerNorm network of two layers, but for `changes`."""
+    """Make a GELU, LayerNorm network of two layers, except for `changes`."""
     return NetworkConfig(**{**VALUES, **changes})  # type: ignore[arg-type]

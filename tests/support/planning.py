@@ -15,14 +15,14 @@ from megatron_eso.objectives.rows import MicroBatch
 
 
 def eso_lm(mask_token_id: int, *, seed: int = 1, **settings: Any) -> EsoLmObjective:
-    """An Eso-LM objective of these keys of the section `objective`."""
+    """Build an Eso-LM objective from keys of the section `objective`."""
     objective = build_objective(ObjectiveConfig(**settings), seed=seed, mask_token_id=mask_token_id)
     assert isinstance(objective, EsoLmObjective)
     return objective
 
 
 def objective_of(config: Config) -> Objective:
-    """The objective of a configuration whose vocabulary is known."""
+    """Build the objective of a configuration whose vocabulary is known."""
     mask_token_id = config.data.vocabulary.mask_token_id
     return build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id)
 
@@ -35,7 +35,7 @@ def plan_noise(
     row_multiple: int = 1,
     indices_B: NDArray[np.int64] | None = None,
 ) -> MicroBatch:
-    """A micro-batch of given texts and noise."""
+    """Plan a micro-batch of given texts and noise."""
     indices_B = np.arange(len(noise.length_B)) if indices_B is None else indices_B
     samples = Samples(tokens_BT=x_0_BT, indices_B=indices_B, length_B=noise.length_B)
     return objective.plan_noise(samples, noise).pad(row_multiple, objective.mask_token_id)

@@ -29,7 +29,7 @@ DTYPES = {"tokens.u16": "<u2", "tokens.u32": "<u4"}
 
 @stateless
 def cook_record(sample: dict) -> TextSample:
-    """The record's tokens in the place of a text; the member's extension names their type."""
+    """Decode the record's tokens in place of a text; the member's extension names their type."""
     ((name, data),) = ((key, value) for key, value in sample.items() if key.startswith("tokens."))
     tokens = np.frombuffer(data, dtype=DTYPES[name])
     return TextSample(**basic_sample_keys(sample), text=tokens)

@@ -78,7 +78,7 @@ def missing_programs() -> str | None:
 
 
 class SlurmCluster:
-    """Started on entry, torn down whole on exit."""
+    """Two nodes of Slurm, started on entry and removed on exit."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm_"))
@@ -106,10 +106,10 @@ class SlurmCluster:
         self._stop()
 
     def command(self, *words: str, cwd: Path | None = None, **environment: str) -> str:
-        """Run a command of Slurm's clients; its output.
+        """Run a command of Slurm's clients, and return its output.
 
         Raises:
-            AssertionError: It failed; with what it said.
+            AssertionError: It failed; the message holds its output.
         """
         done = subprocess.run(
             words,
@@ -124,11 +124,11 @@ class SlurmCluster:
         return done.stdout
 
     def submit(self, *words: str, cwd: Path | None = None, **environment: str) -> int:
-        """`sbatch` options, script and arguments, with more environment; the job's id."""
+        """Submit options of `sbatch`, a script and its arguments, and return the job's id."""
         return int(self.command("sbatch", "--parsable", *words, cwd=cwd, **environment))
 
     def describe(self, job: int) -> dict[str, str]:
-        """What `scontrol show job` says, by its names."""
+        """Return what `scontrol show job` prints, by name."""
         line = self.command("scontrol", "show", "job", str(job), "--oneliner")
         return dict(re.findall(r"(\S+?)=(\S*)", line))
 
@@ -137,19 +137,19 @@ class SlurmCluster:
         return self.describe(job)["JobState"] in LASTING
 
     def wait(self, job: int, seconds: float = HANG_SECONDS) -> str:
-        """Wait until the job has ended for good; its state.
+        """Wait until the job has ended for good, and return its state.
 
         Raises:
             AssertionError: It had not, in that time.
         """
         deadline = time.monotonic() + seconds
         while not self.has_ended(job):
-            assert time.monotonic() < deadline, f"job {job} goes on after {seconds:g} s"
+            assert time.monotonic() < deadline, f"job {job} has not ended after {seconds:g} s"
             time.sleep(POLL_SECONDS)
         return self.describe(job)["JobState"]
 
     def processes(self, job: int, node: str | None = None) -> list[psutil.Process]:
-        """The processes of the job's steps (not of its script), on a node or on all."""
+        """Find the processes of the job's steps (not of its script), on a node or on all."""
         return [
             process
             for process, environment in self._all_processes()

@@ -21,7 +21,7 @@ LAUNCHER = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={N
 def launch(
     run: Path, data: Path, overrides: Overrides, **environment: str
 ) -> subprocess.Popen[bytes]:
-    """Start the training command on two ranks; what they say goes to `run/log`."""
+    """Start the training command on two ranks; their output goes to `run/log`."""
     run.mkdir(parents=True, exist_ok=True)
     arguments = tiny_arguments(run, data, overrides)
     with (run / "log").open("ab") as log:
@@ -34,7 +34,7 @@ def launch(
 
 
 def find_rank(launcher: subprocess.Popen[bytes], rank: int) -> psutil.Process:
-    """The process of a rank, waited for."""
+    """Wait for the process of a rank, and return it."""
     deadline = time.monotonic() + HANG_SECONDS
     while time.monotonic() < deadline:
         assert launcher.poll() is None
@@ -43,14 +43,14 @@ def find_rank(launcher: subprocess.Popen[bytes], rank: int) -> psutil.Process:
                 if process.environ().get("RANK") == str(rank):
                     return process
         time.sleep(0.02)
-    raise AssertionError(f"rank {rank} is not there")
+    raise AssertionError(f"there is no rank {rank}")
 
 
 def until_step(run: Path, launcher: subprocess.Popen[bytes], step: int) -> None:
-    """Wait until a step is recorded of a job that goes on."""
+    """Wait until a job has recorded a step, or fail where it ends before."""
     deadline = time.monotonic() + HANG_SECONDS
     while True:
-        code = launcher.poll()  # before the look: a job may record the step and end after it
+        code = launcher.poll()  # read first: a job may record the step and end after it
         if any(record["step"] >= step for record in read_records(run)):
             return
         assert code is None, read_log(run)[-3000:]
@@ -59,12 +59,12 @@ def until_step(run: Path, launcher: subprocess.Popen[bytes], step: int) -> None:
 
 
 def read_log(run: Path) -> str:
-    """What launcher and ranks have said."""
+    """Return the output of launcher and ranks."""
     return (run / "log").read_text()
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """Read metrics.jsonl without what depends on the clock."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("}")]

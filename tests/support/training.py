@@ -74,7 +74,7 @@ TINY: Overrides = {
 
 
 def tiny_arguments(run: Path, data: Path, overrides: Overrides) -> list[str]:
-    """The command line of a small run."""
+    """Return the command line of a small run."""
     paths = {
         "run.directory": f'"{run}"',
         "data.train": f'"{data / "train"}"',
@@ -84,7 +84,7 @@ def tiny_arguments(run: Path, data: Path, overrides: Overrides) -> list[str]:
 
 
 def tiny_config(run: Path, data: Path, overrides: Overrides) -> Config:
-    """The configuration of a small run, with the vocabulary of its data."""
+    """Load the configuration of a small run, with the vocabulary of its data."""
     config = load_config(tiny_arguments(run, data, overrides)).config
     dataset = TokenDataset.open(data / "train")
     return with_vocabulary(
@@ -96,7 +96,7 @@ def tiny_config(run: Path, data: Path, overrides: Overrides) -> Config:
 
 
 def read_checkpoint(checkpoint: Path) -> dict[str, Tensor]:
-    """Every tensor of a distributed checkpoint, whole, by its global name."""
+    """Read every tensor of a distributed checkpoint, whole, by its global name."""
     reader = FileSystemReader(checkpoint)
     entries = reader.read_metadata().state_dict_metadata
     tensors = {

@@ -18,6 +18,7 @@ megatron's parallel state is destroyed after each call. A call that hangs, or a 
 fails that call only: the workers are killed and the next call starts others.
 """
 
+import gc
 import importlib
 import math
 import multiprocessing
@@ -67,7 +68,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a rank answers: a value, or a traceback and, where it pickles, the exception."""
+    """The result of a rank: a value, or a traceback and, where it pickles, the exception."""
 
     value: Any = None
     failure: str | None = None
@@ -144,7 +145,7 @@ class World:
         self._workers.clear()
 
     def close(self) -> None:
-        """Ask the workers to leave, and remove the rendezvous files."""
+        """Have the workers end, and remove the rendezvous files."""
         for _, link in self._workers:
             link.close()
         for process, _ in self._workers:
@@ -184,7 +185,7 @@ class World:
         """Have the ranks begin a call, in a process group that all have joined.
 
         Returns:
-            What ranks answered that could not join, by rank.
+            The outcomes of ranks that could not join, by rank.
         """
         for _ in range(JOIN_TRIES):
             self._num_calls += 1
@@ -212,10 +213,10 @@ class World:
     def _receive_all(
         self, num_ranks: int, expected: bytes, seconds: float
     ) -> dict[int, bytes] | None:
-        """Have every rank say what is expected of it.
+        """Receive the expected message from every rank.
 
         Returns:
-            What ranks said instead, by rank; None where one was silent and none said else.
+            What ranks sent instead, by rank; None where one sent nothing.
         """
         others, deadline = {}, time.monotonic() + seconds
         for rank, (_, link) in enumerate(self._workers[:num_ranks]):
@@ -229,7 +230,7 @@ class World:
     def _collect(
         self, num_ranks: int, timeout_seconds: float, early: dict[int, bytes]
     ) -> dict[int, Outcome]:
-        """Outcomes by rank in order of arrival; ranks that did not answer in time are missing."""
+        """Collect outcomes by rank in order of arrival; those of late ranks are missing."""
         outcomes = {rank: pickle.loads(message) for rank, message in early.items()}
         waiting = {
             link: rank
@@ -253,7 +254,7 @@ class World:
 
 
 def receive(link: Connection) -> bytes:
-    """What a worker says; its death is an outcome as well."""
+    """Receive a worker's message; its death is an outcome as well."""
     try:
         return link.recv_bytes()
     except EOFError:
@@ -261,7 +262,7 @@ def receive(link: Connection) -> bytes:
 
 
 def serve(link: Connection) -> None:
-    """A worker's life: calls in, outcomes out, until the pipe is closed."""
+    """Run calls and send their outcomes, until the pipe is closed."""
     importlib.import_module(WORKER_IMPORTS)  # it is there, unless the fork server has failed to
     while True:
         try:
@@ -281,13 +282,13 @@ def answer(call: bytes, link: Connection) -> bytes:
         try:
             copy = pickle.dumps(Outcome(failure=failure, failed_at=failed_at, exception=error))
             pickle.loads(copy)
-        except Exception:  # an exception that does not survive the way: its traceback does
+        except Exception:  # an exception that cannot be unpickled: its traceback can
             return pickle.dumps(Outcome(failure=failure, failed_at=failed_at))
         return copy
 
 
 def execute(call: Call, link: Connection) -> Any:
-    """Run one call inside its process group; say on the link when it may be joined, and was."""
+    """Run one call inside its process group; report on the link what is loaded and has joined."""
     import torch
     import torch.distributed as dist
 
@@ -304,7 +305,7 @@ def execute(call: Call, link: Connection) -> Any:
     try:
         assert link.recv_bytes() == GO
         value = call.function(*call.args)
-        dist.barrier()  # nobody takes the group away from a rank that still uses it
+        dist.barrier()  # the group does not end while a rank still uses it
     except Exception as error:
         # Before the group ends, and the others' calls with it.
         error.failed_at = time.monotonic()  # type: ignore[attr-defined]
@@ -314,4 +315,6 @@ def execute(call: Call, link: Connection) -> Any:
         if parallel_state is not None:
             parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        # Circles of objects hold groups; the threads of a group poll a hundred times a second.
+        gc.collect()
     return value

@@ -1,4 +1,4 @@
-"""The package's rows against whole sequences with dense masks: losses and gradients, in float64."""
+"""Rows compared with whole sequences under dense masks: losses and gradients, in float64."""
 
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def pick(noise: Noise, places: NDArray[np.int64]) -> Noise:
 
 
 def set_masks(noise: Noise, is_masked_BT: NDArray[np.bool_]) -> Noise:
-    """The same noise with given masks, in the slot order that belongs to them."""
+    """Return the noise with other masks, and the slot order for these masks."""
     permutation = [
         np.concatenate([np.flatnonzero(~masked)[::-1], np.flatnonzero(masked)])
         for masked in is_masked_BT
@@ -104,7 +104,8 @@ def assert_agree(
     row_multiple: int = 1,
     **options: int | bool,
 ) -> tuple[float, float]:
-    """Compares per-token losses, objective and every gradient; returns the largest differences."""
+    """Compare per-token losses, objective and every gradient; return the largest differences."""
+    # Plan the micro-batches of all ranks.
     config, parameters = build_model(**options)
     objective, backend = eso_lm(MASK, alpha_0=alpha_0, loss_type=loss_type), BACKENDS["torch"]()
 
@@ -117,6 +118,7 @@ def assert_agree(
         for rank in range(dealing.data_parallel_size)
         for places in dealing.micro_batches(rank)
     ]
+    # Compare the losses of single tokens with those of the dense model.
     losses = dense_losses(
         parameters, config, torch.from_numpy(x_0), noise, alpha_0=alpha_0, loss_type=loss_type
     )
@@ -207,10 +209,10 @@ def test_edge_cases_agree(length: int, masked: str, row_multiple: int) -> None:
 
 @pytest.mark.parametrize("sizes", [(8, 8, 1), (8, 1, 2), (8, 2, 2)])
 @pytest.mark.parametrize(("alpha_0", "batch_split"), [(0.3, 0.5), (1.0, 1.0), (0.0, 0.0)])
-def test_samples_that_are_cut_short_are_what_they_are_alone(
+def test_a_cut_sample_has_the_losses_of_a_sample_of_its_length(
     alpha_0: float, batch_split: float, sizes: tuple[int, int, int]
 ) -> None:
-    """Each at its own length in the oracle; lengths 1 and 2 among them, and whole samples."""
+    """Compare with an oracle for each length, lengths 1 and 2 and whole samples included."""
     dealing, length_B = Dealing(*sizes, batch_split), np.array([1, 1, 9, 2, 7, 2, 12, 12])
     x_0, noise = draw_batch(dealing, alpha_0, 12, length_B)
     assert_agree(x_0, noise, dealing, alpha_0=alpha_0, row_multiple=4, num_layers=2, num_groups=2)
@@ -219,7 +221,8 @@ def test_samples_that_are_cut_short_are_what_they_are_alone(
 @pytest.mark.parametrize("order", ["uniform", "left_to_right"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_any_order_ar_is_the_likelihood_in_the_orders_that_it_draws(order: str, cut: bool) -> None:
-    """The orders are read from the queries; losses and gradients are the dense model's."""
+    """Read the orders from the queries; compare losses and gradients with the dense model."""
+    # Plan a micro-batch, and read its orders.
     config, parameters = build_model(num_layers=2, num_groups=2)
     length_B = np.array([12, 1, 7, 2]) if cut else np.full(4, 12)
     x_0 = np.random.default_rng(SEED).integers(0, MASK, (4, 12))
@@ -232,6 +235,7 @@ def test_any_order_ar_is_the_likelihood_in_the_orders_that_it_draws(order: str, 
     assert all(sorted(o.tolist()) == list(range(n)) for o, n in zip(orders, length_B, strict=True))
     assert (orders[0].tolist() == list(range(12))) == (order == "left_to_right")
 
+    # The losses of the dense model in these orders, then its gradients.
     losses = []
     for tokens, permutation in zip(x_0, orders, strict=True):
         text = torch.from_numpy(tokens[None, : len(permutation)])
@@ -262,6 +266,7 @@ def test_oracle_and_rows_give_the_numbers_of_the_reference() -> None:
         {name.split(".")[2]: x for name, x in golden.items() if name.startswith(f"b.{phase}.")}
         for phase in ("diffusion", "sequential")
     )
+    # The model and the noise of the golden numbers.
     mask_token_id, x_0 = 97, diffusion["x0"]
     config = OracleConfig(num_layers=3, num_heads=4, num_groups=4, mask_token_id=mask_token_id)
     folded = fold_official(read_official(GOLDEN / "tiny.ckpt"))
@@ -278,6 +283,7 @@ def test_oracle_and_rows_give_the_numbers_of_the_reference() -> None:
     expected = torch.cat([diffusion["nll_elbo"], sequential["nll"]]).double()
     both = torch.cat([x_0, x_0])
 
+    # Logits, then losses of the oracle, then losses of the rows.
     logits = diffusion_logits(parameters, config, diffusion["z_t"], diffusion["permutation"])
     assert (logits - diffusion["logits"]).abs().max() < GOLDEN_TOLERANCE
     logits = sequential_logits(

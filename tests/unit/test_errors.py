@@ -1,4 +1,4 @@
-"""How commands end that are interrupted, or whose output nobody reads: without a traceback."""
+"""Commands that are interrupted, or whose output has no reader, end without a traceback."""
 
 import signal
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from megatron_eso.runs.run_directory import RunDirectory
 
-# A shell starts what runs in the background with SIGINT ignored.
+# A shell starts background processes with SIGINT ignored.
 INTERRUPTED = """
 import os, signal
 from megatron_eso.errors import run_command

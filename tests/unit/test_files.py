@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: kills, errors, several writers."""
+"""Files and folders appear whole or not at all, with kills, errors and several writers."""
 
 import multiprocessing
 import os
@@ -147,7 +147,7 @@ def test_a_kill_at_any_instant_leaves_what_is_whole(tmp_path: Path) -> None:
         assert len(set((tmp_path / "file").read_text().splitlines())) == 1
         assert len((tmp_path / "file").read_text().splitlines()) == 100
         whole = [path for path in (tmp_path / "pair", tmp_path / ".pair.replaced") if path.exists()]
-        assert whole  # between two renames, the old one has the other name
+        assert whole  # between two renames the old folder has the other name
         if whole[0].name == "pair":
             assert {"a", "b"} <= set(list_names(whole[0])) <= {"a", "b", LOCK_FILE}
             assert len({(whole[0] / name).read_text() for name in "ab"}) == 1
@@ -179,7 +179,7 @@ def test_a_live_writer_is_not_disturbed(tmp_path: Path) -> None:
     assert list_names(tmp_path) == ["folder", "folder/file"]
 
 
-def test_whoever_comes_while_a_folder_takes_its_name_is_refused_or_does_it_anew(
+def test_a_writer_that_starts_during_the_rename_is_refused_or_writes_again(
     tmp_path: Path,
 ) -> None:
     """Let a second writer open the first one's lock just before the first removes it."""

@@ -83,8 +83,8 @@ def test_a_waiting_thread_gets_the_lock_when_it_is_free(tmp_path: Path) -> None:
     assert found == [True]
 
 
-def test_a_lock_whose_file_was_removed_is_taken_anew(tmp_path: Path) -> None:
-    """Who waits for the lock of a file that goes gets that of the file that comes."""
+def test_a_lock_whose_file_was_removed_is_taken_again(tmp_path: Path) -> None:
+    """Wait for the lock of a file that is removed, and get that of the new file."""
     path = tmp_path / "lock"
     with hold_lock(path):
         thread = threading.Thread(target=wait_and_write, args=(path,))

@@ -1,4 +1,4 @@
-"""The committed pictures of the documentation are the output of their script."""
+"""The committed pictures are the output of their script."""
 
 import runpy
 from pathlib import Path

@@ -29,7 +29,7 @@ def test_counts(text: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["-1", "1.5", "x", ""])
-def test_what_is_no_count(text: str) -> None:
+def test_other_texts_are_not_counts(text: str) -> None:
     with pytest.raises(ValueError, match="count|float"):
         parse_count(text)
 

@@ -24,7 +24,7 @@ class Faults:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_what_passes_is_reported_and_done(number: int) -> None:
+def test_an_error_that_passes_is_reported_and_retried(number: int) -> None:
     faults = Faults(number, OSError("x"))
     assert retry(faults, errors=OSError, pauses=(0.0, 0.01), on_error=faults.report) == "done"
     assert faults.reported == [("x", 0.0), ("x", 0.01)][:number]

@@ -51,7 +51,7 @@ def test_a_new_key_passes_and_a_lost_or_changed_one_does_not(tmp_path: Path) -> 
         assert differences == [f"config.json: {text}" for text in found]
 
 
-def test_the_clock_passes_and_a_loss_does_not(tmp_path: Path) -> None:
+def test_other_times_are_ignored_and_another_loss_is_found(tmp_path: Path) -> None:
     old = '{"step": 1, "train/loss": 0.1, "perf/step_seconds": 1.0}\n'
     assert not compare_texts(tmp_path / "a", "metrics.jsonl", old, old.replace("1.0", "2.0"))
     other = old.replace("0.1", "0.10000000000000002")
@@ -87,7 +87,7 @@ def test_checkpoints_are_compared_by_their_tensors(tmp_path: Path) -> None:
     for side, tensors in sides.items():
         folder = tmp_path / side / "step_00000001"
         checkpoint.save(dict(tensors), checkpoint_id=str(folder), no_dist=True)
-    # The folder's name stands in `.metadata`, so its bytes differ although the tensors agree.
+    # `.metadata` holds the name of the folder, so its bytes differ although the tensors agree.
     same = compare(tmp_path / "old", tmp_path / "same")
     assert (same.differences, same.notes) == (
         [],

@@ -1,4 +1,4 @@
-"""The tree stays a house: narrow folders, short files and functions, imports without a circle."""
+"""Limits of the tree: narrow folders, short files and functions, imports without a circle."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ import pytest
 
 from tests.structure.import_map import ROOT, Structure, find_floors, read_structure
 
-# What a sampler directory holds, and a name that no file may have.
+# Files of a sampler directory, and a name that no file may have.
 FILES_OF_OTHERS = {"modeling_eso_lm.py", "configuration_eso_lm.py", "utils.py"}
 
 
@@ -21,7 +21,7 @@ def test_no_circle_of_files(structure: Structure) -> None:
     assert structure.file_circles == []
 
 
-def test_no_circle_between_what_lies_in_one_folder(structure: Structure) -> None:
+def test_no_circle_within_a_folder(structure: Structure) -> None:
     assert structure.level_circles == []
 
 
@@ -48,7 +48,7 @@ DOCUMENTS = [
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_links_of_documents_lead_somewhere(document: str) -> None:
+def test_links_of_documents_exist(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     targets = [target for target in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in target]
     assert [t for t in targets if not (ROOT / document).parent.joinpath(t).exists()] == []
@@ -64,7 +64,7 @@ def test_documents_name_files_that_exist(document: str) -> None:
 
 
 def list_imports(path: Path) -> list[tuple[str, bool]]:
-    """The modules that a file imports, and whether a function does it."""
+    """List the modules that a file imports, and whether a function imports them."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = []
     for node in ast.walk(tree):
@@ -144,6 +144,7 @@ def test_a_room_between_two_files_of_its_folder_is_no_circle_of_one_level(tmp_pa
 
 
 def test_what_is_counted(tmp_path: Path) -> None:
+    # A tree with one or more of everything that is counted.
     long_function = "def long():\n" + "    x = 1\n" * 60
     write(
         tmp_path,
@@ -166,6 +167,7 @@ def test_what_is_counted(tmp_path: Path) -> None:
             "pretrain/__init__.py": "",
         },
     )
+    # The counts.
     found = read_structure(tmp_path)
     assert found.wide_folders == {"pretrain": 13}
     assert found.long_files == {"data_tools/builds/c.py": 461}

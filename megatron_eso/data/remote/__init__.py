@@ -1,1 +1,1 @@
-"""Shards that have a URL, and their copies on a local disk."""
+"""Shards behind a URL, and their copies on a local disk."""

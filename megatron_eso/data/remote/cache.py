@@ -1,14 +1,14 @@
 """Local copies of remote shards: one folder, bounded in size, shared by the processes of a node.
 
-    shards/SHA256          a whole shard; its last use is its modification time
-    shards/SHA256.*.tmp    being written by the process that holds locks/SHA256
+    shards/SHA256          a whole shard; its modification time is its last use
+    shards/SHA256.*.tmp    a shard that the holder of locks/SHA256 is writing
     datasets/ID            index files of a dataset: manifest, block hashes, documents, tokenizer
-    locks/                 empty files for flock: one per hash, and `cache` for the bookkeeping
+    locks/                 empty files for flock: one per hash, and `cache` for adding and removing
 
-Names are hashes of the content, so that corpora with equally named shards cannot mix, and what two
-of them share is kept once. A file takes its name when it is complete and on disk. The kernel frees
-the locks of a killed process, so that no other one waits for it, and a temporary file is garbage if
-its lock is free. A removed shard stays readable for the processes that have it open.
+Names are hashes of the content. Shards of two corpora with equal names therefore do not mix, and a
+shard that two corpora share is kept once. A file gets its name when it is complete and on disk. The
+kernel frees the locks of a killed process, so no other process waits for it. A temporary file whose
+lock is free is removed. Processes that have a shard open can still read it after its removal.
 
 The index files (0.013 % of a corpus) do not count towards the bound and are kept.
 """
@@ -36,21 +36,21 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardCache:
-    """The cache at a folder. Every method may be called from several threads and processes."""
+    """A cache in a folder, for several threads and processes at once."""
 
     directory: Path
     """Folder of the cache, on a disk of this node that supports flock."""
     max_bytes: int
-    """Largest size of the shards together, those being written among them."""
+    """Largest total size of the shards, including those being written."""
 
     @classmethod
     def at(cls, directory: str | None = None, gib: float = 100.0) -> "ShardCache":
-        """The cache that the configuration or a command line names.
+        """Return the cache that the configuration or a command line names.
 
         Args:
-            directory: None: `megatron-eso-cache-UID` in TMPDIR, which clusters point to a disk of
-                the node, whereas home directories are shared and small.
-            gib: largest size of the shards in GiB.
+            directory: Folder of the cache. None: `megatron-eso-cache-UID` in TMPDIR, which is a
+                local disk on clusters, whereas home directories are shared and small.
+            gib: Largest total size of the shards in GiB.
 
         Raises:
             ConfigError: `gib` is not positive.
@@ -72,10 +72,10 @@ class ShardCache:
         return self.directory / "datasets"
 
     def prepare(self) -> None:
-        """Make the folders, and remove what killed processes left.
+        """Make the folders, and remove the temporary files of killed processes.
 
         Raises:
-            DataError: the folder cannot be written.
+            DataError: The folder cannot be written.
         """
         with self._explaining_errors():
             for folder in (self.directory, self.shards, self.datasets, self._locks):
@@ -83,10 +83,10 @@ class ShardCache:
             self._remove_garbage()
 
     def open(self, file: HashedFile) -> int | None:
-        """Open the copy of a shard, from now on the one used last.
+        """Open the copy of a shard, and record this as its last use.
 
         Returns:
-            A descriptor, which the caller closes; None where there is no copy.
+            A file descriptor, which the caller closes; None without a copy.
         """
         try:
             handle = os.open(self._path(file), os.O_RDONLY)
@@ -99,26 +99,26 @@ class ShardCache:
         return None
 
     def remove(self, file: HashedFile) -> None:
-        """Remove the copy of a shard that was found damaged."""
+        """Remove the copy of a shard that is damaged."""
         self._path(file).unlink(missing_ok=True)
 
     def stage(
         self, file: HashedFile, download: Callable[[BinaryIO], None], *, wait: bool = True
     ) -> int | None:
-        """Open the copy of a shard; if there is none, one of several processes makes it.
+        """Open the copy of a shard; without a copy, one of the processes that call this makes it.
 
         Args:
-            file: the shard.
-            download: writes exactly its content; it stops by an exception otherwise.
-            wait: whether to wait for another process that is downloading it.
+            file: The shard.
+            download: Writes exactly the content of the shard, or raises.
+            wait: Whether to wait for another process that is downloading the shard.
 
         Returns:
-            A descriptor, which the caller closes: valid even if the copy is removed at once to make
-            room. None if another process is downloading it and `wait` is off.
+            A file descriptor, which the caller closes. It stays valid even if the copy is removed
+            to make room. None if another process is downloading the shard and `wait` is off.
 
         Raises:
-            ConfigError: the shard is larger than the cache.
-            DataError: the folder cannot be written.
+            ConfigError: The shard is larger than the cache.
+            DataError: The folder cannot be written.
         """
         if file.bytes > self.max_bytes:
             raise ConfigError(
@@ -133,22 +133,22 @@ class ShardCache:
                 with new_path(self._path(file), self._reserve(file)) as temporary:
                     with temporary.open("r+b") as stream:
                         download(stream)
-                    # Before the copy has its name: another process may remove it at once.
+                    # Open it before it has its name: another process may remove it afterwards.
                     handle = os.open(temporary, os.O_RDONLY)
             return handle
 
     def make_folder(self, name: str, fill: Callable[[Path], None]) -> Path:
-        """The folder of a dataset; if there is none, one of several processes makes it.
+        """Return the folder of a dataset; one of the processes that call this makes it.
 
         Args:
-            name: dataset id.
-            fill: puts the files into an empty folder.
+            name: The dataset id.
+            fill: Writes the files into an empty folder.
 
         Returns:
             The complete folder.
 
         Raises:
-            DataError: the folder cannot be written.
+            DataError: The folder cannot be written.
         """
         folder = self.datasets / name
         with self._explaining_errors(), self.lock(name):
@@ -160,11 +160,11 @@ class ShardCache:
         return folder
 
     def lock(self, name: str, *, wait: bool = True) -> AbstractContextManager[Lock]:
-        """A lock among all threads and processes; see `hold_lock`."""
+        """Return a lock between all threads and processes; see `hold_lock`."""
         return hold_lock(self._locks / name, wait=wait)
 
     def allocated_bytes(self) -> int:
-        """Bytes of the disk that the shards take now."""
+        """Return the bytes of the disk that the shards take now."""
         return sum(status.st_blocks * 512 for _, status in self._list_shards())
 
     @property
@@ -177,7 +177,7 @@ class ShardCache:
         return self.shards / file.sha256
 
     def _reserve(self, file: HashedFile) -> Path:
-        """Make room, and a temporary file of the shard's size that keeps it; its lock is held."""
+        """Make room, and reserve it by a temporary file; the caller holds the shard's lock."""
         self._remove_garbage_of(self.shards, file.sha256)
         while True:
             with self.lock("cache"):
@@ -195,7 +195,7 @@ class ShardCache:
                     os.truncate(descriptor, file.bytes)
                     os.close(descriptor)
                     return Path(temporary)
-            # Shards that other processes are downloading take all the room.
+            # Wait: the downloads of other processes take all the room.
             time.sleep(_POLL_SECONDS)
 
     def _list_shards(self) -> list[tuple[Path, os.stat_result]]:
@@ -213,7 +213,7 @@ class ShardCache:
                         self._remove_garbage_of(folder, name)
 
     def _remove_garbage_of(self, folder: Path, name: str) -> None:
-        """Remove the temporary files of a name, whose lock the caller holds: their writer died."""
+        """Remove the temporary files of a killed writer; the caller holds the lock of the name."""
         for path in folder.glob(f"{name}.*{_TEMPORARY}"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Datasets by where they lie: a directory or a URL."""
+"""Opening and finding of datasets in a directory or at a URL."""
 
 from pathlib import Path
 
@@ -19,17 +19,17 @@ def open_dataset(
     retry_seconds: tuple[float, ...] = RETRY_SECONDS,
     cache: ShardCache | None = None,
 ) -> TokenDataset:
-    """Open a dataset; check its manifest, its index files, and locally the size of every shard.
+    """Open a dataset; check its manifest, its index files, and the size of every local shard.
 
     Args:
-        location: directory of the dataset, or its URL.
-        quarantine: records whose rows are replaced by others.
-        retry_seconds: pauses before further readings of what fails; empty: it fails at once.
-        cache: holds local copies of what has a URL; None: one in TMPDIR.
+        location: Directory of the dataset, or its URL.
+        quarantine: Records whose data rows are replaced by others.
+        retry_seconds: Pauses before a failed read is repeated; empty: it is not repeated.
+        cache: Cache for the shards of a URL; None: a cache in TMPDIR.
 
     Raises:
-        ConfigError: a URL that cannot be read with what is installed.
-        DataError: there is no dataset, its version is unknown, or files are missing or damaged.
+        ConfigError: A library that the URL needs is not installed.
+        DataError: There is no dataset, its version is unknown, or files are missing or damaged.
     """
     if not is_remote(location):
         return TokenDataset.open(location, quarantine=quarantine, retry_seconds=retry_seconds)
@@ -40,16 +40,16 @@ def open_dataset(
 
 
 def existing_location(text: str) -> str:
-    """A type of argument: a URL, or a path that exists."""
+    """Parse an argument that is a URL or an existing path."""
     return text if is_remote(text) else str(existing_path(text))
 
 
 def find_datasets(location: str | Path) -> list[str]:
-    """The dataset at a directory or URL, or those in its `train` and `validation`.
+    """Return the dataset at a directory or URL, or those in its `train` and `validation`.
 
     Raises:
-        ConfigError: a URL that cannot be read with what is installed.
-        DataError: the server cannot be reached.
+        ConfigError: A library that the URL needs is not installed.
+        DataError: The server cannot be reached.
     """
     if is_remote(location):
         folder = RemoteFolder(str(location))

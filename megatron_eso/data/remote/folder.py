@@ -1,4 +1,4 @@
-"""Files of a folder behind a URL, read by fsspec with retries and checked by their hashes."""
+"""Files of a folder at a URL: fsspec reads them, with retries, and their hashes are compared."""
 
 import hashlib
 import logging
@@ -14,7 +14,7 @@ from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.retries import retry
 
 FIRST_WAIT_SECONDS = 1.0
-"""Before the second attempt; it doubles from attempt to attempt."""
+"""Wait before the second attempt; it doubles with each attempt."""
 NETWORK_ATTEMPTS = 7
 HASH_ATTEMPTS = 3
 
@@ -28,10 +28,10 @@ _T = TypeVar("_T")
 
 
 def is_remote(location: str | Path) -> bool:
-    """Whether a dataset's location is a URL.
+    """Return whether a dataset's location is a URL.
 
     Raises:
-        ConfigError: a URL of another kind than these, or one that holds credentials.
+        ConfigError: The scheme of the URL is not supported, or the URL holds credentials.
     """
     if "://" not in str(location):
         return False
@@ -47,15 +47,20 @@ def is_remote(location: str | Path) -> bool:
 
 
 class RemoteFolder:
-    """A folder behind a URL; reading retries with growing pauses."""
+    """A folder at a URL; failed reads are retried after growing pauses."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, network_attempts: int = NETWORK_ATTEMPTS) -> None:
         """Find the library that reads `url`.
 
+        Args:
+            url: URL of the folder.
+            network_attempts: Attempts of each read while the server cannot be reached.
+
         Raises:
-            ConfigError: it is not installed.
+            ConfigError: The library is not installed.
         """
         self.url = url.rstrip("/")
+        self._network_attempts = network_attempts
         self._scheme = urlsplit(url).scheme
         try:
             from fsspec.core import url_to_fs
@@ -67,24 +72,24 @@ class RemoteFolder:
             ) from error
 
     def name(self, name: str) -> str:
-        """The URL of a file."""
+        """Return the URL of a file."""
         return f"{self.url}/{name}"
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
+        """Return whether the file exists."""
         return self._retrying(name, lambda: bool(self._files.exists(self._path(name))))
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None if the server does not say."""
+        """Return the bytes of a file; None if the server does not report them."""
         size: int | None = self._retrying(name, lambda: self._files.info(self._path(name)))["size"]
         return size
 
     def read_manifest(self) -> tuple[Manifest, bytes]:
-        """The checked manifest and its bytes, always from the server.
+        """Read and check the manifest on the server; return it and its bytes.
 
         Raises:
-            DataError: there is none, or it is damaged each time; of the former FileNotFoundError is
-                the cause.
+            DataError: The manifest is missing, which has FileNotFoundError as its cause, or every
+                attempt reads a damaged one.
         """
 
         def read() -> tuple[Manifest, bytes]:
@@ -100,17 +105,17 @@ class RemoteFolder:
         stream: BinaryIO,
         advance: Callable[[int], None] = lambda num_bytes: None,
     ) -> None:
-        """Write a file's content, checked by size and sha256, from the stream's start.
+        """Write the content of a file to the start of a stream; check its size and sha256.
 
         Args:
-            name: name of the file in this folder.
-            file: size and hash by the manifest.
-            stream: a local file, seekable.
-            advance: called with the bytes as they arrive, with a negative number where they have to
-                be downloaded again.
+            name: Name of the file in this folder.
+            file: Size and hash in the manifest.
+            stream: A local file, seekable.
+            advance: Called with the number of bytes that arrived; a negative number means bytes
+                that are downloaded again.
 
         Raises:
-            DataError: it cannot be read, or another content comes, each time.
+            DataError: Every attempt fails, or reads another content.
         """
 
         def attempt() -> None:
@@ -140,8 +145,8 @@ class RemoteFolder:
         if self._scheme in ("http", "https"):
             import aiohttp
 
-            # One request for the whole file, since not every server knows ranges. aiohttp would
-            # stop it after five minutes.
+            # One request for the whole file, because not every server supports ranges. By default
+            # aiohttp ends a request after five minutes.
             options: dict[str, Any] = {
                 "block_size": 0,
                 "size": file.bytes,
@@ -158,7 +163,8 @@ class RemoteFolder:
         return f"{self._root.rstrip('/')}/{name}"
 
     def _retrying(self, name: str, read: Callable[[], _T]) -> _T:
-        """Call `read` until it succeeds, as often as the kind of its failure allows."""
+        """Call `read` until it succeeds, or too often for the kind of its failure."""
+        # A damaged file is read HASH_ATTEMPTS times, everything else `network_attempts` times.
         num_attempts = num_damaged = 0
 
         def attempt() -> _T:
@@ -171,18 +177,18 @@ class RemoteFolder:
             num_damaged += _is_damage(error)
             if _is_final(error) or num_damaged == HASH_ATTEMPTS:
                 raise error
-            logger.warning("%s: %s; again in %.2g s", self.name(name), _explain(error), seconds)
+            logger.warning("%s: %s; retry in %.2g s", self.name(name), _explain(error), seconds)
 
-        pauses = [FIRST_WAIT_SECONDS * 2**number for number in range(NETWORK_ATTEMPTS - 1)]
+        pauses = [FIRST_WAIT_SECONDS * 2**number for number in range(self._network_attempts - 1)]
         try:
-            # fsspec's backends have no common base of their errors.
+            # The errors of fsspec's backends have no common base class.
             return retry(attempt, errors=Exception, pauses=pauses, on_error=log_or_give_up)
         except _LocalError as error:
             raise error.error from error
         except DataError:
             raise
         except Exception as error:
-            times = f" (asked {num_attempts} times)" if num_attempts > 1 else ""
+            times = f" ({num_attempts} attempts)" if num_attempts > 1 else ""
             remedy = (
                 "put the dataset there again"
                 if _is_damage(error)
@@ -194,11 +200,11 @@ class RemoteFolder:
 
 
 class _DamagedError(Exception):
-    """What the server sent is not what the manifest says."""
+    """The server sent another content than the manifest records."""
 
 
 class _LocalError(Exception):
-    """A failure of the local disk; another request would not help."""
+    """A failure of the local disk, which is not retried."""
 
     def __init__(self, error: OSError) -> None:
         super().__init__(str(error))
@@ -213,12 +219,12 @@ def _write_locally(stream: BinaryIO, chunk: bytes) -> None:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an answer came, but not the dataset's file."""
+    """Return whether the server answered, but not with the dataset's file."""
     return isinstance(error, (_DamagedError, DataError))
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether another request cannot help: no such file, no permission, no credentials."""
+    """Return whether a retry cannot succeed: no such file, no permission, no credentials."""
     if isinstance(error, _LocalError):
         return True
     status = getattr(error, "status", None)
@@ -231,7 +237,7 @@ def _is_final(error: Exception) -> bool:
 
 
 def _explain(error: Exception) -> str:
-    """What went wrong, without the signed addresses that some servers redirect to."""
+    """Describe an error, without the signed addresses to which some servers redirect."""
     if _is_damage(error):
         return str(error)
     status = getattr(error, "status", None)

@@ -1,13 +1,13 @@
-"""Datasets behind a URL: s3://, gs:// and https:// by fsspec, whole shards copied to a local cache.
+"""Datasets at a URL (s3://, gs://, https://); whole shards are copied to a local cache.
 
-Copying whole shards makes reading as fast and as checked as from a local disk: the sha256 of every
-copy is compared with the manifest's while it is downloaded, and the hash of every block whenever it
-is read. Samples are drawn from the whole corpus, so a run needs all shards soon: `stage_shards`
-fetches them before the first step, each once per node. Where they do not fit into the cache they
-are fetched when their rows are read.
+With copies of whole shards, reads are as fast and as well checked as from a local disk. The sha256
+of a copy is compared with the manifest's during the download, and the hash of a block at each read.
+Samples are drawn from the whole corpus, so a run soon needs all shards. `stage_shards` copies them
+before the first step, each once per node. If they do not fit into the cache, a shard is copied when
+its data rows are read.
 
 fsspec reads credentials, endpoints and proxies from the environment (AWS_PROFILE, AWS_ENDPOINT_URL,
-GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_S3_ENDPOINT_URL, ...); a URL must not hold any.
+GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_S3_ENDPOINT_URL, ...). A URL must not hold credentials.
 """
 
 from collections.abc import Callable
@@ -17,24 +17,24 @@ from typing import BinaryIO
 from megatron_eso.data.remote.cache import ShardCache
 from megatron_eso.data.remote.folder import RemoteFolder
 from megatron_eso.data.shards.format import MANIFEST_FILE, TOKENIZER_FOLDER
-from megatron_eso.data.shards.manifest import Manifest, dataset_id
+from megatron_eso.data.shards.manifest import RESTORE, Manifest, dataset_id
 from megatron_eso.errors import DataError
 
 
 class RemoteShards:
-    """The shards of a dataset behind a URL, read from copies in a local cache.
+    """The shards of a dataset at a URL, read from copies in a local cache.
 
     Attributes:
         url: URL of the dataset.
-        cache: where the copies are.
-        manifest: as the server has it now.
-        directory: local folder of the index files: the dataset without its shards.
+        cache: The cache of the copies.
+        manifest: The manifest on the server at the start.
+        directory: Local folder of the index files: the dataset without its shards.
     """
 
     def __init__(
         self, folder: RemoteFolder, cache: ShardCache, manifest: Manifest, directory: Path
     ) -> None:
-        """Use `connect` instead."""
+        """Keep the parts that `connect` has made; callers use `connect`."""
         self.url = folder.url
         self.cache = cache
         self.manifest = manifest
@@ -46,9 +46,10 @@ class RemoteShards:
         """Read the manifest and copy the index files to the cache; shards are copied when needed.
 
         Raises:
-            ConfigError: the library for such URLs is not installed.
-            DataError: there is no dataset, or it cannot be read; or the cache cannot be written.
+            ConfigError: A library that the URL needs is not installed.
+            DataError: There is no dataset, it cannot be read, or the cache cannot be written.
         """
+        # Read the manifest; for a folder of several datasets, name them.
         folder = RemoteFolder(url)
         cache.prepare()
         try:
@@ -61,13 +62,17 @@ class RemoteShards:
                 ) from error
             raise
 
+        # Copy the index files: hashes, documents and tokenizer.
         def fill(directory: Path) -> None:
             (directory / MANIFEST_FILE).write_bytes(encoded)
             (directory / TOKENIZER_FOLDER).mkdir()
             names = [(file.name, file) for file in (manifest.blocks, manifest.documents)]
             for file in manifest.tokenizer_files:
                 if file.name in ("", ".", "..") or PurePosixPath(file.name).name != file.name:
-                    raise DataError(f"{folder.url}: {file.name!r} is no name of a tokenizer's file")
+                    raise DataError(
+                        f"{folder.url}: {file.name!r} is not the name of a tokenizer's file; "
+                        f"{RESTORE}"
+                    )
                 names.append((f"{TOKENIZER_FOLDER}/{file.name}", file))
             for name, file in names:
                 with (directory / name).open("wb") as stream:
@@ -77,26 +82,26 @@ class RemoteShards:
         return cls(folder, cache, manifest, directory)
 
     def open(self, shard: int) -> int:
-        """Open the local copy of a shard, staging it first where there is none.
+        """Open the local copy of a shard; without a copy, make it first.
 
         Returns:
-            A descriptor, which the caller closes.
+            A file descriptor, which the caller closes.
 
         Raises:
-            DataError: the shard cannot be copied.
+            DataError: The shard cannot be copied.
         """
         handle = self.cache.open(self.manifest.shards[shard])
         if handle is None:
             handle = self.stage(shard)
-        assert handle is not None  # since `stage` waits
+        assert handle is not None  # because `stage` waits
         return handle
 
     def name(self, shard: int) -> str:
-        """The URL of a shard."""
+        """Return the URL of a shard."""
         return self._folder.name(self.manifest.shards[shard].name)
 
     def discard(self, shard: int) -> None:
-        """Remove the local copy of a shard, since reading it fails; `open` makes another."""
+        """Remove a local copy that cannot be read; `open` then makes another copy."""
         self.cache.remove(self.manifest.shards[shard])
 
     def stage(
@@ -118,7 +123,7 @@ class RemoteShards:
         """Compare a shard's size on the server with the manifest's.
 
         Raises:
-            DataError: it is missing or of another size.
+            DataError: The shard is missing or has another size.
         """
         file = self.manifest.shards[shard]
         size = self._folder.size(file.name)
@@ -130,6 +135,6 @@ class RemoteShards:
 
 
 def find_parts(folder: RemoteFolder) -> list[str]:
-    """The URLs of the datasets in a folder's `train` and `validation`."""
+    """Return the URLs of the datasets in a folder's `train` and `validation`."""
     parts = ("train", "validation")
     return [folder.name(part) for part in parts if folder.has(f"{part}/{MANIFEST_FILE}")]

@@ -1,4 +1,4 @@
-"""Copies of all remote shards of a run, made before its first step, once on each node."""
+"""Copying of all remote shards of a run before its first step, once on each node."""
 
 import logging
 import os
@@ -33,13 +33,14 @@ class _Job:
 def stage_shards(sources: Iterable[ShardSource]) -> None:
     """Copy every remote shard of a run to its cache, or warn once that they do not fit.
 
-    To be called once with all datasets of the run, by every process: those of a node share the
-    work. Local shards need nothing.
+    Every process calls this once with all datasets of the run; the processes of a node share the
+    work. Local shards are ignored.
 
     Raises:
-        ConfigError: the disk cannot hold what the cache is allowed.
-        DataError: a shard is missing on the server, or damaged.
+        ConfigError: The disk cannot hold the shards.
+        DataError: A shard is missing on the server, or damaged.
     """
+    # List each shard once, whatever number of datasets hold it.
     remotes = [source for source in sources if isinstance(source, RemoteShards)]
     if not remotes:
         return
@@ -49,11 +50,12 @@ def stage_shards(sources: Iterable[ShardSource]) -> None:
         for remote in remotes
         for number, file in enumerate(remote.manifest.shards)
     }
+    # Where they do not fit, check their sizes on the server now; reading copies them later.
     total = sum(job.file.bytes for job in jobs.values())
     if total > cache.max_bytes:
         logger.warning(
-            "%s: the shards take %s, data.cache_gib = %.3g: each is downloaded whole when a "
-            "row asks for it, which is slow, as samples come from all of them; raise "
+            "%s: the shards take %s, data.cache_gib = %.3g: each is downloaded whole when one of "
+            "its data rows is read, which is slow, because samples come from all shards; raise "
             "data.cache_gib, or use a smaller dataset",
             ", ".join(remote.url for remote in remotes),
             format_gib(total),
@@ -78,12 +80,12 @@ def _check_disk(cache: ShardCache, total: int) -> None:
 
 
 def _stage_all(jobs: list[_Job]) -> None:
-    # Opening marks the copies that exist as used, so that others are removed to make room.
+    # Opening a copy records its use, so that other copies are removed to make room.
     missing = [job for job in jobs if not _close(job.shards.cache.open(job.file))]
     if not missing:
         return
     progress = Progress(
-        "shards staged",
+        "shards copied",
         sum(job.file.bytes for job in missing),
         report=lambda line: logger.info("%s", line),
     )
@@ -105,12 +107,12 @@ def _stage_job(job: _Job, progress: Progress, wait: bool) -> bool:
 
     is_done = _close(job.shards.stage(job.number, wait=wait, advance=advance))
     if is_done:
-        progress.advance(job.file.bytes - downloaded)  # what another process has downloaded
+        progress.advance(job.file.bytes - downloaded)  # the bytes that another process downloaded
     return is_done
 
 
 def _close(handle: int | None) -> bool:
-    """Close a handle; returns whether there was one."""
+    """Close a file descriptor; return whether there was one."""
     if handle is not None:
         os.close(handle)
     return handle is not None

@@ -1,1 +1,1 @@
-"""Which row of which dataset each sample of a run is."""
+"""The data row, and its dataset, of each sample of a run."""

@@ -1,13 +1,14 @@
-"""Which row of which corpus is sample n of a run: exact quotas in blocks, as a pure function.
+"""The data row and corpus of sample n of a run: exact quotas in blend blocks, as a pure function.
 
-Every block of 4096 consecutive sample numbers holds a fixed number of samples of each corpus, its
-quota; a keyed permutation deals the places of a block to the corpora. The quotas before it say how
-often a corpus was drawn, and draw k of corpus c is `SampleOrder(seed, rows_c, c).rows(k)` of
-`order.py`: an epoch of a corpus holds each of its rows once, whatever the other corpora do.
+A blend block is 4096 consecutive samples, and holds a fixed number of samples of each corpus, its
+quota. A keyed permutation deals the samples of a block to the corpora. The quotas of the blocks
+before it give the number of draws from each corpus. Draw k of corpus c is the data row
+`SampleOrder(seed, rows_c, c).rows(k)` of `order.py`. An epoch of a corpus therefore holds each of
+its data rows once, whatever the other corpora are.
 
 The corpora of a run are numbered by their first appearance in it. A change of the blend is a new
-phase: it begins with a block, continues the draws of every corpus, and leaves the past as it was.
-A run of one corpus is that corpus's `SampleOrder`.
+data phase: it begins with a block, continues the draws of every corpus, and does not change earlier
+samples. A run of one corpus has that corpus's `SampleOrder`.
 
 Shapes: N samples, C corpora of the run.
 """
@@ -30,33 +31,34 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpus:
-    """A dataset as the order sees it."""
+    """A dataset of the order: its id and its number of data rows."""
 
     dataset_id: str
     num_rows: int
-    """Rows at the run's row length."""
+    """Data rows of the run's length."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlendPhase:
-    """A stretch of the run with one blend. Its tuples are by corpus, and end with the last known.
+    """A data phase: a part of the run with one blend.
 
-    A corpus that is no longer drawn has quota 0.
+    Its tuples have an entry for each corpus that was known when it began. A corpus that is no
+    longer drawn has the quota 0.
     """
 
     number: int
     """`data.phase`."""
     start: int
-    """First sample, a multiple of BLOCK_SAMPLES."""
+    """The first sample, a multiple of BLOCK_SAMPLES."""
     quotas: tuple[int, ...]
-    """Samples of each corpus in a block; BLOCK_SAMPLES in all."""
+    """Samples of each corpus in a blend block; they add up to BLOCK_SAMPLES."""
     first_draws: tuple[int, ...]
     """Draws of each corpus before this phase."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Places:
-    """Where samples come from: corpus, epoch of that corpus, and row, each int64 [N]."""
+class DataRows:
+    """The data rows of samples: corpus, epoch of that corpus, and data row, each int64 [N]."""
 
     corpus_N: Int64
     epoch_N: Int64
@@ -65,7 +67,7 @@ class Places:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blend:
-    """The order of a run. Its phases begin at 0 and never before the phase that precedes them."""
+    """The order of a run. The first phase begins at sample 0; later phases do not begin earlier."""
 
     seed: int
     corpora: tuple[Corpus, ...]
@@ -75,7 +77,7 @@ class Blend:
     def begin(
         cls, seed: int, corpora: Sequence[Corpus], quotas: Sequence[int], number: int = 1
     ) -> "Blend":
-        """The order of a run that starts with this blend."""
+        """Return the order of a run that starts with this blend."""
         phase = BlendPhase(
             number=number, start=0, quotas=tuple(quotas), first_draws=(0,) * len(corpora)
         )
@@ -83,24 +85,26 @@ class Blend:
 
     @property
     def quotas(self) -> dict[str, int]:
-        """The quotas of the last phase by dataset id, without those that are not drawn."""
+        """The quotas of the last phase by dataset id, without quotas of 0."""
         pairs = zip(self.corpora, self.phases[-1].quotas, strict=True)
         return {corpus.dataset_id: quota for corpus, quota in pairs if quota}
 
     def change(
         self, corpora: Sequence[Corpus], quotas: Sequence[int], number: int, consumed_samples: int
     ) -> "Blend":
-        """The same order up to the next block boundary, and this blend from there on.
+        """Return this order up to the next block boundary, followed by another blend.
 
         Args:
-            corpora: those of the new blend, in any order; new ones get the next numbers of the run.
-            quotas: their quotas.
-            number: number of the new phase.
-            consumed_samples: samples that the run has consumed so far.
+            corpora: Corpora of the new blend, in any order; new ones get the run's next numbers.
+            quotas: Quotas of these corpora.
+            number: Number of the new phase.
+            consumed_samples: Samples that the run has consumed so far.
         """
+        # Number the corpora: those of the run first, then the new ones.
         wanted = {corpus.dataset_id: quota for corpus, quota in zip(corpora, quotas, strict=True)}
         known = {corpus.dataset_id for corpus in self.corpora}
         run_corpora = self.corpora + tuple(c for c in corpora if c.dataset_id not in known)
+        # The new phase starts at the next block boundary, where the draws so far are known.
         last = self.phases[-1]
         start = max(-(-consumed_samples // BLOCK_SAMPLES) * BLOCK_SAMPLES, last.start)
         blocks = (start - last.start) // BLOCK_SAMPLES
@@ -116,11 +120,14 @@ class Blend:
         )
         return Blend(seed=self.seed, corpora=run_corpora, phases=(*self.phases, phase))
 
-    def locate(self, sample_indices: Int64) -> Places:
-        """Where samples come from.
+    def locate(self, sample_indices: Int64) -> DataRows:
+        """Return the corpus, epoch and data row of samples.
 
         Args:
-            sample_indices: int64 [N], from 0 upwards without end.
+            sample_indices: Sample numbers, int64 [N], from 0 on, without an upper limit.
+
+        Raises:
+            ValueError: A sample number is negative.
         """
         index_N = np.asarray(sample_indices, dtype=np.int64)
         if index_N.size and index_N.min() < 0:
@@ -133,10 +140,10 @@ class Blend:
             draws = draw_N[is_drawn_N]
             epoch_N[is_drawn_N] = draws // num_rows
             row_N[is_drawn_N] = SampleOrder(self.seed, num_rows, number).rows(draws)
-        return Places(corpus_N=corpus_N, epoch_N=epoch_N, row_N=row_N)
+        return DataRows(corpus_N=corpus_N, epoch_N=epoch_N, row_N=row_N)
 
     def _draws(self, index_N: Int64) -> tuple[Int64, Int64]:
-        """The corpus of each sample, and which draw of this corpus it is."""
+        """Return the corpus of each sample, and the number of its draw from this corpus."""
         starts = [phase.start for phase in self.phases]
         phase_N = np.searchsorted(starts, index_N, side="right") - 1
         corpus_N, draw_N = np.empty_like(index_N), np.empty_like(index_N)
@@ -144,7 +151,7 @@ class Blend:
             in_phase_N = phase_N == number
             phase = self.phases[number]
             block_N, place_N = np.divmod(index_N[in_phase_N] - phase.start, BLOCK_SAMPLES)
-            # A corpus that is alone keeps its own order.
+            # A single corpus keeps its own order.
             if max(phase.quotas) < BLOCK_SAMPLES:
                 place_N = self._shuffle(block_N + phase.start // BLOCK_SAMPLES, place_N)
             quotas_C = np.array(phase.quotas, dtype=np.int64)
@@ -157,7 +164,7 @@ class Blend:
         return corpus_N, draw_N
 
     def _shuffle(self, block_N: Int64, place_N: Int64) -> Int64:
-        """The places that the permutation of each block gives to these places."""
+        """Permute numbers within their blend blocks, by the permutation of each block."""
         shuffled_N = np.empty_like(place_N)
         for block in np.unique(block_N).tolist():
             in_block_N = block_N == block
@@ -169,13 +176,13 @@ class Blend:
 
 
 def resolve_quotas(weights: Sequence[float]) -> tuple[int, ...]:
-    """Samples of each corpus in a block, by the method of the largest remainder.
+    """Return the samples of each corpus in a blend block, by the largest remainder method.
 
     Args:
-        weights: positive, in any unit. A float counts as the decimal that it is written as.
+        weights: Positive weights in any unit. A float counts as its shortest decimal.
 
     Returns:
-        Whole numbers that add up to BLOCK_SAMPLES; a share below 1 / BLOCK_SAMPLES may get 0.
+        Whole numbers that add up to BLOCK_SAMPLES; a share below 1 / BLOCK_SAMPLES may become 0.
     """
     shares = [Fraction(repr(weight)) for weight in weights]
     exact = [share * BLOCK_SAMPLES / sum(shares) for share in shares]

@@ -1,4 +1,4 @@
-"""Datasets as `[data]` of the configuration names them."""
+"""The datasets that the section `data` names: opening and checks."""
 
 import logging
 from collections.abc import Collection, Mapping
@@ -20,30 +20,30 @@ def open_corpus(location: str, data: DataConfig) -> TokenDataset:
     """Open a dataset with the cache and the quarantine list of the configuration.
 
     Raises:
-        ConfigError: A URL that cannot be read with what is installed.
-        DataError: It or the quarantine list is missing or damaged.
+        ConfigError: A library that the URL needs is not installed.
+        DataError: The dataset or the quarantine list is missing or damaged.
     """
     cache = ShardCache.at(data.cache_directory, data.cache_gib)
     return open_dataset(location, quarantine=read_quarantine(data), cache=cache)
 
 
 def read_vocabulary(dataset: TokenDataset) -> Vocabulary:
-    """The token ids of a dataset."""
+    """Return the token ids of a dataset."""
     tokenizer = dataset.manifest.tokenizer
     return Vocabulary(size=tokenizer.vocab_size, mask_token_id=tokenizer.mask_token_id)
 
 
 def read_quarantine(data: DataConfig) -> Quarantine:
-    """The list that `data.quarantine` names, an empty one where it names none.
+    """Read the list that `data.quarantine` names; return an empty one where the key is left out.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The list cannot be read.
     """
     return Quarantine.read(Path(data.quarantine)) if data.quarantine else Quarantine()
 
 
 def warn_of_unknown(data: DataConfig, dataset_ids: Collection[str]) -> None:
-    """Log the datasets of the quarantine list that a run does not have."""
+    """Log the datasets of the quarantine list that do not belong to the run."""
     for unknown in sorted(read_quarantine(data).records.keys() - set(dataset_ids)):
         logger.warning("data.quarantine: no dataset of this run has the id %s", unknown)
 
@@ -51,16 +51,16 @@ def warn_of_unknown(data: DataConfig, dataset_ids: Collection[str]) -> None:
 def check_tokenizer(
     key: str, location: str, dataset: TokenDataset, expected: Mapping[str, Any]
 ) -> None:
-    """Refuse a dataset whose token ids mean something else.
+    """Refuse a dataset with another tokenizer than the run's.
 
     Args:
-        key: Names the dataset in the configuration.
-        location: The value of `key`.
-        dataset: To be checked.
-        expected: `identity` of the run's tokenizer.
+        key: The key of the configuration that names the dataset.
+        location: The location of the dataset in the value of `key`.
+        dataset: The dataset to check.
+        expected: The `identity` of the run's tokenizer.
 
     Raises:
-        ConfigError: The tokenizer is another one.
+        ConfigError: The tokenizers differ.
     """
     found = dataset.manifest.tokenizer.identity
     if found != expected:

@@ -1,11 +1,11 @@
 """The tokens around the text of a sample: none, or BOS and EOS.
 
 With `data.framing = "bos_eos"` a sample of T tokens is BOS, T - 2 tokens of running text and EOS,
-as in the reference (Eso-LMs' dataloader.py, `_group_texts`). There both are ordinary tokens of x_0:
-they are masked, permuted, predicted and counted in the loss and the NELBO like any other, and so
-they are here. A sample that `data.ssl_ratio` cuts short is cut after framing: few have an EOS.
+as in the reference (Eso-LMs' dataloader.py, `_group_texts`). Here as there, both are ordinary
+tokens of x_0: they are masked, permuted, predicted, and counted in the loss and the NELBO like any
+other. `data.ssl_ratio` cuts a sample after framing, so few of the cut samples have an EOS.
 
-Shapes: R rows, S tokens of text, T tokens of a sample.
+Shapes: R data rows, S tokens of text, T tokens of a sample.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Framing:
 
     @classmethod
     def resolve(cls, data: DataConfig, tokenizer: TokenizerFingerprint) -> "Framing":
-        """The framing of the configuration, in the ids of a tokenizer.
+        """Return the configured framing, with the ids of a tokenizer.
 
         Raises:
             ConfigError: The tokenizer has no BOS or no EOS token.
@@ -44,7 +44,7 @@ class Framing:
         return cls(before=(bos,), after=(eos,))
 
     def frame(self, text_RS: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Put the tokens around rows of text; int64 `[R, S]` to `[R, T]`."""
+        """Add the tokens to data rows of text; int64 `[R, S]` to `[R, T]`."""
         if not self.before and not self.after:
             return text_RS
         widths = ((0, 0), (len(self.before), len(self.after)))

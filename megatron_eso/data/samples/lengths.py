@@ -1,4 +1,4 @@
-"""How many real tokens a training sample has, as a function of (seed, index).
+"""The number of real tokens of a training sample, as a function of (seed, index).
 
 Shapes: N samples.
 """
@@ -13,15 +13,15 @@ from megatron_eso.randomness.purposes import Purpose
 def draw_lengths(
     seed: int, indices_N: NDArray[np.int64], ssl_ratio: float, sequence_length: int
 ) -> NDArray[np.int64]:
-    """Draw the real tokens of training samples: a share of them is cut short at random.
+    """Draw the numbers of real tokens of training samples, of which some are cut at random.
 
     A sample is cut with probability `ssl_ratio`, to a length uniform in 1 .. T. (The reference of
-    arXiv 2602.15014 draws once for a whole micro-batch of a rank, so that its cut depends on the
+    arXiv 2602.15014 draws once for a whole micro-batch of a rank, so its cuts depend on the
     layout.)
 
     Args:
         seed: The run's seed.
-        indices_N: Global indices of any samples.
+        indices_N: Global indices of the samples.
         ssl_ratio: Share of samples that are cut, in [0, 1].
         sequence_length: T.
 

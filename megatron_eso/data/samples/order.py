@@ -1,12 +1,12 @@
-"""Which row of a dataset is sample n of a run: a keyed shuffle of all rows, as a pure function.
+"""The data row of sample n of a run: a keyed shuffle of all data rows, as a pure function.
 
-Sample n is row `permutation(seed, corpus, epoch)[n % num_rows]` of epoch `n // num_rows`. So each
-row comes exactly once per epoch, whatever the number of ranks or the batch size, which may change
-on the way, and the whole state of the loader is the number of samples consumed. Nothing is stored.
+Sample n is the data row `permutation(seed, corpus, epoch)[n % num_rows]` of epoch `n // num_rows`.
+Each data row therefore comes exactly once in an epoch. The number of ranks and the batch size may
+change during the run. The whole state of the loader is the number of samples consumed.
 
-Several corpora compose: a blend turns sample n into draw k of corpus c, and the row is
+With several corpora, a blend turns sample n into draw k of corpus c, and the data row is
 `SampleOrder(seed, num_rows_of_c, corpus=c).rows(k)`. A single corpus has number 0 and k = n, so a
-blend of one corpus is this order.
+blend of one corpus has this order.
 
 The permutation is that of `randomness/permutation.py`. Another order needs another version.
 
@@ -26,9 +26,12 @@ class SampleOrder:
     """The order of one corpus.
 
     Args:
-        seed: seed of the run, in [0, 2^64).
-        num_rows: rows of the corpus at the run's sequence length, in [1, 2^62).
-        corpus: number of the corpus in a blend.
+        seed: Seed of the run, in [0, 2^64).
+        num_rows: Data rows of the corpus at the run's sequence length, in [1, 2^62).
+        corpus: Number of the corpus in a blend.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
 
     def __init__(self, seed: int, num_rows: int, corpus: int = 0) -> None:
@@ -43,13 +46,16 @@ class SampleOrder:
         self._corpus = corpus
 
     def rows(self, sample_indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The row numbers of samples.
+        """Return the data rows of samples.
 
         Args:
-            sample_indices: int64 [N], from 0 upwards without end.
+            sample_indices: Sample numbers, int64 [N], from 0 on, without an upper limit.
 
         Returns:
-            int64 [N], in [0, num_rows).
+            Numbers of data rows, int64 [N], in [0, num_rows).
+
+        Raises:
+            ValueError: A sample number is negative.
         """
         index_N = np.asarray(sample_indices, dtype=np.int64)
         if index_N.size and index_N.min() < 0:

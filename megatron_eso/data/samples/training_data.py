@@ -1,4 +1,4 @@
-"""The training corpora of a run: opened together, read by sample number, continued on resume.
+"""The training corpora of a run: opening, reading by sample number, and resume.
 
 Shapes: N samples, S tokens of text in each.
 """
@@ -18,7 +18,7 @@ from megatron_eso.data.samples.blend import (
     Blend,
     BlendPhase,
     Corpus,
-    Places,
+    DataRows,
     resolve_quotas,
 )
 from megatron_eso.data.samples.corpora import (
@@ -41,30 +41,31 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingData:
-    """The corpora of a run in the order of its samples. Reading is safe from several threads.
+    """The training samples of a run. Several threads may read them at once.
 
     Attributes:
-        datasets: the datasets of the present blend, by dataset id.
-        blend: the order of the run.
+        datasets: The datasets of the present blend, by dataset id.
+        blend: The order of the run.
         row_tokens: S, tokens of text in a sample.
         sequence_length: T, tokens of a sample with its framing.
-        tokenizer: the tokenizer of all corpora.
-        vocabulary: the ids that may occur, and the mask token, which never does.
-        tokenizer_directory: the folder of the tokenizer's files.
+        tokenizer: The tokenizer of all corpora.
+        vocabulary: The token ids, and the mask token, which never occurs in the text.
+        tokenizer_directory: The folder of the tokenizer's files.
     """
 
     def __init__(self, data: DataConfig, seed: int, datasets: tuple[TokenDataset, ...]) -> None:
-        """The start of a run.
+        """Start at the first sample of a run.
 
         Args:
-            data: the section of the configuration.
+            data: The section `data`.
             seed: `run.seed`.
-            datasets: the datasets of `data.train`, in its order.
+            datasets: The datasets of `data.train`, in its order.
 
         Raises:
-            ConfigError: they do not go together, or lack the tokens of the framing.
-            DataError: one has no row.
+            ConfigError: The datasets do not fit together, or lack the tokens of the framing.
+            DataError: A dataset has no data row.
         """
+        # Refuse datasets of different tokenizers, and the same dataset twice.
         self.tokenizer = datasets[0].manifest.tokenizer
         self.vocabulary = read_vocabulary(datasets[0])
         for corpus, dataset in zip(data.train_corpora, datasets, strict=True):
@@ -75,6 +76,7 @@ class TrainingData:
                 f"data.train = {json.dumps(data.train)}: two of these are the same dataset; name "
                 f"it once, and raise its weight in data.train_weights"
             )
+        # Begin the order of the samples.
         self.row_tokens = data.row_tokens
         self.sequence_length = data.sequence_length
         self._seed, self._ssl_ratio = seed, data.ssl_ratio
@@ -95,25 +97,25 @@ class TrainingData:
         """Open the corpora of `data.train` for the start of a run.
 
         Args:
-            data: the section of the configuration.
+            data: The section `data`.
             seed: `run.seed`.
 
         Raises:
-            ConfigError: they do not go together.
-            DataError: one is missing or damaged, or has no row.
+            ConfigError: The corpora do not fit together.
+            DataError: A corpus is missing or damaged, or has no data row.
         """
         return cls(data, seed, tuple(open_corpus(name, data) for name in data.train_corpora))
 
     @property
     def sources(self) -> list[ShardSource]:
-        """Where the shards come from, for `stage_shards`."""
+        """The sources of the shards, for `stage_shards`."""
         return [dataset.shards for dataset in self.datasets.values()]
 
-    def locate(self, sample_indices: npt.NDArray[np.int64]) -> Places:
-        """Where samples come from; the rows are those that are read, quarantine considered.
+    def locate(self, sample_indices: npt.NDArray[np.int64]) -> DataRows:
+        """Return the corpus, epoch and data row of samples, with the substitutes of quarantine.
 
         Raises:
-            ConfigError: a corpus of an earlier phase is not open.
+            ConfigError: A corpus of an earlier data phase is not open.
         """
         places = self.blend.locate(sample_indices)
         row_N = places.row_N.copy()
@@ -124,16 +126,17 @@ class TrainingData:
         return dataclasses.replace(places, row_N=row_N)
 
     def samples(self, indices_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Read samples, framed as `data.framing` says.
+        """Read samples, with the tokens of `data.framing`.
 
         Args:
-            indices_B: sample numbers, int64 `[B]`, from 0 upwards without end.
+            indices_B: Sample numbers, int64 `[B]`, from 0 on, without an upper limit.
 
         Returns:
             Token ids, int64 `[B, T]`, T = `data.sequence_length`.
 
         Raises:
-            DataError: a shard is damaged; the message names shard, record, offset, row and sample.
+            DataError: A shard is damaged; the error names shard, record, offset, data row and
+                sample.
         """
         return self._framing.frame(self.rows(indices_B))
 
@@ -145,13 +148,14 @@ class TrainingData:
         """Read the text of samples, without framing.
 
         Args:
-            sample_indices: int64 [N], from 0 upwards without end.
+            sample_indices: Sample numbers, int64 [N], from 0 on, without an upper limit.
 
         Returns:
             Token ids, int64 [N, S].
 
         Raises:
-            DataError: a shard is damaged; the message names shard, record, offset, row and sample.
+            DataError: A shard is damaged; the error names shard, record, offset, data row and
+                sample.
         """
         places = self.blend.locate(sample_indices)
         tokens_NS = np.empty((len(sample_indices), self.row_tokens), dtype=np.int64)
@@ -165,7 +169,7 @@ class TrainingData:
         return tokens_NS
 
     def count_shares(self, start: int, stop: int) -> dict[str, float]:
-        """Share of each corpus in the samples from `start` up to `stop`, by its name."""
+        """Return the share of each corpus in the samples `start .. stop - 1`, by its name."""
         corpus_N = self.blend.locate(np.arange(start, stop)).corpus_N
         counts = np.bincount(corpus_N, minlength=len(self.blend.corpora)) / max(stop - start, 1)
         ids = [corpus.dataset_id for corpus in self.blend.corpora]
@@ -184,7 +188,7 @@ class TrainingData:
         return self.datasets[dataset_id]
 
     def describe(self, blend: Blend | None = None) -> str:
-        """What the last phase of a blend draws, this one's by default: the exact shares."""
+        """Describe the exact shares in the last phase of a blend; by default of the run's blend."""
         return ", ".join(
             f"{self._names.get(dataset_id, dataset_id[:12])} {quota / BLOCK_SAMPLES:.2%} "
             f"({quota}/{BLOCK_SAMPLES})"
@@ -193,7 +197,7 @@ class TrainingData:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint records; the same on all ranks."""
+        """The order of the samples, for a checkpoint; equal on all ranks."""
         return {
             "order_version": ORDER_VERSION,
             "row_tokens": self.row_tokens,
@@ -203,16 +207,17 @@ class TrainingData:
         }
 
     def resume(self, state: Mapping[str, Any], *, consumed_samples: int, source: str) -> None:
-        """Continue the order of a checkpoint, in a new phase where `data.phase` says so.
+        """Continue the order of a checkpoint, in a new data phase if `data.phase` is higher.
 
         Args:
-            state: `state` of the run that wrote the checkpoint.
-            consumed_samples: samples that that run has consumed.
-            source: the checkpoint, for errors.
+            state: The `state` of the run that wrote the checkpoint.
+            consumed_samples: Samples that this run has consumed.
+            source: Path of the checkpoint, for errors.
 
         Raises:
-            ConfigError: the data are not those of the checkpoint, and `data.phase` is not new.
+            ConfigError: The data differ from those of the checkpoint, but `data.phase` is the same.
         """
+        # Refuse another tokenizer, and another order of the same data.
         elsewhere = f"another run.directory with checkpoint.init_from = {source}"
         if state["tokenizer"] != self.tokenizer.identity:
             names = ", ".join(self._names.values())
@@ -229,6 +234,7 @@ class TrainingData:
                     f"{source}: data.{key} = {state[key]}, but this run has {value}: a run keeps "
                     f"its order; start {elsewhere}"
                 )
+        # Continue the blend, or begin a new data phase.
         blend = _decode_blend(state)
         if blend.quotas == self.blend.quotas and self._phase <= blend.phases[-1].number:
             self.blend = blend
@@ -237,12 +243,16 @@ class TrainingData:
         self._check_open(consumed_samples)
         if state["quarantine_sha256"] != self._quarantine_sha256:
             logger.warning(
-                "data.quarantine: another list than that of %s: rows of other records stand in for "
-                "those that it names", source,
+                "data.quarantine: the list differs from that of %s; data rows of other records "
+                "replace those of the listed records", source,
             )  # fmt: skip
 
     def _change(self, blend: Blend, consumed_samples: int, source: str) -> Blend:
-        """The run's order with the configured blend as a new phase."""
+        """Return the run's order with the configured blend as a new data phase.
+
+        Raises:
+            ConfigError: `data.phase` is not one above the last phase.
+        """
         old, new = self.describe(blend), self.describe()
         phase, last = self._phase, blend.phases[-1].number
         if phase != last + 1:
@@ -261,7 +271,11 @@ class TrainingData:
         return changed
 
     def _check_open(self, consumed_samples: int) -> None:
-        """Refuse to continue without a corpus that an earlier phase draws up to its last block."""
+        """Refuse to continue without a corpus that an earlier phase still draws.
+
+        Raises:
+            ConfigError: Such a corpus is not in `data.train`.
+        """
         stops = [phase.start for phase in self.blend.phases[1:]]
         for phase, stop in zip(self.blend.phases, stops, strict=False):
             for corpus, quota in zip(self.blend.corpora, phase.quotas, strict=False):
@@ -274,15 +288,15 @@ class TrainingData:
 
 
 def open_run_data(data: DataConfig, seed: int) -> tuple[TrainingData, ValidationData | None]:
-    """Open the shards of a run: for training, and for validation where there are any.
+    """Open the shards of a run for training, and those for validation if it has any.
 
     Args:
-        data: the section of the configuration.
+        data: The section `data`.
         seed: `run.seed`.
 
     Raises:
-        ConfigError: they do not go together.
-        DataError: shards are missing or damaged, or have no row.
+        ConfigError: The datasets do not fit together.
+        DataError: Shards are missing or damaged, or have no data row.
     """
     train = TrainingData.open(data, seed)
     validation = ValidationData.open(data)
@@ -309,10 +323,10 @@ def _decode_blend(state: Mapping[str, Any]) -> Blend:
 
 
 def _resolve(data: DataConfig, num_rows: list[int]) -> tuple[int, ...]:
-    """The quotas of the configured blend.
+    """Return the quotas of the configured blend.
 
     Raises:
-        ConfigError: a corpus would never be drawn.
+        ConfigError: A corpus with a weight above 0 would never be drawn.
     """
     weights = data.train_weights or num_rows
     quotas = resolve_quotas(weights)

@@ -1,4 +1,4 @@
-"""The validation set of a run: every row of one dataset, in its order."""
+"""The validation set of a run: every data row of one dataset, in its order."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,11 +14,11 @@ from megatron_eso.data.shards.sources import ShardSource
 
 
 class ValidationData:
-    """The rows of the dataset `data.validation`. Reading is safe from several threads.
+    """The validation samples of a run. Several threads may read them at once.
 
     Attributes:
-        dataset: The dataset.
-        vocabulary: The ids that may occur, and the mask token, which never does.
+        dataset: The dataset of `data.validation`.
+        vocabulary: The token ids, and the mask token, which never occurs in the text.
         num_samples: Samples of the set.
         sequence_length: Tokens of a sample with its framing.
     """
@@ -27,12 +27,12 @@ class ValidationData:
         """Use an open dataset.
 
         Args:
-            data: The section of the configuration.
-            dataset: Of `data.validation`.
+            data: The section `data`.
+            dataset: The open dataset of `data.validation`.
 
         Raises:
             ConfigError: The tokenizer lacks the tokens of the framing.
-            DataError: The dataset has no row.
+            DataError: The dataset has no data row.
         """
         self.dataset = dataset
         self.vocabulary = read_vocabulary(dataset)
@@ -44,11 +44,11 @@ class ValidationData:
 
     @classmethod
     def open(cls, data: DataConfig) -> "ValidationData | None":
-        """Open the dataset of `data.validation`; None where the key is left out.
+        """Open the dataset of `data.validation`; return None where the key is left out.
 
         Raises:
             ConfigError: The tokenizer lacks the tokens of the framing.
-            DataError: The dataset is missing or damaged, or has no row.
+            DataError: The dataset is missing or damaged, or has no data row.
         """
         if data.validation is None:
             return None
@@ -56,11 +56,11 @@ class ValidationData:
 
     @property
     def sources(self) -> list[ShardSource]:
-        """Where the shards come from, for `stage_shards`."""
+        """The sources of the shards, for `stage_shards`."""
         return [self.dataset.shards]
 
     def samples(self, indices_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Read samples, framed as `data.framing` says.
+        """Read samples, with the tokens of `data.framing`.
 
         Args:
             indices_B: Sample numbers, int64 `[B]`, from 0 to num_samples - 1.
@@ -69,21 +69,21 @@ class ValidationData:
             Token ids, int64 `[B, T]`, T = `data.sequence_length`.
 
         Raises:
-            DataError: A shard is damaged; the message names shard, record, offset, and row.
+            DataError: A shard is damaged; the error names shard, record, offset and data row.
         """
         return self._framing.frame(self.dataset.rows(indices_B, self._row_tokens))
 
     def lengths(self, indices_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return how many tokens of each sample are real, int64 `[B]`: T, for none is cut."""
+        """Return the real tokens of each sample, int64 `[B]`: T, because none is cut."""
         return np.full(len(indices_B), self.sequence_length)
 
     def check_tokenizer(self, expected: Mapping[str, Any]) -> None:
-        """Refuse the set if its token ids mean something else than those of a run.
+        """Refuse the set if it has another tokenizer than the run.
 
         Args:
-            expected: `identity` of the run's tokenizer.
+            expected: The `identity` of the run's tokenizer.
 
         Raises:
-            ConfigError: The tokenizer is another one.
+            ConfigError: The tokenizers differ.
         """
         check_tokenizer("data.validation", self._location, self.dataset, expected)

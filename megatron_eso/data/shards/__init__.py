@@ -1,1 +1,1 @@
-"""The dataset format: shards of token records, their manifest, reading and writing."""
+"""The dataset format: shards of token records and their manifest, with reader and writer."""

@@ -1,10 +1,11 @@
-"""Blocks of shards, each compared with its hash; what fails is read again a few times.
+"""Reading of blocks of shards; each block is compared with its hash, and failed reads are retried.
 
-A read takes whole 32 KiB blocks with `pread` and compares their xxh3_64, every time: a block costs
-some 3 us in the page cache, of which the hash is a tenth, so remembering which blocks were once
-right would gain little and would miss damage that appears after the page was dropped.
-`pread` rather than a memory map: a file that shrinks underneath is then an error with a name
-instead of SIGBUS, and reading releases the interpreter lock.
+Every read takes whole 32 KiB blocks with `pread` and compares their xxh3_64. A block takes about
+3 us from the page cache, and its hash a tenth of that. A list of blocks that were once correct
+would save little, and would miss damage that appears after the page was dropped.
+
+`pread` is used instead of a memory map: a file that becomes shorter is then a named error and not
+SIGBUS, and a read releases the interpreter lock.
 """
 
 import errno
@@ -20,50 +21,59 @@ from megatron_eso.data.shards.sources import OpenFile, OpenShards, ShardSource
 from megatron_eso.retries import retry
 
 RETRY_SECONDS = (0.0, 0.5, 2.0, 8.0)
-"""Pauses before further readings of what could not be read or did not match its hash."""
-# Errors that may pass: of a disk or network, of a server that was restarted, a time-out.
+"""Pauses before the retries of a block that cannot be read or does not match its hash."""
+# Errors that may pass: of a disk or network, a restarted server, a time-out.
 _TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
 
 logger = logging.getLogger(__name__)
 
 
 class BlockError(Exception):
-    """A block that could not be read, or is not the dataset's."""
+    """A block cannot be read, or does not match its hash."""
 
     def __init__(self, offset: int, problem: str, *, is_transient: bool = True) -> None:
-        """`offset` in the shard's file; `is_transient`: another reading may succeed."""
+        """Keep where the block is, and whether a retry may succeed.
+
+        Args:
+            offset: Offset of the block in the shard's file.
+            problem: What is wrong, for the error.
+            is_transient: Whether another read may succeed.
+        """
         super().__init__(problem)
         self.offset = offset
         self.is_transient = is_transient
 
 
 class CheckedBlocks:
-    """The blocks of a dataset's records. Reading is safe from several threads.
+    """The blocks of a dataset's records. Several threads may read them at once.
 
     Args:
-        shards: where the shards' bytes come from.
-        hashes: the file of all blocks' hashes.
-        retry_seconds: pauses before further readings of what fails; empty: it fails at once.
+        shards: Source of the shards.
+        hashes: The file with the hashes of all blocks.
+        retry_seconds: Pauses before a failed read is repeated; empty: it is not repeated.
     """
 
     def __init__(self, shards: ShardSource, hashes: Path, retry_seconds: tuple[float, ...]) -> None:
-        """Open the file of hashes; shards are opened when they are read."""
+        """Open the file of hashes; a shard is opened when it is read."""
         self._shards = shards
         self._open_shards = OpenShards(shards)
         self._hashes = OpenFile(os.open(hashes, os.O_RDONLY))
         self._retry_seconds = retry_seconds
 
     def read(self, view: memoryview, shard: int, offset: int, first_block: int) -> None:
-        """Fill `view` with blocks that lie one after the other, several times if need be.
+        """Fill `view` with consecutive blocks; retry where that fails.
+
+        The second attempt opens the shard again, and the third one makes a new copy of a remote
+        shard.
 
         Args:
-            view: receives whole blocks; only the last one of a record may be shorter.
-            shard: number of the shard.
-            offset: place of the first block in the shard's file.
-            first_block: its number among the blocks of all records.
+            view: Receives whole blocks; only the last one of a record may be shorter.
+            shard: Number of the shard.
+            offset: Offset of the first block in the shard's file.
+            first_block: Number of the first block among the blocks of all records.
 
         Raises:
-            BlockError: they cannot be read, or are not those of the dataset.
+            BlockError: The blocks cannot be read, or do not match their hashes.
         """
         num_failures = 0
 

@@ -1,4 +1,4 @@
-"""Layout of token shards on disk: where every record, block and row lies, by arithmetic alone.
+"""Layout of token shards on disk; the offset of every record, block and data row is computed.
 
 A dataset is a directory:
 
@@ -8,13 +8,13 @@ A dataset is a directory:
     documents.u64        little-endian uint64 per record: the document of its first token
     tokenizer/           the tokenizer's files
 
-A shard holds `__meta__/shard.json` (which WebDataset readers skip) and then one member per record,
-`NNNNNNNN.tokens.u16` or `.u32`, little endian. Every record holds `record_tokens` tokens, only the
-dataset's last one may be shorter; a block never crosses a record. Documents are concatenated, each
-followed by the end-of-text token, so that their boundaries can be read from the tokens.
+A shard holds `__meta__/shard.json`, which WebDataset readers ignore, and then one member for each
+record, `NNNNNNNN.tokens.u16` or `.u32`, little endian. Every record holds `record_tokens` tokens;
+only the last one of the dataset may be shorter. A block never crosses a record. Documents are
+concatenated, each followed by the end-of-text token, which shows their boundaries.
 
-Sizes follow from (dtype, record_tokens, shard_records, num_tokens), therefore nothing is listed per
-record. The same input gives the same bytes: times, owners and modes in the archives are fixed.
+All sizes are computed from (dtype, record_tokens, shard_records, num_tokens), so records are not
+listed. The same input gives the same bytes: times, owners and modes in the archives are fixed.
 """
 
 import json
@@ -33,7 +33,7 @@ RECORD_TOKENS = 2**20
 SHARD_RECORDS = 256
 """Records of a shard by default: 512 MiB of 16-bit tokens."""
 MAX_RECORD_TOKENS = 2**30
-"""The header of a record in an archive has room for 8 GiB, and a token has up to 4 bytes."""
+"""The header of an archive's member can state 8 GiB, and a token has up to 4 bytes."""
 MAX_SHARD_RECORDS = 10**8
 """The name of a record has 8 digits."""
 BLOCK_BYTES = 32 * 1024
@@ -53,29 +53,29 @@ _END_OF_ARCHIVE = bytes(2 * _SECTOR)
 
 
 def choose_dtype(vocab_size: int) -> TokenDtype:
-    """The narrowest type that holds every id of the vocabulary, mask token included."""
+    """Return the narrowest type for all ids of the vocabulary, the mask token included."""
     return "u16" if vocab_size <= 2**16 else "u32"
 
 
 def numpy_dtype(dtype: TokenDtype) -> np.dtype[np.unsignedinteger]:
-    """The little-endian numpy type of a token."""
+    """Return the little-endian numpy type of a token."""
     return np.dtype("<u2") if dtype == "u16" else np.dtype("<u4")
 
 
 def shard_name(shard: int) -> str:
-    """File name of a shard."""
+    """Return the file name of a shard."""
     return f"shard-{shard:05d}.tar"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardLayout:
-    """Where the tokens of a dataset lie. Records are numbered through all shards, from 0."""
+    """The arithmetic of a dataset's layout. Records are numbered over all shards, from 0."""
 
     dtype: TokenDtype
     record_tokens: int
-    """Tokens of each record but the last, at least 1."""
+    """Tokens of each record except the last, at least 1."""
     shard_records: int
-    """Records of each shard but the last, at least 1."""
+    """Records of each shard except the last, at least 1."""
     num_tokens: int
     """Tokens of the whole dataset, at least 1."""
 
@@ -96,7 +96,7 @@ class ShardLayout:
 
     @property
     def blocks_per_record(self) -> int:
-        """Blocks of every record but the last, which may have fewer."""
+        """Blocks of every record except the last, which may have fewer."""
         return -(-self.record_tokens * self.itemsize // BLOCK_BYTES)
 
     @property
@@ -111,19 +111,19 @@ class ShardLayout:
         return _SECTOR + _padded(self.record_tokens * self.itemsize)
 
     def record_num_tokens(self, record: int) -> int:
-        """Tokens of a record."""
+        """Return the tokens of a record."""
         return min(self.record_tokens, self.num_tokens - record * self.record_tokens)
 
     def record_bytes(self, record: int) -> int:
-        """Bytes of a record's tokens."""
+        """Return the bytes of a record's tokens."""
         return self.record_num_tokens(record) * self.itemsize
 
     def shard_num_records(self, shard: int) -> int:
-        """Records of a shard."""
+        """Return the records of a shard."""
         return min(self.shard_records, self.num_records - shard * self.shard_records)
 
     def shard_bytes(self, shard: int) -> int:
-        """Size of a shard's file."""
+        """Return the bytes of a shard's file."""
         records = self.shard_num_records(shard)
         last = shard * self.shard_records + records - 1
         return (
@@ -135,11 +135,11 @@ class ShardLayout:
         )
 
     def record_offset(self, record: int) -> int:
-        """Offset of a record's first token in its shard's file."""
+        """Return the offset of a record's first token in its shard's file."""
         return _FIRST_RECORD_OFFSET + record % self.shard_records * self.record_stride + _SECTOR
 
     def num_rows(self, sequence_length: int) -> int:
-        """Rows of `sequence_length` tokens; the tail of a record shorter than a row is not used."""
+        """Return the number of data rows; the rest of a record below a data row is not used."""
         last = self.num_records - 1
         return (
             last * (self.record_tokens // sequence_length)
@@ -149,7 +149,7 @@ class ShardLayout:
     def locate_rows(
         self, indices_R: npt.NDArray[np.int64], sequence_length: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The record of each row and the number of its first token within the record."""
+        """Return the record of each data row, and the number of its first token in the record."""
         rows_per_record = max(1, self.record_tokens // sequence_length)
         record_R, place_R = np.divmod(indices_R, rows_per_record)
         return record_R, place_R * sequence_length
@@ -160,7 +160,7 @@ class ShardLayout:
         first_token_R: npt.NDArray[np.int64],
         num_tokens_R: npt.NDArray[np.int64],
     ) -> "BlockSpans":
-        """The blocks that stretches of tokens reach into; no stretch crosses a record."""
+        """Return the whole blocks that hold stretches of tokens; no stretch crosses a record."""
         first_byte_R = first_token_R * self.itemsize
         last_byte_R = first_byte_R + num_tokens_R * self.itemsize - 1
         block_R = first_byte_R // BLOCK_BYTES
@@ -186,24 +186,24 @@ class BlockSpans:
 
     shard: npt.NDArray[np.int64]
     offset: npt.NDArray[np.int64]
-    """Place of the first block in its shard's file."""
+    """Offset of the first block in its shard's file."""
     first_block: npt.NDArray[np.int64]
     """Number of the first block among the blocks of all records."""
     num_bytes: npt.NDArray[np.int64]
-    """Size of the whole blocks; a record's last block may be shorter than the others."""
+    """Bytes of the whole blocks; the last block of a record may be shorter than the others."""
     place: npt.NDArray[np.int64]
-    """Where the wanted bytes begin in the first block."""
+    """Offset of the stretch in its first block."""
 
 
 def record_name(record: int, dtype: TokenDtype) -> str:
-    """Name of a record's member in the archive."""
+    """Return the name of a record's member in the archive."""
     return f"{record:08d}.tokens.{dtype}"
 
 
 def encode_shard_head(
     dtype: TokenDtype, record_tokens: int, shard_records: int, shard: int
 ) -> bytes:
-    """The bytes before a shard's first record: the member `__meta__/shard.json`."""
+    """Return the bytes before a shard's first record: the member `__meta__/shard.json`."""
     meta = {
         "dtype": dtype,
         "first_record": shard * shard_records,
@@ -218,17 +218,17 @@ def encode_shard_head(
 
 
 def encode_record_header(record: int, dtype: TokenDtype, num_bytes: int) -> bytes:
-    """The archive header that precedes a record's tokens."""
+    """Return the archive header before a record's tokens."""
     return _member_header(record_name(record, dtype), num_bytes)
 
 
 def encode_record_padding(num_bytes: int) -> bytes:
-    """The zeros that follow a record's tokens."""
+    """Return the zeros after a record's tokens."""
     return bytes(_padded(num_bytes) - num_bytes)
 
 
 def encode_shard_tail() -> bytes:
-    """The end-of-archive mark."""
+    """Return the end-of-archive mark."""
     return _END_OF_ARCHIVE
 
 

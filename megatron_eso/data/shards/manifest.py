@@ -1,8 +1,8 @@
-"""The manifest of a dataset: what it holds, its tokenizer and sources, and the hashes of it all.
+"""The manifest of a dataset: its sizes, tokenizer, sources and files, with their hashes.
 
 `manifest.json` is canonical (sorted keys, fixed indentation, ASCII), so equal content has equal
-bytes, and the sha256 of the file is the dataset id that runs record. Its field `checksum` is the
-sha256 of the canonical text without that field: a damaged manifest does not open.
+bytes. The sha256 of the file is the dataset id that runs record. The field `checksum` is the sha256
+of the canonical text without that field, and a damaged manifest is refused.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ class Source:
     """A file that the text came from, or a slice of one."""
 
     path: str
-    """Relative to the input that named it, so that no machine's folders get into the dataset id."""
+    """Relative to the input that named it, so that the dataset id does not depend on folders."""
     offset: int = 0
-    """Where the slice of the file begins; above 0 for the later slices of a large file."""
+    """Offset of the slice in the file; above 0 for the later slices of a large file."""
     bytes: int
     """Size of the file, or of the slice."""
     sha256: str
@@ -53,7 +53,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HashedFile:
-    """A file of the dataset."""
+    """A file of the dataset with its size and hash."""
 
     name: str
     bytes: int
@@ -62,7 +62,7 @@ class HashedFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """Content of `manifest.json`."""
+    """The content of `manifest.json`."""
 
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
@@ -77,7 +77,7 @@ class Manifest:
     num_text_bytes: int
     """UTF-8 bytes of the documents, for bits per byte."""
     num_duplicates: int | None
-    """Documents left out since an earlier one has the same text; None: they were not sought."""
+    """Documents left out because an earlier one has the same text; None: it was not checked."""
     split: Split
     validation_share: float
     """Share of the documents that went to the validation split, by the hash of their text."""
@@ -92,7 +92,7 @@ class Manifest:
 
     @property
     def layout(self) -> ShardLayout:
-        """The places of the tokens in the shards."""
+        """The layout of the tokens in the shards."""
         return ShardLayout(
             dtype=self.dtype,
             record_tokens=self.record_tokens,
@@ -101,13 +101,13 @@ class Manifest:
         )
 
     def encode(self) -> bytes:
-        """The canonical bytes of the manifest's file."""
+        """Return the canonical bytes of the manifest's file."""
         fields = dataclasses.asdict(self)
         return _canonical_json(fields | {"checksum": _checksum(fields)})
 
 
 def dataset_id(encoded: bytes) -> str:
-    """The id of the dataset whose manifest file holds `encoded`."""
+    """Return the id of the dataset whose manifest file holds `encoded`."""
     return hashlib.sha256(encoded).hexdigest()
 
 
@@ -118,7 +118,7 @@ def read_manifest(directory: Path) -> tuple[Manifest, str]:
         The manifest and the dataset id.
 
     Raises:
-        DataError: there is none, it is damaged, or of another format or version.
+        DataError: The manifest is missing or damaged, or has another format or version.
     """
     path = directory / MANIFEST_FILE
     try:
@@ -132,7 +132,7 @@ def decode_manifest(encoded: bytes, path: Path | str) -> Manifest:
     """Parse and check the content of a manifest file; `path` is named in errors.
 
     Raises:
-        DataError: damaged, or of another format or version.
+        DataError: The manifest is damaged, or has another format or version.
     """
     try:
         fields = json.loads(encoded)

@@ -1,11 +1,11 @@
-"""Damaged records that a run leaves out, because a person has listed them.
+"""The list of damaged records that a run leaves out; a person writes it.
 
-The list is a JSON file: `{"format_version": 1, "records": {"<dataset id>": [record, ...]}}`. A row
-of a listed record is replaced by a row of another one, chosen by a hash of the row's number alone:
-the same on every rank and in every epoch, and a longer list leaves earlier replacements as they are
-unless it names theirs.
+The list is a JSON file: `{"format_version": 1, "records": {"<dataset id>": [record, ...]}}`. A data
+row of a listed record is replaced by one of another record. A hash of the data row's number alone
+chooses it, so it is the same on every rank and in every epoch. A longer list changes a replacement
+only if it names the record of that replacement.
 
-Shapes: R rows.
+Shapes: R data rows.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Quarantine:
-    """The list of a run."""
+    """The quarantine list of a run."""
 
     path: Path | None = None
     records: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Quarantine:
         """Read a list.
 
         Raises:
-            DataError: it cannot be read or is not of this form.
+            DataError: The file cannot be read, or has another form.
         """
         try:
             content = json.loads(path.read_bytes())
@@ -51,7 +51,7 @@ class Quarantine:
             ) from error
         if not _is_list_of_records(content):
             raise DataError(
-                f"data.quarantine = {path}: is no list of records; write "
+                f"data.quarantine = {path}: is not a list of records; write "
                 f'{{"format_version": {FORMAT_VERSION}, "records": {{"DATASET_ID": [RECORD]}}}}'
             )
         records = {name: tuple(sorted(set(found))) for name, found in content["records"].items()}
@@ -59,7 +59,7 @@ class Quarantine:
 
     @property
     def sha256(self) -> str | None:
-        """Hash of what is listed, None where nothing is."""
+        """Hash of the listed records; None without any."""
         if not self.records:
             return None
         canonical = json.dumps(self.records, sort_keys=True).encode("ascii")
@@ -69,7 +69,7 @@ class Quarantine:
         """Refuse a list that does not fit a dataset.
 
         Raises:
-            DataError: it names records that the dataset lacks, or half of them or more.
+            DataError: The list names records that the dataset lacks, or half of all records.
         """
         listed = self.records.get(dataset_id, ())
         if listed and not 0 <= listed[0] <= listed[-1] < layout.num_records:
@@ -77,7 +77,7 @@ class Quarantine:
                 f"data.quarantine = {self.path}: dataset {dataset_id} has records 0 to "
                 f"{layout.num_records - 1}, not {[listed[0], listed[-1]]}; correct the list"
             )
-        # The last record may have no row; the others leave as many rows as are replaced.
+        # The last record may have no data row; the others then have as many as are replaced.
         if 2 * len(listed) > layout.num_records - 1:
             raise DataError(
                 f"data.quarantine = {self.path}: lists {len(listed)} of the {layout.num_records} "
@@ -91,13 +91,13 @@ class Quarantine:
         index_R: npt.NDArray[np.int64],
         sequence_length: int,
     ) -> npt.NDArray[np.int64]:
-        """Rows to read in place of rows; those of records that are not listed stay.
+        """Return the data rows with those of listed records replaced.
 
         Args:
-            dataset_id: id of the dataset; `check` has passed for it.
-            layout: layout of the dataset.
-            index_R: row numbers, int64 [R].
-            sequence_length: tokens of a row.
+            dataset_id: Id of a dataset for which `check` passed.
+            layout: Layout of the dataset.
+            index_R: Numbers of data rows, int64 [R].
+            sequence_length: Tokens of a data row.
         """
         listed = self.records.get(dataset_id)
         if listed is None:
@@ -110,7 +110,7 @@ class Quarantine:
             is_bad_R = np.isin(record_R, bad_records)
             if not is_bad_R.any():
                 break
-            # Another permutation at every attempt: the cycles of one may hold listed rows alone.
+            # Each attempt has another permutation: a cycle of one may hold only listed data rows.
             keys = round_keys(0, Purpose.QUARANTINE, attempt)
             chosen_R[is_bad_R] = permute(index_R[is_bad_R].astype(np.uint64), num_rows, keys)
         return chosen_R

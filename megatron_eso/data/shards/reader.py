@@ -1,13 +1,14 @@
-"""Random access to the rows of a dataset; every byte is checked by its hash before it is used.
+"""Random access to the data rows of a dataset; every byte is compared with its hash before use.
 
-Row i of length T is tokens [i * T, i * T + T) of the records laid end to end, cut so that no row
-crosses a record: a record's tail shorter than T is not used. One dataset serves every T.
+A data row is T consecutive tokens of a record. Data rows are numbered through all records. The end
+of a record that is shorter than T is not used. One dataset can be read with any T.
 
-What cannot be read or does not match its hash is read again a few times (`checked_blocks.py`),
-since network file systems have short failures; then the reader stops with an error that names the
-place. Only what a person has listed is skipped (`quarantine.py`).
+A block that cannot be read or does not match its hash is read again a few times
+(`checked_blocks.py`), because network file systems have short failures. Then the reader raises an
+error that names shard, record and offset. Only records that a person lists are left out
+(`quarantine.py`).
 
-Shapes: R rows, T tokens of a row.
+Shapes: R data rows, T tokens of a data row.
 """
 
 import hashlib
@@ -32,13 +33,13 @@ _MAX_READ_BYTES = 16 * BLOCK_BYTES
 
 
 class TokenDataset:
-    """A dataset opened for reading. Its methods may be called from several threads.
+    """A dataset opened for reading. Several threads may call its methods at once.
 
     Attributes:
-        directory: the directory of the dataset.
-        manifest: its checked manifest.
-        dataset_id: sha256 of the manifest's file.
-        shards: where the shards' bytes come from.
+        directory: The directory of the dataset.
+        manifest: The checked manifest of the dataset.
+        dataset_id: The sha256 of the manifest's file.
+        shards: The source of the shards.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class TokenDataset:
         quarantine: Quarantine,
         retry_seconds: tuple[float, ...],
     ) -> None:
-        """Use `open` instead, which checks the directory."""
+        """Keep the parts that `open` has checked; callers use `open`."""
         self.directory = directory
         self.manifest = manifest
         self.dataset_id = dataset_id
@@ -70,21 +71,23 @@ class TokenDataset:
         retry_seconds: tuple[float, ...] = RETRY_SECONDS,
         shards: ShardSource | None = None,
     ) -> "TokenDataset":
-        """Open a dataset; check manifest, hashes of the index files and the size of every shard.
+        """Open a dataset; check its manifest, its index files, and the size of every local shard.
 
         Args:
-            directory: the directory of the dataset, or of its index files alone.
-            quarantine: records whose rows are replaced by others.
-            retry_seconds: pauses before further readings of what fails; empty: it fails at once.
-            shards: where the shards come from, which checks them; None: they are in `directory`.
+            directory: The directory of the dataset, or of its index files alone.
+            quarantine: Records whose data rows are replaced by others.
+            retry_seconds: Pauses before a failed read is repeated; empty: it is not repeated.
+            shards: Source of the shards, which checks their sizes; None: they are in `directory`.
 
         Raises:
-            DataError: there is no dataset, its version is unknown, or files are missing or damaged.
+            DataError: There is no dataset, its version is unknown, or files are missing or damaged.
         """
+        # The manifest, and the quarantine list that has to fit it.
         directory = Path(directory)
         quarantine = quarantine or Quarantine()
         manifest, dataset_id = read_manifest(directory)
         quarantine.check(dataset_id, manifest.layout)
+        # Sizes of all local files, hashes of the index files.
         local_shards = manifest.shards if shards is None else ()
         for file in (*local_shards, manifest.blocks, manifest.documents):
             check_size(directory, file)
@@ -104,17 +107,17 @@ class TokenDataset:
 
     @property
     def vocab_size(self) -> int:
-        """Ids of the tokenizer, the mask token among them."""
+        """Ids of the tokenizer, the mask token included."""
         return self.manifest.tokenizer.vocab_size
 
     @property
     def mask_token_id(self) -> int:
-        """Id of the mask token; it never occurs in the data."""
+        """Id of the mask token, which never occurs in the data."""
         return self.manifest.tokenizer.mask_token_id
 
     @property
     def num_tokens(self) -> int:
-        """Tokens, the end-of-text tokens among them."""
+        """Tokens of the dataset, the end-of-text tokens included."""
         return self.manifest.num_tokens
 
     @property
@@ -123,10 +126,11 @@ class TokenDataset:
         return self.directory / TOKENIZER_FOLDER
 
     def num_rows(self, sequence_length: int) -> int:
-        """Rows of `sequence_length` tokens.
+        """Return the number of data rows of `sequence_length` tokens.
 
         Raises:
-            DataError: there is none, since every record is shorter.
+            DataError: There is no data row, because every record is shorter.
+            ValueError: The length is not positive.
         """
         if sequence_length < 1:
             raise ValueError(f"the sequence length must be positive, not {sequence_length}")
@@ -134,7 +138,7 @@ class TokenDataset:
         if rows == 0:
             longest = min(self.manifest.record_tokens, self.manifest.num_tokens)
             raise DataError(
-                f"{self.directory} has no row of {sequence_length} tokens: its records hold "
+                f"{self.directory} has no data row of {sequence_length} tokens: its records hold "
                 f"{longest}; use a shorter sequence length or more text"
             )
         return rows
@@ -146,21 +150,22 @@ class TokenDataset:
         *,
         sample_indices: npt.NDArray[np.int64] | None = None,
     ) -> npt.NDArray[np.int64]:
-        """Read rows, in the given order.
+        """Read data rows, in the given order.
 
         Args:
-            indices: row numbers, int64 [R], each in [0, num_rows(sequence_length)).
-            sequence_length: T, tokens of a row.
-            sample_indices: samples of the run that the rows are for, int64 [R], for errors.
+            indices: Numbers of data rows, int64 [R], each in [0, num_rows(sequence_length)).
+            sequence_length: T, tokens of a data row.
+            sample_indices: Samples of the run for which they are read, int64 [R], for errors.
 
         Returns:
             Token ids, int64 [R, T].
 
         Raises:
-            IndexError: a row number out of range.
-            DataError: a file cannot be read, or a block does not match its hash; the message names
-                shard, record, offset, row and sample.
+            IndexError: A number is out of range.
+            DataError: A file cannot be read, or a block does not match its hash; the message names
+                shard, record, offset, data row and sample.
         """
+        # Find the records of the data rows, and runs of data rows to read at once.
         index_R = self.substitute(indices, sequence_length)
         tokens_RT = np.empty((len(index_R), sequence_length), dtype=np.int64)
         if not index_R.size:
@@ -172,6 +177,7 @@ class TokenDataset:
         spans = self._layout.locate_blocks(
             record_R[starts], first_token_R[starts], (stops - starts) * sequence_length
         )
+        # Read each run, and report the data row of a block that fails.
         buffer = memoryview(bytearray(spans.num_bytes.max()))
         for start, stop, shard, offset, first_block, num_bytes, place in zip(
             starts.tolist(),
@@ -186,8 +192,8 @@ class TokenDataset:
             try:
                 self._blocks.read(buffer[:num_bytes], shard, offset, first_block)
             except BlockError as error:
-                # The first row of the run that the bad block reaches, or the last one where the
-                # block is bad beyond it.
+                # The first data row of the run that the bad block reaches. The block may be bad
+                # only after the run: then its last data row.
                 row = start + max(0, error.offset - offset - place) // row_bytes
                 row = min(row, stop - 1)
                 sample = None if sample_indices is None else int(sample_indices[row])
@@ -201,10 +207,10 @@ class TokenDataset:
     def substitute(
         self, indices: npt.NDArray[np.int64], sequence_length: int
     ) -> npt.NDArray[np.int64]:
-        """The rows that `rows` reads: the given ones, but others for those of quarantined records.
+        """Return the data rows that `rows` reads: those of listed records are replaced.
 
         Raises:
-            IndexError: a row number out of range.
+            IndexError: A number is out of range.
         """
         index_R = np.asarray(indices, dtype=np.int64)
         num_rows = self.num_rows(sequence_length)
@@ -215,16 +221,16 @@ class TokenDataset:
     def _explain(self, error: BlockError, record: int, row: int, sample: int | None) -> str:
         shard = self.shards.name(record // self._layout.shard_records)
         name = record_name(record, self.manifest.dtype)
-        asked = "" if sample is None else f", sample {sample}"
+        use = "" if sample is None else f", sample {sample}"
         return (
-            f"{shard}, record {name}, offset {error.offset}, row {row}{asked} {error}; {RESTORE}; "
-            f"or go on without it: list record {record} of dataset {self.dataset_id} in "
-            f"data.quarantine"
+            f"{shard}, record {name}, offset {error.offset}, data row {row}{use} {error}; "
+            f"{RESTORE}; or continue without it: list record {record} of dataset "
+            f"{self.dataset_id} in data.quarantine"
         )
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of a file, read in parts."""
+    """Return the sha256 of a file."""
     sha256 = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while data := file.read(2**20):
@@ -233,7 +239,11 @@ def hash_file(path: Path) -> str:
 
 
 def check_size(directory: Path, file: HashedFile) -> None:
-    """Raise DataError unless a file of the dataset is there and has its size."""
+    """Compare the size of a file with the manifest's.
+
+    Raises:
+        DataError: The file is missing or has another size.
+    """
     path = directory / file.name
     try:
         size = path.stat().st_size
@@ -246,7 +256,7 @@ def check_size(directory: Path, file: HashedFile) -> None:
 def _find_runs(
     index_R: npt.NDArray[np.int64], record_R: npt.NDArray[np.int64], max_rows: int
 ) -> npt.NDArray[np.int64]:
-    """Where runs of consecutive rows of one record begin: each is read at once."""
+    """Return the starts of runs: at most `max_rows` consecutive data rows of one record."""
     breaks_R = np.ones(len(index_R), dtype=bool)
     breaks_R[1:] = (index_R[1:] != index_R[:-1] + 1) | (record_R[1:] != record_R[:-1])
     starts = np.flatnonzero(breaks_R)

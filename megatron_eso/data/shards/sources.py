@@ -1,4 +1,4 @@
-"""Where a dataset's shards come from, and their open handles: as many as a process may hold."""
+"""Sources of a dataset's shards, and a bounded set of their open files."""
 
 import os
 import resource
@@ -15,48 +15,48 @@ _DROP_SECONDS = 1.0
 
 
 class ShardSource(Protocol):
-    """The shards of a dataset. Its methods may be called from several threads."""
+    """A source of the shards of a dataset. Several threads may call its methods at once."""
 
     def open(self, shard: int) -> int:
-        """A file descriptor of a shard, open for reading; the caller closes it.
+        """Open a shard for reading; the caller closes the file descriptor.
 
         Raises:
-            OSError: the file cannot be opened.
-            DataError: a copy of it cannot be made.
+            OSError: The file cannot be opened.
+            DataError: A copy of the shard cannot be made.
         """
 
     def name(self, shard: int) -> str:
-        """Path or URL of a shard, for messages."""
+        """Return the path or URL of a shard, for messages."""
 
     def discard(self, shard: int) -> None:
-        """Remove the copy of a shard that failed twice, so that `open` makes another."""
+        """Remove the copy of a shard that failed twice; `open` then makes another copy."""
 
 
 class LocalShards:
     """Shards in the directory of their manifest."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
-        """`directory` of the dataset."""
+        """Use the shards in `directory`, which the manifest names."""
         self._directory = directory
         self._manifest = manifest
 
     def open(self, shard: int) -> int:
-        """A file descriptor of a shard, open for reading; the caller closes it."""
+        """Open a shard for reading; the caller closes the file descriptor."""
         return os.open(self._directory / self._manifest.shards[shard].name, os.O_RDONLY)
 
     def name(self, shard: int) -> str:
-        """Path of a shard."""
+        """Return the path of a shard."""
         return str(self._directory / self._manifest.shards[shard].name)
 
     def discard(self, shard: int) -> None:
-        """Do nothing: there is no other copy."""
+        """Do nothing, because there is no other copy."""
 
 
 class OpenFile:
-    """A file descriptor that is closed when the last reference to it is gone."""
+    """A file descriptor that is closed when no reference to it remains."""
 
     def __init__(self, handle: int) -> None:
-        """Take over `handle`."""
+        """Take ownership of `handle`."""
         self.handle = handle
 
     def __del__(self) -> None:
@@ -64,13 +64,13 @@ class OpenFile:
 
 
 class OpenShards:
-    """Handles of the shards read last, no more than a quarter of what the process may hold.
+    """The open files of the shards read last, at most a quarter of what a process may open.
 
-    A handle in use stays open when it is dropped here.
+    A file that is in use stays open when it is dropped here.
     """
 
     def __init__(self, source: ShardSource) -> None:
-        """Nothing is opened yet."""
+        """Choose the number of open files from the limit of the process."""
         soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._capacity = max(4, min(soft_limit // 4, 4096))
         self._source = source
@@ -79,13 +79,13 @@ class OpenShards:
         self._last_drop = time.monotonic()
 
     def get(self, shard: int) -> OpenFile:
-        """The open file of a shard."""
+        """Return the open file of a shard; open it if needed."""
         with self._lock:
             file = self._files.get(shard)
             if file is not None:
                 self._files.move_to_end(shard)
                 return file
-        # Not under the lock: a remote shard takes minutes to come.
+        # Without the lock, because the download of a remote shard takes minutes.
         file = OpenFile(self._source.open(shard))
         with self._lock:
             self._drop_removed()
@@ -94,7 +94,7 @@ class OpenShards:
             return self._files.setdefault(shard, file)
 
     def _drop_removed(self) -> None:
-        """Close files that were removed to make room: they take it as long as they are open."""
+        """Close files that were removed to make room; an open file still takes it."""
         now = time.monotonic()
         if now - self._last_drop > _DROP_SECONDS:
             self._last_drop = now
@@ -103,7 +103,7 @@ class OpenShards:
                     del self._files[shard]
 
     def forget(self, shard: int, offset: int, num_bytes: int) -> None:
-        """Drop a shard's handle, which may be stale, and what memory holds of its bytes."""
+        """Drop the file of a shard, which may be stale, and its bytes in the page cache."""
         with self._lock:
             file = self._files.pop(shard, None)
         if file is not None:

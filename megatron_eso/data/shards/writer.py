@@ -1,9 +1,9 @@
-"""Writes a dataset: tokens in; shards, hashes and manifest out; in memory that does not grow.
+"""Writing of a dataset from tokens, in constant memory: shards, hashes and manifest.
 
-`ShardWriter` writes one shard, `DatasetPublisher` the index files, `DatasetWriter` both for tokens
-that come in a stream. Every file takes its name once its content has reached the disk,
-and the manifest comes last: a directory without one is not a dataset, so that an interrupted writer
-leaves nothing that looks complete.
+`ShardWriter` writes one shard, `DatasetPublisher` the index files, and `DatasetWriter` both for a
+stream of tokens. A file gets its name after its content is on the disk, and the manifest is the
+last file. A directory without a manifest is not a dataset, so an interrupted writer leaves nothing
+that looks complete.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ from megatron_eso.files import new_file
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordFormat:
-    """How tokens are cut into records and shards."""
+    """The format of records and shards."""
 
     dtype: TokenDtype
     record_tokens: int
@@ -51,17 +51,17 @@ class RecordFormat:
 
     @property
     def shard_tokens(self) -> int:
-        """Tokens of every shard but the last."""
+        """Tokens of every shard except the last."""
         return self.record_tokens * self.shard_records
 
 
 def choose_format(
     tokenizer: TokenizerFingerprint, record_tokens: int, shard_records: int
 ) -> RecordFormat:
-    """The format for a tokenizer's ids.
+    """Return the format for the ids of a tokenizer.
 
     Raises:
-        DataError: the tokenizer has no end-of-text token.
+        DataError: The tokenizer has no end-of-text token.
     """
     if tokenizer.eos_token_id is None:
         raise DataError(
@@ -78,7 +78,7 @@ def choose_format(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WrittenShard:
-    """A shard on the disk, and what the index files hold of it."""
+    """A shard on the disk, with its entries in the index files."""
 
     file: HashedFile
     num_tokens: int
@@ -89,12 +89,12 @@ class WrittenShard:
 
 
 class ShardWriter:
-    """Writes one shard.
+    """A writer of one shard.
 
     Args:
-        directory: the directory of the dataset.
-        format: record format of the dataset.
-        shard: its number.
+        directory: The directory of the dataset.
+        format: Record format of the dataset.
+        shard: Number of the shard.
     """
 
     def __init__(self, directory: Path, format: RecordFormat, shard: int) -> None:
@@ -116,7 +116,7 @@ class ShardWriter:
         return self._format.shard_tokens - self._num_tokens
 
     def append(self, tokens: npt.NDArray[np.integer]) -> None:
-        """Append tokens [N], no more than there is room for."""
+        """Append tokens [N], at most `room` of them."""
         assert len(tokens) <= self.room
         self._num_tokens += len(tokens)
         while len(tokens):
@@ -128,7 +128,7 @@ class ShardWriter:
                 self._write_record()
 
     def close(self) -> WrittenShard:
-        """Write what is left; the shard has its name and is on the disk afterwards."""
+        """Write the last record; the shard is then on the disk under its name."""
         if self._fill:
             self._write_record()
         self._file.write(encode_shard_tail())
@@ -153,7 +153,7 @@ class ShardWriter:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetOrigin:
-    """Where a dataset's tokens come from: what its manifest holds that the shards do not show."""
+    """The origin of a dataset's tokens, for its manifest."""
 
     tokenizer: TokenizerFingerprint
     tokenizer_files: Mapping[str, bytes]
@@ -167,11 +167,11 @@ class DatasetOrigin:
 
 
 class DatasetPublisher:
-    """Writes the index files: block hashes, documents, tokenizer, manifest.
+    """A writer of the index files: block hashes, documents, tokenizer, manifest.
 
     Args:
-        directory: the directory of the dataset.
-        format: record format of the dataset.
+        directory: The directory of the dataset.
+        format: Record format of the dataset.
     """
 
     def __init__(self, directory: Path, format: RecordFormat) -> None:
@@ -183,27 +183,29 @@ class DatasetPublisher:
         self._blocks = HashingFile(directory / BLOCKS_FILE)
 
     def add(self, shard: WrittenShard) -> None:
-        """Enter the next shard."""
+        """Add the next shard to the index files."""
         self._num_tokens += shard.num_tokens
         self._shards.append(shard.file)
         self._document_ends.append(shard.document_ends)
         self._blocks.write(shard.blocks.tobytes())
 
     def publish(self, origin: DatasetOrigin) -> str:
-        """Write the files; the last is the manifest.
+        """Write the files, the manifest last.
 
         Returns:
             The dataset id.
 
         Raises:
-            DataError: there are no tokens.
+            DataError: There are no tokens.
         """
+        # The document of each record's first token.
         if not self._num_tokens:
             raise DataError(f"there are no tokens to write to {self._directory}; check the input")
         ends = np.concatenate(self._document_ends)
         starts = np.cumsum(ends, dtype="<u8") - ends
         documents = HashingFile(self._directory / DOCUMENTS_FILE)
         documents.write(starts.astype("<u8").tobytes())
+        # The manifest, after all files that it lists.
         manifest = Manifest(
             dtype=self._format.dtype,
             record_tokens=self._format.record_tokens,
@@ -240,17 +242,17 @@ class DatasetPublisher:
 
 
 class DatasetWriter:
-    """Appends tokens to a new dataset.
+    """A writer that appends tokens to a new dataset.
 
     Args:
-        directory: an empty directory.
-        tokenizer: the tokens' tokenizer; it must have an end-of-text token.
-        tokenizer_files: content of the tokenizer's files by name, kept with the shards.
-        record_tokens: tokens of a record.
-        shard_records: records of a shard.
+        directory: An empty directory.
+        tokenizer: The tokenizer of the tokens; it must have an end-of-text token.
+        tokenizer_files: Content of the tokenizer's files by name, which the dataset keeps.
+        record_tokens: Tokens of a record.
+        shard_records: Records of a shard.
 
     Raises:
-        DataError: the tokenizer has no end-of-text token, or the disk refuses.
+        DataError: The tokenizer has no end-of-text token.
     """
 
     def __init__(
@@ -279,7 +281,7 @@ class DatasetWriter:
     def append(self, tokens: npt.NDArray[np.integer]) -> None:
         """Append tokens [N]: documents, or parts of one, each with its end-of-text token.
 
-        The ids must be in the tokenizer's vocabulary; the caller has checked this.
+        The caller checks that the ids are in the tokenizer's vocabulary.
         """
         self._num_tokens += len(tokens)
         while len(tokens):
@@ -300,13 +302,13 @@ class DatasetWriter:
         split: Split = "all",
         validation_share: float = 0.0,
     ) -> str:
-        """Write what is left and publish the manifest.
+        """Write the last shard and publish the manifest.
 
         Returns:
             The dataset id.
 
         Raises:
-            DataError: there are no tokens.
+            DataError: There are no tokens.
         """
         self._close_shard()
         return self._publisher.publish(
@@ -327,7 +329,7 @@ class DatasetWriter:
 
 
 class HashingFile:
-    """A file that is hashed as it is written; once closed it has its name and is on the disk."""
+    """A file that is hashed while it is written; `close` gives it its name, on the disk."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -343,13 +345,13 @@ class HashingFile:
         self._bytes += len(data)
 
     def close(self) -> HashedFile:
-        """Give the file its name, and say what was written."""
+        """Give the file its name; return its size and hash."""
         self._closing.close()
         return HashedFile(name=self._path.name, bytes=self._bytes, sha256=self._sha256.hexdigest())
 
 
 def hash_blocks(data: bytes | memoryview) -> npt.NDArray[np.uint64]:
-    """Hashes of a record's blocks, uint64 [blocks], little endian."""
+    """Return the hashes of a record's blocks, uint64 [blocks], little endian."""
     return np.array(
         [
             xxhash.xxh3_64_intdigest(data[start : start + BLOCK_BYTES])

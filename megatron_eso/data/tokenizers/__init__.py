@@ -1,1 +1,1 @@
-"""Tokenizers: SentencePiece and Hugging Face files behind one class."""
+"""Tokenizers: one class for SentencePiece models and Hugging Face files."""

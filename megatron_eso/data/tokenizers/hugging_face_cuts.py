@@ -1,15 +1,15 @@
-"""Where a text may be cut for a `tokenizer.json` without a change of its ids.
+"""Places where a text may be cut without a change of the ids of a `tokenizer.json`.
 
-The place is before a space that follows a visible ASCII character. It is safe where
+A text may be cut before a space that follows a visible ASCII character, if
 
-- no added token, which is found before anything else, can lie across it or eat the space;
-- the normalizer works character by character, or on sequences that never reach across it: neither
-  character takes part in Unicode composition with the other, nor in one grapheme;
-- the pre-tokenizer splits there: in all patterns listed here a space begins a new piece unless
-  white space comes before it, the text is scanned from left to right without looking back, and
-  nothing but white space looks ahead. What comes after the split works on each piece by itself.
+- no added token can contain both characters or remove the space; added tokens are found first;
+- the normalizer works on single characters, or on sequences that never contain both characters:
+  they do not compose in Unicode, and are not in one grapheme;
+- the pre-tokenizer splits there. In all patterns listed here, a space begins a new part unless
+  white space comes before it. The text is scanned from left to right, without a look back, and only
+  white space looks ahead. Everything after the split works on each part alone.
 
-Models work on each piece by itself. Everything else is encoded whole.
+Models work on each part alone. Other tokenizers encode a text as a whole.
 """
 
 import re
@@ -28,7 +28,7 @@ _NORMALIZERS = {
 }
 _DROPS_SPACES = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
 _INNER = {"ByteLevel", "Digits", "Punctuation"}
-"""Leave a space where it is: harmless before the split, on its pieces after it."""
+"""Pre-tokenizers that keep spaces: they change nothing before the split or within its parts."""
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,11 +45,12 @@ _PATTERNS = {
 
 
 def may_cut_before_spaces(fields: dict[str, Any]) -> bool:
-    """Whether texts may be cut before any space that follows a visible ASCII character.
+    """Return whether texts may be cut before any space that follows a visible ASCII character.
 
     Args:
-        fields: content of `tokenizer.json`.
+        fields: Content of `tokenizer.json`.
     """
+    # Added tokens, then the normalizer, then the pre-tokenizer.
     for token in fields["added_tokens"]:
         if token.get("rstrip") or re.search("[!-~] ", token["content"]):
             return False
@@ -76,7 +77,7 @@ def _flatten(part: dict[str, Any] | None, key: str) -> Iterator[dict[str, Any]]:
 
 
 def _splits(part: dict[str, Any]) -> bool:
-    """Whether a pre-tokenizer begins a new piece at a space after a visible ASCII character."""
+    """Return whether a pre-tokenizer splits before a space after a visible ASCII character."""
     match part["type"]:
         case "Split":
             is_isolated = part["behavior"] == "Isolated" and not part["invert"]

@@ -1,9 +1,9 @@
 """A Hugging Face `tokenizer.json`, run by the `tokenizers` library: text segments to ids and back.
 
-The library is handed a copy of the file from which everything is taken that would make ids depend
-on more than the text: post-processor, padding, truncation, dropout. In that copy special tokens
-have names that occur in no text, so that `</s>` in a text is four characters like any others,
-whether the library finds special tokens itself or its model would (Unigram, WordLevel).
+The library receives a copy of the file without the parts that make ids depend on more than the
+text: post-processor, padding, truncation, dropout. In this copy, special tokens have names that
+occur in no text. `</s>` in a text is therefore four ordinary characters, both for the library and
+for models that would find special tokens themselves (Unigram, WordLevel).
 """
 
 import hashlib
@@ -22,9 +22,9 @@ from megatron_eso.errors import DataError
 
 JSON_FILE = "tokenizer.json"
 NAME_FILES = (CONFIG_FILE, "special_tokens_map.json")
-"""Where special tokens are named, the first that names one counts."""
+"""The files that name special tokens; for each token the first file that names it counts."""
 
-# Keys of the files above, then the usual names of special tokens where no file says anything.
+# For each role: the keys of these files, then the usual names for a token that no file names.
 # BERT's tokenizers end a text with a separator and begin it with a class token.
 _ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "eos": (
@@ -38,8 +38,8 @@ _ROLES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 _MAX_ID = 2**31 - 2
 
-# The processes of `build` use the cores; threads in each would fight for them. The library looks
-# at the variable whenever it encodes.
+# The processes of `build` use all cores, and threads of the library would slow them down. It reads
+# the variable at each call.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
@@ -47,10 +47,10 @@ class HuggingFaceModel:
     """A loaded `tokenizer.json`.
 
     Args:
-        files: content by name: `tokenizer.json`, and where present those of `NAME_FILES`.
+        files: Content by name: `tokenizer.json`, and the existing files of `NAME_FILES`.
 
     Raises:
-        ValueError: it is damaged, or the files contradict each other.
+        ValueError: A file is damaged, or the files contradict each other.
     """
 
     kind: ClassVar = "hugging_face"
@@ -73,48 +73,48 @@ class HuggingFaceModel:
             self._check_added_tokens()
             self.splits_before_spaces = may_cut_before_spaces(self._fields) and self._check_cut()
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"it is no tokenizer.json, or damaged ({error!r})") from error
+            raise ValueError(f"it is not a tokenizer.json, or damaged ({error!r})") from error
 
     def encode(self, texts: Sequence[bytes]) -> list[npt.NDArray[np.int32]]:
-        """Ids of each text, which is UTF-8.
+        """Encode texts in UTF-8; return the ids of each.
 
         Raises:
-            DataError: characters that the model does not know become a special token.
+            DataError: The model encodes unknown characters as a special token.
         """
         parts = self._encode(texts)
         ids = np.concatenate(parts)
         for token in self.special_tokens.marks:
             if (ids == token).any():
                 raise DataError(
-                    f"text gives the special token {self.piece(token)}, as which the tokenizer "
-                    "takes characters that it does not know; give a tokenizer with an unk_token "
-                    "of its own, or one of bytes"
+                    f"the tokenizer encodes unknown characters as the special token "
+                    f"{self.piece(token)}; give a tokenizer with an unk_token of its own, or one "
+                    "of bytes"
                 )
         return parts
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids of the model; special tokens but the unknown are left out."""
+        """Return the text of ids, without special tokens except the unknown token."""
         unk = self.special_tokens.unk
         kept = [token for token in ids if token == unk or token not in self._aliases]
         text: str = self._backend.decode(kept, skip_special_tokens=False)
         return text if unk is None else text.replace(self._aliases[unk], self._pieces[unk])
 
     def piece(self, token: int) -> str:
-        """The piece of an id, also of the mask token that is added."""
+        """Return the piece of an id; an added mask token has one too."""
         if token == self.num_pieces:
             return self._mask_name
         return self._pieces.get(token, f"<{token}>")
 
     def hash_model(self) -> str:
-        """sha256 of the file."""
+        """Return the sha256 of the file."""
         return hashlib.sha256(self._file).hexdigest()
 
     def hash_pieces(self) -> str:
-        """sha256 of what decides on ids and text, whatever the file's spacing and order of keys."""
+        """Return the sha256 of all fields that decide ids and text, in a canonical form."""
         return hashlib.sha256(_dump(self._fields)).hexdigest()
 
     def files(self) -> dict[str, bytes]:
-        """The file as it was given, and the names of its special tokens."""
+        """Return the unchanged file, and a file that names its special tokens."""
         config = self.special_tokens.encode_config(
             "PreTrainedTokenizerFast", self._mask_name, self.piece
         )
@@ -145,7 +145,7 @@ class HuggingFaceModel:
         return SpecialTokens(**found)
 
     def _name_aliases(self) -> dict[int, str]:
-        """Names that occur in no text, by id of a special token: noncharacters and a digest."""
+        """Return names that occur in no text, by id: noncharacters around a digest."""
         tokens = set(self.special_tokens.marks)
         if self.special_tokens.unk is not None:
             tokens.add(self.special_tokens.unk)
@@ -163,14 +163,18 @@ class HuggingFaceModel:
         return next(name for name in candidates if name is not None and name not in taken)
 
     def _check_added_tokens(self) -> None:
-        """Raise ValueError where the library would number added tokens in its own way."""
+        """Compare the ids of added tokens with the library's.
+
+        Raises:
+            ValueError: The library gives an added token another id.
+        """
         for token, added in self._added.items():
             name = self._aliases.get(token, added["content"])
             if self._backend.token_to_id(name) != token:
                 raise ValueError(f"its added token {added['content']!r} cannot have the id {token}")
 
     def _check_cut(self) -> bool:
-        """Whether a text cut before spaces keeps its ids, as it should."""
+        """Return whether a text that is cut before spaces keeps its ids."""
         left, right = b"Two words,\n 3 more.", b"  And a last\tone.\n"
         whole, *parts = self._encode([left + right, left, right])
         return np.array_equal(whole, np.concatenate(parts))
@@ -180,9 +184,9 @@ def _parse(content: bytes, name: str) -> dict[str, Any]:
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is no JSON ({error})") from error
+        raise ValueError(f"{name} is not JSON ({error})") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{name} is no JSON object")
+        raise ValueError(f"{name} is not a JSON object")
     return fields
 
 
@@ -191,10 +195,10 @@ def _dump(fields: dict[str, Any]) -> bytes:
 
 
 def _list_pieces(fields: dict[str, Any]) -> dict[int, str]:
-    """Pieces by id.
+    """Return the pieces by id.
 
     Raises:
-        ValueError: an id is no number that can be an id.
+        ValueError: The vocabulary is empty, or an id is out of range.
     """
     vocabulary = fields["model"]["vocab"]
     pieces = (
@@ -209,7 +213,7 @@ def _list_pieces(fields: dict[str, Any]) -> dict[int, str]:
 
 
 def _find_name(keys: Sequence[str], names: Sequence[dict[str, Any]]) -> str | None:
-    """The name of a special token in the files of `NAME_FILES`."""
+    """Return the name of a special token in the files of `NAME_FILES`; None without one."""
     for key in keys:
         for fields in names:
             value = fields.get(key)
@@ -220,13 +224,14 @@ def _find_name(keys: Sequence[str], names: Sequence[dict[str, Any]]) -> str | No
 
 
 def _find_unknown(model: dict[str, Any], ids: Mapping[str, int]) -> int | None:
-    """The id that the model itself gives to what it does not know."""
+    """Return the id that the model itself gives to unknown characters."""
     token: int | None = model.get("unk_id")
     return ids.get(model.get("unk_token") or "") if token is None else token
 
 
 def _rewrite(fields: dict[str, Any], aliases: Mapping[str, str]) -> dict[str, Any]:
-    """The fields that decide on ids, with other names for special tokens."""
+    """Return the fields that decide ids, with other names for special tokens."""
+    # The model: vocabulary, merges, unknown token; without dropout.
     model = dict(fields["model"])
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
@@ -239,6 +244,7 @@ def _rewrite(fields: dict[str, Any], aliases: Mapping[str, str]) -> dict[str, An
         model["unk_token"] = aliases.get(model["unk_token"], model["unk_token"])
     if "dropout" in model:
         model["dropout"] = None
+    # The added tokens, and the parts before and after the model.
     added = [
         {**token, "content": aliases.get(token["content"], token["content"])}
         for token in fields["added_tokens"]
@@ -248,13 +254,13 @@ def _rewrite(fields: dict[str, Any], aliases: Mapping[str, str]) -> dict[str, An
 
 
 def _rewrite_merges(model: dict[str, Any], aliases: Mapping[str, str]) -> list[tuple[str, str]]:
-    """The merges of a BPE model, without those that take or give a special token."""
+    """Return the merges of a BPE model, without those that contain or give a special token."""
     prefix = model.get("continuing_subword_prefix") or ""
     merges = []
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         if not right.startswith(prefix):
-            # The library would cut off the prefix unchecked, perhaps within a character, and abort.
+            # The library cuts the prefix off unchecked, and aborts if it cuts within a character.
             raise ValueError(
                 f"the merge of {left!r} and {right!r} is without the prefix {prefix!r}"
             )
@@ -267,7 +273,7 @@ def _load(fields: dict[str, Any]) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(_dump(fields).decode("ascii"))
     except BaseException as error:
-        # A panic of the library is no Exception.
+        # A panic of the library is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(

@@ -21,13 +21,13 @@ MODEL_FILE = "tokenizer.model"
 class SentencePieceModel:
     """A loaded SentencePiece model.
 
-    A control symbol never comes out of text, so that the mask token is one of these.
+    Text never encodes to a control symbol, so only a control symbol can be the mask token.
 
     Args:
-        files: content of `tokenizer.model` by its name.
+        files: Content of `tokenizer.model` by its name.
 
     Raises:
-        ValueError: it is no SentencePiece model.
+        ValueError: It is not a SentencePiece model.
     """
 
     kind: ClassVar = "sentencepiece"
@@ -39,40 +39,40 @@ class SentencePieceModel:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         except RuntimeError as error:
-            raise ValueError("it is no SentencePiece model, or damaged") from error
+            raise ValueError("it is not a SentencePiece model, or damaged") from error
         self.num_pieces: int = self._processor.get_piece_size()
         self.special_tokens = self._find_special_tokens()
         self.splits_at_newlines = self._check_newline_splits()
         self.splits_before_spaces = False
 
     def encode(self, texts: Sequence[bytes]) -> list[npt.NDArray[np.int32]]:
-        """Ids of each text."""
-        # One call for all texts: an eighth faster than a call for each.
+        """Encode texts in UTF-8; return the ids of each."""
+        # One call for all texts is an eighth faster than a call for each.
         ids: list[npt.NDArray[np.int32]] = self._processor.encode_as_numpy(
             list(texts), num_threads=1
         )
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids of the model; control symbols are left out."""
+        """Return the text of ids, without control symbols."""
         text: str = self._processor.decode(list(ids))
         return text
 
     def piece(self, token: int) -> str:
-        """The piece of an id, also of the mask token that is added."""
+        """Return the piece of an id; an added mask token has one too."""
         if token == self.num_pieces:
             return MASK_NAME
         piece: str = self._processor.id_to_piece(token)
         return piece
 
     def hash_model(self) -> str:
-        """sha256 of the file."""
+        """Return the sha256 of the file."""
         return hashlib.sha256(self._model).hexdigest()
 
     def hash_pieces(self) -> str:
-        """sha256 of pieces, scores and types in id order, and of the settings that decide on ids.
+        """Return the sha256 of pieces, scores and types in id order, and of other settings for ids.
 
-        Two trainings on the same text may differ in other fields of the file.
+        Other fields of the file may differ between two trainings on the same text.
         """
         digest = hashlib.sha256()
         for token in range(self.num_pieces):
@@ -89,7 +89,7 @@ class SentencePieceModel:
         return digest.hexdigest()
 
     def files(self) -> dict[str, bytes]:
-        """The file, and a configuration by which transformers gives the same ids."""
+        """Return the file, and a configuration with which transformers gives the same ids."""
         mask = self.num_pieces if self.special_tokens.mask is None else self.special_tokens.mask
         config = self.special_tokens.encode_config(
             "SentencePieceBackend", self.piece(mask), self.piece
@@ -118,7 +118,7 @@ class SentencePieceModel:
         return SpecialTokens(unk=unk, bos=bos, eos=eos, pad=pad, mask=mask)
 
     def _check_newline_splits(self) -> bool:
-        """True where a newline is a token of its own and texts keep their ends as they are."""
+        """Return whether a newline is a separate token and lines are encoded independently."""
         if any("\n" in self.piece(token) != "\n" for token in range(self.num_pieces)):
             return False
         newline = self._processor.encode("\n")
@@ -138,7 +138,7 @@ _MODEL_TYPE, _WHITESPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 24, 35
 
 
 def _list_settings(model: bytes) -> list[tuple[str, bytes]]:
-    """The fields other than the pieces that decide on ids, by their numbers in the file."""
+    """Return the fields besides the pieces that decide ids, by their numbers in the file."""
     found = []
     for field, value in _iterate_fields(model):
         if field in (_NORMALIZER, _DENORMALIZER):
@@ -153,7 +153,7 @@ def _list_settings(model: bytes) -> list[tuple[str, bytes]]:
 
 
 def _iterate_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """Numbers and encoded values of a protobuf message that has been parsed before."""
+    """Yield the field numbers and encoded values of a valid protobuf message."""
     place = 0
     while place < len(message):
         tag, place = _read_varint(message, place)

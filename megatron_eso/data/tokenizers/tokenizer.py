@@ -1,8 +1,8 @@
 """Text to token ids and back, with the mask token that masked diffusion needs.
 
-A tokenizer is a SentencePiece model or a Hugging Face `tokenizer.json`. A special token never comes
-out of text. Where the model has no mask token, or one that is the padding too, it gets one as the
-id after its last.
+A tokenizer is a SentencePiece model or a Hugging Face `tokenizer.json`. Text never encodes to a
+special token. If the model has no mask token, or only one that is also the padding, the id after
+its last one becomes the mask token.
 """
 
 import re
@@ -17,29 +17,29 @@ from megatron_eso.data.tokenizers.hugging_face_model import JSON_FILE, NAME_FILE
 from megatron_eso.data.tokenizers.sentencepiece_model import MODEL_FILE, SentencePieceModel
 from megatron_eso.errors import DataError
 
-# Long texts are encoded in segments where that gives the same ids: memory stays small, and the
-# scores that SentencePiece sums up in single precision stay exact enough to compare.
+# Long texts are encoded in segments where that gives the same ids. Memory stays small, and the
+# scores that SentencePiece adds in single precision stay exact enough to compare.
 _SEGMENT_BYTES = 16 * 1024
-# Segments that are encoded in one call.
+# Size of the segments that are encoded in one call.
 _BATCH_BYTES = 2**20
 _EMPTY = np.empty(0, dtype=np.int32)
 
 
 class Tokenizer:
-    """A loaded tokenizer; it crosses to another process as its files.
+    """A loaded tokenizer; pickle carries its files.
 
     Args:
-        files: content by name: `tokenizer.model`, or `tokenizer.json` and the files of its folder
+        files: Content by name: `tokenizer.model`, or `tokenizer.json` and the files of its folder
             that name its special tokens.
 
     Attributes:
-        vocab_size: ids, the mask token among them.
-        mask_token_id: id of the mask token.
-        unk_token_id, bos_token_id, eos_token_id, pad_token_id: ids, or None where there is none.
-        splits_at_newlines: text may be cut after any newline and encoded in parts, ids unchanged.
+        vocab_size: Ids of the tokenizer, the mask token included.
+        mask_token_id: Id of the mask token.
+        unk_token_id, bos_token_id, eos_token_id, pad_token_id: Their ids; None for a missing token.
+        splits_at_newlines: Whether a cut of a text after any newline leaves its ids unchanged.
 
     Raises:
-        ValueError: the files are damaged, or contradict each other.
+        ValueError: The files are damaged, or contradict each other.
     """
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
@@ -58,14 +58,18 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Load a directory that holds a tokenizer, or a SentencePiece model or `tokenizer.json`.
+        """Load a tokenizer from a directory, a SentencePiece model or a `tokenizer.json`.
 
         In the folder of a `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json`
-        say which special token is which.
+        name its special tokens.
+
+        Args:
+            path: The directory or the file.
 
         Raises:
-            DataError: there is none, or it is damaged.
+            DataError: The tokenizer is missing or damaged.
         """
+        # Read the file, and those that name special tokens.
         file = _find_file(Path(path))
         try:
             content = file.read_bytes()
@@ -85,23 +89,25 @@ class Tokenizer:
             raise DataError(f"tokenizer {file}: {error}; copy it again or give another") from error
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without end-of-text token.
+        """Encode a text; return its ids without an end-of-text token.
 
         Raises:
-            UnicodeEncodeError: the text holds a lone surrogate, which is no character.
+            UnicodeEncodeError: The text holds a lone surrogate, which is not a character.
         """
         ids: list[int] = self.encode_utf8(text.encode("utf-8")).tolist()
         return ids
 
     def encode_utf8(self, text: bytes) -> npt.NDArray[np.int32]:
-        """Ids of a text in UTF-8, int32 [N]."""
+        """Encode a text in UTF-8; return its ids, int32 [N]."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[npt.NDArray[np.int32]]:
-        """Ids of each text in UTF-8, int32 [N]; the fastest way for many, in the calling thread.
+        """Encode texts in UTF-8; return the ids of each, int32 [N].
+
+        This is the fastest way to encode many texts. It uses only the calling thread.
 
         Raises:
-            DataError: characters that the tokenizer does not know become a special token.
+            DataError: The model encodes unknown characters as a special token.
         """
         parts: list[list[npt.NDArray[np.int32]]] = [[] for _ in texts]
         for batch in self._group_segments(texts):
@@ -111,10 +117,10 @@ class Tokenizer:
         return [part[0] if len(part) == 1 else np.concatenate([_EMPTY, *part]) for part in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; special tokens are left out.
+        """Return the text of ids, without special tokens.
 
         Raises:
-            ValueError: an id outside the vocabulary.
+            ValueError: An id is outside the vocabulary.
         """
         kept = [int(token) for token in ids]
         if kept and not 0 <= min(kept) <= max(kept) < self.vocab_size:
@@ -122,11 +128,11 @@ class Tokenizer:
         return self._model.decode([token for token in kept if token != self.mask_token_id])
 
     def piece(self, token: int) -> str:
-        """The piece of an id, for display."""
+        """Return the piece of an id, for display."""
         return self._model.piece(token)
 
     def fingerprint(self) -> TokenizerFingerprint:
-        """What must be equal for ids to mean the same."""
+        """Return the properties that decide the meaning of ids."""
         return TokenizerFingerprint(
             kind=self._model.kind,
             model_sha256=self._model.hash_model(),
@@ -140,18 +146,18 @@ class Tokenizer:
         )
 
     def files(self) -> dict[str, bytes]:
-        """The files, by name, that a directory needs for `load` to give this tokenizer."""
+        """Return the files by name from which `load` reads this tokenizer."""
         return self._model.files()
 
     def save(self, directory: str | Path) -> None:
-        """Write the tokenizer's files into a directory, which is made if need be."""
+        """Write the tokenizer's files into a directory; make it if it does not exist."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files().items():
             (directory / name).write_bytes(content)
 
     def _group_segments(self, texts: Sequence[bytes]) -> Iterator[list[tuple[int, bytes]]]:
-        """Segments of the texts in order, each with the number of its text, in batches."""
+        """Yield batches of the texts' segments in order, each with the number of its text."""
         batch: list[tuple[int, bytes]] = []
         size = 0
         for number, text in enumerate(texts):
@@ -173,13 +179,13 @@ class Tokenizer:
 
 
 def has_tokenizer(path: str | Path) -> bool:
-    """Whether `Tokenizer.load` has something to open there: a file, or a directory with one."""
+    """Return whether the path is a file, or a directory with the file of a tokenizer."""
     path = Path(path)
     return path.is_file() or any((path / name).is_file() for name in (MODEL_FILE, JSON_FILE))
 
 
 def split_segments(text: bytes) -> Iterator[bytes]:
-    """Cut UTF-8 text after the first newline at or behind every 16 KiB since the last cut."""
+    """Cut UTF-8 text after the first newline that is 16 KiB or more after the last cut."""
     start = 0
     while start < len(text):
         newline = text.find(b"\n", start + _SEGMENT_BYTES - 1)
@@ -189,7 +195,7 @@ def split_segments(text: bytes) -> Iterator[bytes]:
 
 
 def _split_before_spaces(text: bytes) -> Iterator[bytes]:
-    """Cut before the first space after a visible ASCII character behind every 16 KiB."""
+    """Cut before the first space after a visible ASCII character, 16 KiB after the last cut."""
     start = 0
     while start < len(text):
         space = _SPACE_AFTER_VISIBLE.search(text, start + _SEGMENT_BYTES)

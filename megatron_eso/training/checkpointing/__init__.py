@@ -1,1 +1,1 @@
-"""Checkpoints of a run that trains: what to write, when, and how to continue from it."""
+"""The checkpoints of a training run: their content, when they are written, how they are read."""

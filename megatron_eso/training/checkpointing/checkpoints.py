@@ -1,7 +1,7 @@
-"""The checkpoints of a run: written as training continues, published whole, checked before use.
+"""Writes the checkpoints of a run in the background, and finds the newest one without damage.
 
-A save holds the step for a copy to host memory only; a thread on each rank writes it. A checkpoint
-gets its name once all ranks' files, with an index of their hashes, are on disk.
+A save stops the steps only for a copy to host memory; then a thread on each rank writes the files.
+A checkpoint gets its name when all ranks' files, and an index of their hashes, are on disk.
 """
 
 import logging
@@ -9,7 +9,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 
 from megatron_eso.config.loading import config_to_dict
 from megatron_eso.config.sections import CheckpointConfig, Config
@@ -28,6 +26,7 @@ from megatron_eso.runs.checkpoint_state import STATE_FILE
 from megatron_eso.runs.run_directory import CONFIG_FILE
 from megatron_eso.runs.steps import list_checkpoints, step_name, step_number
 from megatron_eso.training.checkpointing.files import find_damaged_files, run_on_first, write_files
+from megatron_eso.training.checkpointing.host_copies import HostCopies
 from megatron_eso.training.checkpointing.staleness import (
     Parts,
     StateSample,
@@ -37,12 +36,11 @@ from megatron_eso.training.checkpointing.staleness import (
     take_sample,
 )
 from megatron_eso.training.checkpointing.state import describe_state, list_parts
-from megatron_eso.training.checkpointing.tensor_parts import TensorPart
 from megatron_eso.training.steps.batches import TrainingBatches
 from megatron_eso.training.steps.train_state import TrainState
 
 LONG_WAIT_SECONDS = 1.0
-"""A longer wait for the save before is logged."""
+"""A wait for the previous save is logged if it is longer than this."""
 
 logger = logging.getLogger(__name__)
 
@@ -51,21 +49,22 @@ Documents = Mapping[str, dict[str, Any]]
 
 
 class Checkpoints:
-    """The checkpoints of a run directory; made by all ranks together.
+    """The checkpoints of a run directory.
 
-    The process group must outlive a save in the background: `wait` before it ends.
+    Construction is collective over the world. Call `wait` before the process group is destroyed,
+    because a save in the background uses it.
 
     Args:
         directory: `RUN_DIR/checkpoints`.
-        config: Which checkpoints are kept, and how saves are made.
-        batches: The run's samples, whose state a checkpoint holds.
+        config: The section `checkpoint`: which checkpoints are kept, and how they are written.
+        batches: The run's samples; a checkpoint records their state.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, batches: TrainingBatches) -> None:
         self.directory = directory
         self.config = config
         self.batches = batches
-        # The collectives of the writing threads must not mix with those of the steps.
+        # The writing threads need their own group: their collectives run during the steps.
         self._group = dist.new_group(backend="gloo")
         self._host = HostCopies()
         self._sample: StateSample | None = None
@@ -73,7 +72,7 @@ class Checkpoints:
         self._failure: str | None = None
 
     def prepare(self, state: TrainState, groups: ProcessGroupCollection) -> None:
-        """Take the host memory that saves in the background need, before the first step."""
+        """Allocate the host memory for saves in the background; call it before the first step."""
         if self.config.async_save and (self.config.interval or self.config.interval_minutes):
             self._host.copy(list_parts(state, groups))
 
@@ -88,28 +87,31 @@ class Checkpoints:
     ) -> Path:
         """Write and publish a checkpoint of `state`; collective over the world.
 
-        A kill at any instant leaves the previous one whole and findable. A save waits for the one
-        before it. Where there is a checkpoint of this step, nothing is done.
+        If the process is killed at any instant, the previous checkpoint is still complete and is
+        found. A save first waits for the previous one. If a checkpoint of this step exists, nothing
+        is written.
 
         Args:
-            state: To be written.
-            config: The run's.
-            groups: Of the layout.
-            val_nelbo: Of the validation at this step, if there was one.
-            in_background: Return once the state is copied; `take_failure` returns how it went.
+            state: The state to write.
+            config: The run's configuration, which is written too.
+            groups: The groups of the layout.
+            val_nelbo: The NELBO of the validation at this step, in nats per token; None without
+                one.
+            in_background: Return as soon as the state is copied. `take_failure` then returns
+                whether the save failed.
 
         Returns:
-            The folder that the checkpoint is, or will be.
+            The checkpoint's folder, which may not exist yet if `in_background`.
 
         Raises:
-            CheckpointError: It could not be written, on whichever rank.
+            CheckpointError: Any rank could not write its files.
         """
         began = time.monotonic()
         self.wait()
         waited = time.monotonic() - began
         if in_background and waited > LONG_WAIT_SECONDS and is_first_rank():
             logger.warning(
-                "the checkpoint before was still being written: the run waited %.0f s for it; "
+                "the previous checkpoint was still being written: the run waited %.0f s for it; "
                 "a longer checkpoint.interval avoids that",
                 waited,
             )
@@ -133,7 +135,7 @@ class Checkpoints:
     def _sample_state(
         self, final: Path, state: TrainState, parts: Parts, groups: ProcessGroupCollection
     ) -> StateSample:
-        """Sample the state, and log which tensors have stood still since the save before."""
+        """Sample the state, and log which tensors have not changed since the previous save."""
         before, self._sample = self._sample, take_sample(state, parts, groups)
         if before is not None:
             decay = 0.0 if state.ema is None else state.ema.decay
@@ -144,17 +146,17 @@ class Checkpoints:
 
     @property
     def is_saving(self) -> bool:
-        """Whether a save is running in the background."""
+        """Return whether a save is running in the background."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Wait for the save in the background, if there is one."""
+        """Wait until the save in the background has ended, if there is one."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def take_failure(self) -> str | None:
-        """Return once why the last save in the background failed; the same on every rank."""
+        """Return why the last save in the background failed, and forget it; equal on all ranks."""
         failure, self._failure = self._failure, None
         return failure
 
@@ -165,11 +167,12 @@ class Checkpoints:
             self._write(final, parts, sample, documents)
         except CheckpointError as error:
             self._failure = str(error)
-        except Exception as error:  # another rank has died, or a mistake of ours
+        except Exception as error:  # another rank has died, or the code has a bug
             logger.exception("%s could not be saved", final.name)
             self._failure = f"{final.name} could not be saved: {error!r}"
 
     def _write(self, final: Path, parts: Parts, sample: StateSample, documents: Documents) -> None:
+        """Write and publish a checkpoint; collective over the group of the saves."""
         unfinished = final.with_suffix(".tmp")
         own = [part for of_kind in parts.values() for part in of_kind]
         num_bytes = torch.tensor(sum(part.values.nbytes for part in own))
@@ -188,28 +191,36 @@ class Checkpoints:
                 run_on_first(self._group, partial(publish, unfinished, final, self.config))
         except CheckpointError as error:
             if is_first_rank():
-                shutil.rmtree(unfinished, ignore_errors=True)  # it may have filled the disk
+                # The unfinished folder may be what fills the disk.
+                shutil.rmtree(unfinished, ignore_errors=True)
             raise CheckpointError(f"{final.name} could not be saved: {error}") from error
 
     def find_valid(self) -> Path | None:
-        """Find the newest checkpoint without damage; damaged ones are renamed. Collective.
+        """Find the newest checkpoint without damage, and rename damaged ones to `*.damaged`.
+
+        Collective over the world.
+
+        Returns:
+            None if the run has no checkpoint.
 
         Raises:
-            CheckpointError: All are damaged.
+            CheckpointError: All checkpoints are damaged.
         """
         return self._find(lambda step: True)
 
     def find_good(self, last_step: int) -> Path | None:
-        """Find the newest valid checkpoint up to a step; later ones are removed. Collective.
+        """Find the newest checkpoint without damage up to a step, and remove later ones.
+
+        Collective over the world.
 
         Args:
-            last_step: What came after may hold what has made updates fail.
+            last_step: Later checkpoints may hold the values that make updates fail.
 
         Returns:
-            None where there is none; nothing is removed then.
+            None if there is no such checkpoint; then nothing is removed.
 
         Raises:
-            CheckpointError: All are damaged.
+            CheckpointError: All checkpoints are damaged.
         """
         return self._find(lambda step: step <= last_step)
 
@@ -237,29 +248,3 @@ class Checkpoints:
                 f"away to start again"
             )
         return None
-
-
-class HostCopies:
-    """Copies of tensors in host memory, which is kept from one save to the next.
-
-    Fresh memory costs many times what a copy into memory in use does. It is pinned with a GPU.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-
-    @torch.no_grad()
-    def copy(self, parts: Parts) -> Parts:
-        """Return the parts with values of their own, which replace those of the last call."""
-        copies = {kind: [self._copy_part(part) for part in parts[kind]] for kind in parts}
-        torch.cuda.synchronize()
-        return copies
-
-    def _copy_part(self, part: TensorPart) -> TensorPart:
-        values = part.values
-        buffer = self._buffers.get((part.key, part.offsets))
-        if buffer is None or buffer.shape != values.shape:
-            buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-            self._buffers[part.key, part.offsets] = buffer
-        buffer.copy_(values, non_blocking=True)
-        return replace(part, values=buffer)

@@ -1,7 +1,7 @@
-"""Writing, checking and reading a checkpoint's files, each rank its own share of them.
+"""Writes, checks and reads the files of a checkpoint; each rank handles its share of them.
 
-The folder is Megatron-Core's `torch_dist` format. Nothing here touches the state of the run, so
-that a thread can write, on a gloo group of its own, while the run takes steps.
+A folder has Megatron-Core's format `torch_dist`. No function here uses the state of the run, so a
+thread can write through its own gloo group while the run takes steps.
 """
 
 import logging
@@ -32,9 +32,11 @@ from megatron_eso.runs.file_index import (
     read_file_index,
     write_file_index,
 )
-from megatron_eso.runs.torch_dist import READ_ERRORS, SafeReader, write_backend
+from megatron_eso.runs.torch_dist import READ_ERRORS, write_backend
 from megatron_eso.runs.unpickling import METADATA_FILE
-from megatron_eso.training.checkpointing.tensor_parts import PartReader, PartWriter, TensorPart
+from megatron_eso.training.checkpointing.planners import PartReader, PartWriter
+from megatron_eso.training.checkpointing.stored_ranges import RangeReader
+from megatron_eso.training.optimization.tensor_parts import TensorPart
 
 Answer = TypeVar("Answer")
 
@@ -43,23 +45,23 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What went wrong on a rank, in a form that the other ranks can receive."""
+    """The reason why a rank failed, in a form that is sent to the other ranks."""
 
     reason: str
 
 
 class PlainWriter(FileSystemWriter):
-    """torch's writer, which raises the error of the file system and not one that followed it."""
+    """torch's writer, which raises the first error of the file system and no later one."""
 
     def __init__(self, folder: Path) -> None:
-        # Nothing is copied ahead from a GPU: a thread's current one is not this rank's.
+        # torch would copy ahead on the thread's current GPU, which may be another rank's.
         super().__init__(folder, sync_files=True, per_thread_copy_ahead=0)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's parts.
 
         Raises:
-            OSError: The file system refuses.
+            OSError: The file system reports an error.
         """
         try:
             return super().write_data(plan, planner)
@@ -76,18 +78,19 @@ def write_files(
     group: dist.ProcessGroup,
     check: Callable[[], None],
 ) -> None:
-    """Fill an empty folder; all on disk when this returns. Collective over `group`.
+    """Write a checkpoint into an empty folder and sync it to disk; collective over `group`.
 
     Args:
-        folder: The same on every rank.
-        parts: This rank's.
-        documents: Content of the JSON files by name; those of rank 0 are written.
-        group: Of all ranks, gloo.
-        check: Refuses what this rank has written, by a CheckpointError; called after the writing.
+        folder: The same path on every rank.
+        parts: This rank's parts.
+        documents: The content of the JSON files by name; rank 0 writes its own.
+        group: A gloo group of all ranks.
+        check: Called after this rank's parts are written; raises CheckpointError if they are wrong.
 
     Raises:
-        CheckpointError: The file system or a check refuses, on any rank.
+        CheckpointError: The file system or a check reports an error on any rank.
     """
+    # Every rank writes its own tensors.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         try:
@@ -100,6 +103,7 @@ def write_files(
         except CheckpointException as error:
             raise CheckpointError(f"{folder}: {_find_cause(error)}") from error
 
+    # Every rank hashes its own files, and rank 0 collects the hashes.
     def finish_own() -> Index:
         check()
         return {path.name: describe_file(path) for path in folder.glob(f"__{group.rank()}_*")}
@@ -107,6 +111,7 @@ def write_files(
     gathered: list[Index | Failure] = [{}] * group.size()
     dist.all_gather_object(gathered, _attempt(finish_own), group=group)
 
+    # Rank 0 writes the small files and the index of all hashes.
     def finish() -> None:
         small_files = write_backend(folder, indent=1)
         for name, content in documents.items():
@@ -125,10 +130,10 @@ def write_files(
 
 
 def run_on_first(group: dist.ProcessGroup, action: Callable[[], Answer]) -> Answer:
-    """Have rank 0 act while the others wait, and return its result on all. Collective over `group`.
+    """Call `action` on rank 0 and return its result on all ranks; collective over `group`.
 
     Raises:
-        CheckpointError: On every rank, where the file system refused rank 0.
+        CheckpointError: On every rank, if the action failed on rank 0.
     """
     answer: list[Any] = [None]
     if group.rank() == 0:
@@ -141,19 +146,22 @@ def run_on_first(group: dist.ProcessGroup, action: Callable[[], Answer]) -> Answ
 
 
 def _attempt(action: Callable[[], Answer]) -> Answer | Failure:
-    """Act, and return any error in a form that the other ranks can receive."""
+    """Call `action`, and return an error in a form that is sent to the other ranks."""
     try:
         return action()
     except Exception as error:
         if not isinstance(error, OSError | CheckpointError):
-            logger.exception("unexpected")  # with its traceback, which other ranks lack
+            logger.exception("unexpected")  # the other ranks receive no traceback
         return Failure(str(error) or repr(error))
 
 
 def find_damaged_files(folder: Path, group: dist.ProcessGroup | None = None) -> list[str]:
-    """Find what is wrong with a checkpoint, a line each, the same on every rank.
+    """Compare a checkpoint's files with its index of hashes; the ranks share the work.
 
-    Collective over `group`, or the world: the ranks share the files.
+    Collective over `group`, or over the world without one.
+
+    Returns:
+        One line for each damaged file, equal on all ranks.
     """
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     problems: list[str] = []
@@ -168,23 +176,33 @@ def find_damaged_files(folder: Path, group: dist.ProcessGroup | None = None) -> 
 
 
 def read_parts(folder: Path, parts: list[TensorPart]) -> None:
-    """Fill this rank's parts from a checkpoint of any layout; no communication.
+    """Fill this rank's parts from a checkpoint of any layout; collective over the world.
 
     Raises:
-        CheckpointError: A tensor is missing or of another shape, or a file cannot be read.
+        CheckpointError: On every rank, if on any a tensor is missing or has another shape, or a
+            file cannot be read.
     """
-    planner = PartReader(parts)
-    try:
-        load_state_dict({}, storage_reader=SafeReader(folder), planner=planner, no_dist=True)
-    except READ_ERRORS as error:
-        raise CheckpointError(
-            f"{folder}: cannot be read ({_find_cause(error)}); it was written by torch "
-            f"{_find_writer(folder)}, this is {torch.__version__}"
-        ) from error
+
+    def read_own() -> None:
+        try:
+            load_state_dict(
+                {}, storage_reader=RangeReader(folder), planner=PartReader(parts), no_dist=True
+            )
+        except READ_ERRORS as error:
+            raise CheckpointError(
+                f"{folder}: cannot be read ({_find_cause(error)}); it was written by torch "
+                f"{_find_writer(folder)}, this is {torch.__version__}"
+            ) from error
+
+    answers: list[Failure | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, _attempt(read_own))
+    for answer in answers:
+        if isinstance(answer, Failure):
+            raise CheckpointError(answer.reason)
 
 
 def _find_writer(folder: Path) -> str:
-    """Return the version of torch that wrote a checkpoint."""
+    """Return the version of torch that a checkpoint was written with."""
     try:
         return read_checkpoint_state(folder).torch_version or "of an unknown version"
     except CheckpointError:
@@ -192,6 +210,6 @@ def _find_writer(folder: Path) -> str:
 
 
 def _find_cause(error: BaseException) -> str:
-    """Return what went wrong on the first rank that a CheckpointException names."""
+    """Return the error of the first rank that a CheckpointException names."""
     failures = getattr(error, "failures", {})
     return str(next(iter(failures.values()))[0]) if failures else str(error)

@@ -1,7 +1,7 @@
-"""What a checkpoint fixes of the configuration that continues it or starts from its weights.
+"""Compares a configuration with the checkpoint that it continues, or whose weights it starts from.
 
-What it fixes may not change; other changes are logged, old -> new. Which keys those are stands with
-each key (`megatron_eso.config.keys`).
+A checkpoint fixes some keys (`megatron_eso.config.keys`), which must not change. Other changes are
+logged as `old -> new`.
 """
 
 import logging
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest of a run directory.
+    """Return `path` if it is a checkpoint, or the newest checkpoint of the run directory `path`.
 
     Raises:
         ConfigError: There is none.
@@ -41,7 +41,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def check_resumed(checkpoint: Path, config: Config) -> None:
-    """Refuse to continue a run with a configuration that changes what its checkpoint fixes.
+    """Refuse to continue a run if the configuration changes a key that its checkpoint fixes.
 
     Raises:
         CheckpointError: The checkpoint's state cannot be read.
@@ -57,11 +57,11 @@ def check_resumed(checkpoint: Path, config: Config) -> None:
 def check_initial_weights(
     checkpoint: Path, config: Config, tokenizer: TokenizerFingerprint
 ) -> None:
-    """Refuse weights of another model, or of another tokenizer unless that is deliberate.
+    """Refuse weights of another model; and of another tokenizer unless the configuration allows it.
 
     Raises:
         CheckpointError: The checkpoint's state cannot be read.
-        ConfigError: One line with key, both values and the remedy.
+        ConfigError: The weights do not fit; one line with key, both values and the remedy.
     """
     if config.checkpoint.init_other_tokenizer:
         check_weights(checkpoint, config, ignored=(MASK_TOKEN,))
@@ -78,11 +78,11 @@ def check_initial_weights(
 
 
 def check_weights(checkpoint: Path, config: Config, *, ignored: Collection[str] = ()) -> None:
-    """Refuse weights of another model, and log what else of what shaped them changes.
+    """Refuse weights of another model, and log other changes of the keys that affect weights.
 
     Args:
-        checkpoint: Holds the configuration that it was written with.
-        config: To compare with it.
+        checkpoint: The checkpoint of the weights, with its configuration.
+        config: The configuration to compare.
         ignored: Keys that are not compared.
 
     Raises:
@@ -100,20 +100,20 @@ def check_same(
     *,
     ignored: Collection[str] = (),
 ) -> None:
-    """Refuse a configuration that changes what a checkpoint fixes, and log what else it changes.
+    """Refuse a configuration that changes a key fixed by the checkpoint, and log other changes.
 
     Args:
-        checkpoint: Holds the configuration that it was written with.
-        config: To compare with it.
-        start: What the checkpoint is read for.
-        remedy: For the error.
+        checkpoint: The checkpoint, with its configuration.
+        config: The configuration to compare.
+        start: Whether the checkpoint's run is continued or its weights are used.
+        remedy: The remedy that the error names.
         ignored: Keys that are not compared.
 
     Raises:
-        ConfigError: One line with key, both values and the remedy.
+        ConfigError: A fixed key changes; one line with key, both values and the remedy.
     """
     old = read_config(checkpoint / CONFIG_FILE)
-    # A derived value changes with the key that it follows from, which is the one to name.
+    # Derived keys come last: the error has to name the key that a user has changed.
     for path in sorted(KEYS.keys() - set(ignored), key=lambda path: (KEYS[path].is_derived, path)):
         key, before, after = KEYS[path], old.get(path), config.get(path)
         if before == after:

@@ -1,4 +1,4 @@
-"""How a run starts: from its own newest checkpoint, from the weights of another, or fresh."""
+"""Starts a run: from its newest checkpoint, from other weights, or from fresh ones."""
 
 import logging
 from pathlib import Path
@@ -15,7 +15,7 @@ from megatron_eso.training.checkpointing.kept_keys import (
     find_checkpoint,
 )
 from megatron_eso.training.checkpointing.state import load_training_state, load_weights
-from megatron_eso.training.steps.train_state import TrainState
+from megatron_eso.training.steps.train_state import TrainState, draw_weights
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +26,15 @@ def restore(
     """Continue from the run's newest checkpoint, or start as configured; collective over the world.
 
     Args:
-        state: Fresh, filled in place.
-        config: The run's.
-        checkpoints: The run's.
-        init_from: Where the weights of a new run come from; by default `checkpoint.init_from`.
+        state: A state whose weights need no values; changed in place.
+        config: The run's configuration.
+        checkpoints: The run's checkpoints.
+        init_from: The checkpoint whose weights a new run starts from; by default
+            `checkpoint.init_from`.
 
     Raises:
-        CheckpointError: The checkpoint is damaged or of another format.
-        ConfigError: It is of another model, seed or data than the configuration.
+        CheckpointError: The checkpoint is damaged or has another format.
+        ConfigError: The checkpoint has another model, seed or data than the configuration.
     """
     valid = checkpoints.find_valid()
     if valid is not None:
@@ -42,11 +43,12 @@ def restore(
         source = find_checkpoint(init_from or Path(config.checkpoint.init_from))
         start_from(source, state, config, checkpoints.batches.data.tokenizer)
     else:
+        draw_weights(state, config)
         logger.info("starting from fresh weights, seed %d", config.run.seed)
 
 
 def resume(checkpoint: Path, state: TrainState, config: Config, checkpoints: Checkpoints) -> None:
-    """Continue a run; collective over the world, errors as for `restore`."""
+    """Continue a run from a checkpoint; collective over the world, errors as for `restore`."""
     record = read_checkpoint_state(checkpoint)
     is_training = record.kind == "training"
     check_resumed(checkpoint, config)
@@ -72,16 +74,17 @@ def resume(checkpoint: Path, state: TrainState, config: Config, checkpoints: Che
 def start_from(
     source: Path, state: TrainState, config: Config, tokenizer: TokenizerFingerprint
 ) -> None:
-    """Start a new run from weights; collective over the world, errors as for `restore`."""
+    """Start a run from given weights; collective over the world, errors as for `restore`."""
     refuse_damage(source)
     check_initial_weights(source, config, tokenizer)
     load_weights(source, state)
+    state.init_version = None
     if state.ema is not None:
         state.ema.restart()
     record = read_checkpoint_state(source)
     logger.info(
-        "starting from %s: loaded are its weights of step %d%s; fresh are Adam's moments, %sthe "
-        "learning-rate schedule, the counters and the order of the samples",
+        "starting from %s: read the weights of step %d%s; Adam's moments, %sthe learning-rate "
+        "schedule, the counters and the order of the samples start fresh",
         source,
         record.counters.step,
         "" if record.ema_updates is None else " (not their moving average)",
@@ -90,10 +93,10 @@ def start_from(
 
 
 def refuse_damage(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose files are not those of its index; collective over the world.
+    """Refuse a checkpoint whose files differ from its index of hashes; collective over the world.
 
     Raises:
-        CheckpointError: Names the first damaged file.
+        CheckpointError: A file is damaged; the message names the first one.
     """
     problems = find_damaged_files(checkpoint)
     if problems:

@@ -1,4 +1,4 @@
-"""Going back to a checkpoint when updates cannot be applied, and past the data that caused it."""
+"""Goes back to an earlier checkpoint when updates are skipped, and leaves out the later samples."""
 
 import dataclasses
 import logging
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Rollbacks:
-    """The ways back of a run.
+    """The rollbacks of a run: when they are due, and which checkpoint is used.
 
     Attributes:
-        checkpoints: Of the run.
-        train: When to go back, and how often.
-        optimizer: Of the learning-rate schedule, which starts anew at the checkpoint's step.
-        watchdog: Watches the reading.
+        checkpoints: The run's checkpoints.
+        train: The section `train`: when to go back, and how often.
+        optimizer: The section `optimizer`: the learning-rate schedule, which is built again.
+        watchdog: Limits the time for reading a checkpoint.
     """
 
     checkpoints: Checkpoints
@@ -34,22 +34,24 @@ class Rollbacks:
     optimizer: OptimizerConfig
     watchdog: Watchdog
     _last_step: int | None = field(init=False, default=None)
-    """Step of the checkpoint that the run has gone back to last."""
+    """The step of the checkpoint that the last rollback used."""
 
     def is_due(self, counters: Counters) -> bool:
-        """Whether enough updates in a row were skipped to go back."""
+        """Return whether so many updates in a row were skipped that the run has to go back."""
         return 0 < self.train.max_skipped_in_row <= counters.skipped_in_row
 
     def go_back(self, state: TrainState) -> None:
-        """Continue `state` from a sound checkpoint with later samples; collective over the world.
+        """Load an earlier checkpoint, and continue with later samples; collective over the world.
 
-        From the newest checkpoint before the updates that could not be applied; from one before it
-        if the run has just come from that.
+        It is the newest checkpoint before the skipped updates. If the last rollback used that one,
+        it is the checkpoint before it, where there is one.
 
         Raises:
-            TrainingError: There is none, or the run has gone back often enough.
+            TrainingError: There is no such checkpoint, or the run has gone back
+                `train.max_rollbacks` times.
             CheckpointError: All checkpoints are damaged.
         """
+        # Refuse to go back without end.
         counters = state.counters
         what = f"{counters.skipped_in_row} updates in a row were skipped"
         if counters.rollbacks >= self.train.max_rollbacks:
@@ -58,6 +60,7 @@ class Rollbacks:
                 f"(train.max_rollbacks): look at the losses before, lower "
                 f"optimizer.learning_rate, or start from an older checkpoint"
             )
+        # Load the checkpoint, and start the schedule at its step.
         with self.watchdog.deadline("checkpoint", "to go back to"):
             checkpoint = self._find(counters.step - counters.skipped_in_row)
             if checkpoint is None:
@@ -69,6 +72,7 @@ class Rollbacks:
             restored = state.counters
             state.scheduler = build_scheduler(self.optimizer, self.train.num_steps, state.optimizer)
             state.scheduler.step(restored.step)
+        # The samples that were consumed stay consumed.
         self._last_step = restored.step
         state.counters = dataclasses.replace(
             restored,

@@ -1,4 +1,4 @@
-"""When a run saves: by steps, by the clock, at its end; and again where a save has failed."""
+"""Decides when a run saves: by steps, by the clock, at its end, and again after a failed save."""
 
 import logging
 import math
@@ -18,9 +18,9 @@ from megatron_eso.training.records.run_records import RunRecords
 from megatron_eso.training.steps.train_state import TrainState
 
 RETRY_SECONDS = 60.0
-"""Between a failed save that training does not wait for and the next one."""
+"""Seconds until a save that training does not wait for is tried again."""
 SAVE_PAUSES_SECONDS = (5.0, 5.0)
-"""Between the tries of a save that the run waits for."""
+"""Seconds between the tries of a save that training waits for."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +30,11 @@ class Saves:
     """The saves of a run while it trains.
 
     Attributes:
-        checkpoints: Where they are written.
-        config: The run's; a checkpoint holds a copy, and the section checkpoint has the intervals.
-        groups: Of the layout.
-        records: Flushed before each save.
-        watchdog: Watches the saves that hold up the steps.
+        checkpoints: The run's checkpoints.
+        config: The run's configuration: a checkpoint holds a copy, `checkpoint` has the intervals.
+        groups: The groups of the layout.
+        records: The run's records, which are flushed before each save.
+        watchdog: Limits the time that a save may delay the steps.
     """
 
     checkpoints: Checkpoints
@@ -43,30 +43,30 @@ class Saves:
     records: RunRecords
     watchdog: Watchdog
     _began_at: float = field(init=False, default_factory=time.monotonic)
-    """When the last save began, by the monotonic clock; at first, when this was made."""
+    """When the last save began, by the monotonic clock; before the first save, the start."""
     _retry_at: float = field(init=False, default=math.inf)
-    """When to save again what could not be saved, by the monotonic clock."""
+    """When a failed save is tried again, by the monotonic clock."""
     _is_writing: bool = field(init=False, default=False)
-    """Whether the last save may still go on in the background."""
+    """Whether the last save may still be running in the background."""
     _held_seconds: float = field(init=False, default=0.0)
-    """How long saves have held up the steps since these times were taken."""
+    """How long saves have delayed the steps since the last call of `take_times`."""
     _written_seconds: float | None = field(init=False, default=None)
-    """What the last save took, if it was published since these times were taken."""
+    """How long the last save took, if it has ended since the last call of `take_times`."""
 
     def prepare(self, state: TrainState) -> None:
-        """Take the host memory that saves in the background need, before the first step."""
+        """Allocate the host memory for saves in the background; call it before the first step."""
         self.checkpoints.prepare(state, self.groups)
 
     def is_due_at(self, step: int) -> bool:
-        """Whether a checkpoint is due after `step`, by steps; the same on every rank."""
+        """Return whether a checkpoint is due after `step`, by steps; equal on all ranks."""
         interval = self.config.checkpoint.interval
         is_last = step == self.config.train.num_steps
         return is_last or (interval > 0 and step % interval == 0)
 
     def is_due_now(self) -> bool:
-        """Whether a save is due by this rank's clock, or because the last one has failed.
+        """Return whether a save is due by this rank's clock, or because the last one has failed.
 
-        Clocks differ: all ranks save if it is due on one of them.
+        Clocks differ between ranks: all ranks save if a save is due on any of them.
         """
         failure = self.checkpoints.take_failure()
         now = time.monotonic()
@@ -74,9 +74,10 @@ class Saves:
             log_once(
                 logger,
                 logging.ERROR,
-                f"{failure}; training goes on, trying again in {RETRY_SECONDS:.0f} s",
+                f"{failure}; training continues, trying again in {RETRY_SECONDS:.0f} s",
             )
             self._retry_at, self._written_seconds = now + RETRY_SECONDS, None
+            self._is_writing = False
         interval = 60 * self.config.checkpoint.interval_minutes
         return now >= self._retry_at or 0 < interval <= now - self._began_at
 
@@ -84,17 +85,21 @@ class Saves:
         """Write a checkpoint; collective over the world.
 
         Args:
-            state: To be written.
-            val_nelbo: Of the validation at this step, if there was one.
-            wait: Return once it is published; else it may be written during the next steps.
+            state: The state to write.
+            val_nelbo: The NELBO of the validation at this step, in nats per token; None without
+                one.
+            wait: Return when the checkpoint is complete; else it may be written during the next
+                steps.
 
         Raises:
-            CheckpointError: It cannot be written, after several tries, and the run waits for it.
+            CheckpointError: With `wait`, the checkpoint could not be written after several tries.
         """
+        # A save that is due by the clock is counted from here.
         began = time.monotonic()
         self._began_at, self._retry_at = began, math.inf
         self.records.flush()
         in_background = self.config.checkpoint.async_save and not wait
+        # Without `wait`, a failed save is tried again later.
         with self.watchdog.deadline("checkpoint", str(state.counters.step)):
             if wait:
                 retry(
@@ -114,15 +119,17 @@ class Saves:
         self._is_writing, self._written_seconds = in_background, None if in_background else held
 
     def note_end(self) -> None:
-        """Note when a save in the background has ended; to be called after each step."""
+        """Note the time if a save in the background has ended; call it after each step."""
         if self._is_writing and not self.checkpoints.is_saving:
             self._is_writing = False
             self._written_seconds = time.monotonic() - self._began_at
 
     def take_times(self) -> tuple[float, float | None]:
-        """How long saves have held up the steps, and what the last one took from start to end.
+        """Return the times of saves since the last call, in seconds.
 
-        In seconds, since the last call; the second is None where none was published since.
+        Returns:
+            How long saves have delayed the steps, and how long the last save took from start to
+            end; the second is None if no save has ended since the last call.
         """
         times = self._held_seconds, self._written_seconds
         self._held_seconds, self._written_seconds = 0.0, None

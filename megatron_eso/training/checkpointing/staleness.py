@@ -1,16 +1,15 @@
-"""Finds tensors of a save that are not the state: hashes do not, they certify any bytes.
+"""Finds tensors of a checkpoint that are not the state of the run; hashes cannot find them.
 
-A save is compared at fixed places, about 64 elements of every tensor, taken on the device and
-fetched in one transfer. Two things are found:
+About 64 elements of every tensor, always the same ones, are collected on the device and copied to
+the host in one transfer. They show two faults:
 
-- What was written is not what the state held at the moment of the save. That is certain, and the
-  save fails.
-- The network's parameter has moved since the save before, and what the checkpoint holds of it has
-  not: the main parameter, a moment or the average is cut off from the network. That is a suspicion,
-  and it is logged.
+- The written values differ from the state at the moment of the save. This is certain: the save
+  fails.
+- The network's parameter has changed since the previous save, but the main parameter, a moment or
+  the average has not. They may no longer be connected. This is a suspicion: it is logged.
 
-Shapes: P parts of tensors that this rank writes of one kind of state, S elements of them in the
-sample. Every kind of state has the same parts, and so the same places.
+Shapes: P parts of tensors that this rank writes of one kind of state, S sampled elements of them.
+Every kind of state has the same parts, and so the same sampled elements.
 """
 
 from collections.abc import Mapping
@@ -23,14 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_eso.errors import CheckpointError
-from megatron_eso.training.checkpointing.tensor_parts import TensorPart, parts_to_write
 from megatron_eso.training.optimization.optimizer import MOMENTS
+from megatron_eso.training.optimization.tensor_parts import TensorPart, parts_to_write
 from megatron_eso.training.steps.train_state import TrainState
 
 SAMPLE_SIZE = 64
 MAX_NAMED = 5
 SMALLEST = float(np.finfo(np.float32).tiny)
-"""Below it a moment may stand still honestly: its decay rounds to nothing."""
+"""A smaller moment may be unchanged without a fault, because its decay rounds to zero."""
 EPSILON = float(np.finfo(np.float32).eps)
 
 Parts = Mapping[str, list[TensorPart]]
@@ -38,17 +37,18 @@ Parts = Mapping[str, list[TensorPart]]
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StateSample:
-    """Elements of a rank's state at the moment of a save."""
+    """Sampled elements of a rank's state at the moment of a save."""
 
     kinds: Mapping[str, NDArray[np.float32]]
-    """`[S]` by kind of state."""
+    """Elements `[S]` of each kind of state."""
     network_S: NDArray[np.float32]
-    """What the network computes with."""
+    """The same elements of the parameters that the network computes with."""
     starts_P: NDArray[np.int64]
-    """First element of each part."""
+    """The number of the first sampled element of each part."""
     num_updates: int
-    """Updates applied up to this moment."""
+    """Updates that were applied before the save."""
     rollbacks: int
+    """Rollbacks before the save."""
 
 
 def take_sample(state: TrainState, parts: Parts, groups: ProcessGroupCollection) -> StateSample:
@@ -56,8 +56,8 @@ def take_sample(state: TrainState, parts: Parts, groups: ProcessGroupCollection)
 
     Args:
         state: The state.
-        parts: What this rank writes, by kind of state.
-        groups: Of the layout.
+        parts: The parts that this rank writes, by kind of state.
+        groups: The groups of the layout.
     """
     network = [
         p.model.detach().view(-1)[p.start : p.end] if p.main is not None else None
@@ -78,14 +78,14 @@ def take_sample(state: TrainState, parts: Parts, groups: ProcessGroupCollection)
 
 
 def refuse_stale(sample: StateSample, written: Parts) -> None:
-    """Refuse to publish parts that are not the state that was sampled.
+    """Refuse written parts that differ from the sampled state.
 
     Args:
-        sample: Taken at the moment of the save.
-        written: The parts as they were written: copies, or the state itself.
+        sample: The sample from the moment of the save.
+        written: The parts that were written: copies of the state, or the state itself.
 
     Raises:
-        CheckpointError: Names the tensors.
+        CheckpointError: Values differ; the message names the tensors.
     """
     stale = []
     values = _gather(list(written.values()))
@@ -101,16 +101,19 @@ def refuse_stale(sample: StateSample, written: Parts) -> None:
 
 
 def find_still(before: StateSample, now: StateSample, parts: Parts, decay: float) -> list[str]:
-    """List the tensors that have stood still while the network's parameter moved.
+    """List the tensors that have not changed although the network's parameter has.
 
-    Nothing is expected to move without an update, or across a rollback. Of a parameter that the
-    network does not see moving, as at learning rate 0, nothing is expected either.
+    Without an update, across a rollback, or where the network's parameter has not changed (as at
+    learning rate 0), no change is expected.
 
     Args:
-        before: Of the save before.
-        now: Of this save.
-        parts: What this rank writes, by kind of state.
-        decay: Of the moving average.
+        before: The sample of the previous save.
+        now: The sample of this save.
+        parts: The parts that this rank writes, by kind of state.
+        decay: The decay of the moving average.
+
+    Returns:
+        The keys of the tensors.
     """
     if now.num_updates <= before.num_updates or now.rollbacks != before.rollbacks:
         return []
@@ -118,7 +121,7 @@ def find_still(before: StateSample, now: StateSample, parts: Parts, decay: float
     is_network_moved_P = _any_of_part(is_network_moved_S, now.starts_P)
     still = []
     for kind, value_S in now.kinds.items():
-        if kind in MOMENTS:  # zero where no gradient was; where it is subnormal, decay does nothing
+        if kind in MOMENTS:  # zero without a gradient; too small to decay if it is subnormal
             must_move_S = np.abs(value_S) >= SMALLEST
         elif kind == "ema":
             pull_S = (1 - decay) * np.abs(now.kinds["param"] - value_S)
@@ -132,21 +135,21 @@ def find_still(before: StateSample, now: StateSample, parts: Parts, decay: float
 
 
 def describe_still(still: list[str]) -> str:
-    """Return a line for the log."""
+    """Return the log line about the tensors that `find_still` has listed."""
     return (
-        f"{_name(still)}: not changed since the save before, though the network's parameter has: "
+        f"{_name(still)}: not changed since the previous save, though the network's parameter has: "
         f"do not rely on this checkpoint before you know why"
     )
 
 
 def _pick(values: Tensor) -> Tensor:
-    """Return a view of about 64 elements; an odd stride visits different columns of a matrix."""
+    """Return a view of about 64 elements, from different columns of a matrix by an odd stride."""
     return values.view(-1)[:: max(1, values.numel() // SAMPLE_SIZE) | 1]
 
 
 @torch.no_grad()
 def _gather(kinds: list[list[TensorPart]]) -> list[NDArray[np.float32]]:
-    """Fetch the sample `[S]` of each kind, in float32, in one transfer."""
+    """Copy the sample `[S]` of each kind to the host, in float32, in one transfer."""
     if not kinds[0]:
         return [np.zeros(0, np.float32) for _ in kinds]
     picked = [torch.cat([_pick(part.values) for part in parts]).float() for parts in kinds]
@@ -154,7 +157,7 @@ def _gather(kinds: list[list[TensorPart]]) -> list[NDArray[np.float32]]:
 
 
 def _any_of_part(is_S: NDArray[np.bool_], starts_P: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Whether any element of each part is; `[P]`."""
+    """Return `[P]`: whether the condition holds for any sampled element of each part."""
     if not len(starts_P):
         return np.zeros(0, np.bool_)
     return np.logical_or.reduceat(is_S, starts_P)

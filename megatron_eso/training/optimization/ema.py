@@ -1,4 +1,4 @@
-"""Exponential moving average of the main parameters, float32, sharded as they are."""
+"""Keeps an exponential moving average of the main parameters, in float32 and sharded like them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,9 @@ from megatron_eso.training.optimization.main_parameters import (
 
 
 class ExponentialMovingAverage:
-    """The reference's EMA (models/ema.py): decay min(d, (1 + n) / (10 + n)) at update n.
+    """The moving average of the main parameters.
+
+    As in the reference's models/ema.py, the decay of update n is min(d, (1 + n) / (10 + n)).
 
     Args:
         parameters: The main parameters; the average starts at their values.
@@ -37,7 +39,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Start at the parameters as they are now."""
+        """Set the average to the present values of the parameters, and count updates from 0."""
         self.num_updates = 0
         for average, main in zip(*self._pairs(), strict=True):
             average.copy_(main)
@@ -46,7 +48,7 @@ class ExponentialMovingAverage:
     def applied(
         self, chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer
     ) -> Iterator[None]:
-        """Have the network compute with the average inside the context; collective over DP."""
+        """Use the average as the network's weights inside the context; collective over DP."""
         averages, mains = self._pairs()
         raw = [main.detach().clone() for main in mains]
         self._replace(averages, chunks, optimizer)

@@ -1,9 +1,9 @@
-"""The float32 main parameters and what belongs to each: one view of every Megatron-Core optimizer.
+"""Lists the float32 main parameters of any of Megatron-Core's optimizers in one form.
 
-Megatron-Core keeps main parameters in three ways: the model's own tensors (float32), whole float32
-copies (bf16), and shards of flattened parameters over the data-parallel ranks (distributed
-optimizer). Here each is a range of a flattened model parameter, so that EMA and checkpoints have
-one code for all three, and a checkpoint does not depend on which of them wrote it.
+Megatron-Core keeps main parameters in three ways: as the model's own tensors (float32), as whole
+float32 copies (bf16), and as ranges of flattened parameters that the data-parallel ranks share
+(distributed optimizer). Here each one is a range of a flattened model parameter. So EMA and
+checkpoints need no code of their own for each way, and any optimizer reads any checkpoint.
 """
 
 from collections.abc import Callable
@@ -26,28 +26,31 @@ from megatron_eso.model.sharding import Sharded, shard_parameters
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class MainParameter:
-    """This rank's part of the main parameter of one model parameter."""
+    """This rank's range of the main parameter that belongs to one model parameter."""
 
     model: Parameter
     """The parameter that the network computes with."""
     sharded: Sharded
-    """Global name of the parameter, and which part of the global tensor `model` is."""
+    """The global name of the parameter, and which part of the global tensor `model` is."""
     main: Tensor | None
-    """Float32 values of the range, a tensor that the inner optimizer steps; none if it is empty."""
+    """The float32 values of the range, which `inner` updates; None if the range is empty."""
     start: int
-    """First element of the range in the flattened model parameter."""
+    """The first element of the range in the flattened model parameter."""
     end: int
-    """One past the last element of the range."""
+    """The element after the last one of the range."""
     inner: torch.optim.Optimizer
-    """The optimizer that steps `main`."""
+    """The optimizer that updates `main`."""
     is_sharded: bool
-    """Whether the data-parallel ranks hold different ranges; else each holds the whole."""
+    """Whether the data-parallel ranks hold different ranges; else each rank holds all elements."""
 
 
 def list_main_parameters(
     chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer
 ) -> list[MainParameter]:
-    """Every parameter of this rank's model chunks, in the same order on all data-parallel ranks."""
+    """List every parameter of this rank's model chunks; no communication.
+
+    The order is the same on all data-parallel ranks.
+    """
     (part,) = optimizer.chained_optimizers
     find = _finder(part)
     found = []
@@ -72,7 +75,7 @@ Range = tuple[Tensor | None, int, int]
 
 
 def _finder(part: MegatronOptimizer) -> Callable[[Parameter], Range]:
-    """How one of Megatron-Core's optimizers keeps main parameters."""
+    """Return the function that finds a parameter's range in one of Megatron-Core's optimizers."""
 
     def find_model(parameter: Parameter) -> Range:
         return parameter, 0, parameter.numel()
@@ -96,7 +99,7 @@ def _finder(part: MegatronOptimizer) -> Callable[[Parameter], Range]:
 def publish_main_parameters(
     chunks: list[DistributedDataParallel], optimizer: ChainedOptimizer
 ) -> None:
-    """Have the network compute with the main parameters as they are now; collective over DP."""
+    """Copy the main parameters to the network's parameters; collective over DP."""
     for part in optimizer.chained_optimizers:
         if not isinstance(part, FP32Optimizer):
             part._copy_main_params_to_model_params()
@@ -104,9 +107,10 @@ def publish_main_parameters(
 
 
 def synchronize_parameters(chunks: list[DistributedDataParallel]) -> None:
-    """Gather the distributed optimizer's shards into every rank's model; collective over DP.
+    """Gather the distributed optimizer's ranges into every rank's model; collective over DP.
 
-    With overlapped gathering the model holds the previous step's weights until its next forward.
+    With overlapped gathering the model otherwise holds the weights of the previous step until its
+    next forward.
     """
     for chunk in chunks:
         if chunk.ddp_config.use_distributed_optimizer:

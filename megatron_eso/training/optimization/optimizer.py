@@ -1,23 +1,17 @@
-"""The optimizer, its learning-rate schedule and the update, made of Megatron-Core's parts."""
+"""Builds the optimizer and its learning-rate schedule from Megatron-Core's."""
 
-import math
-from collections.abc import Callable
-
-import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_eso.config.sections import OptimizerConfig, ParallelConfig
 from megatron_eso.model.transformer_config import PARAMS_DTYPE
-from megatron_eso.training.distributed.parallel import max_over_world
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What Adam keeps of each parameter."""
+"""The names of the tensors that Adam keeps for each parameter."""
 
 
 def build_optimizer(
@@ -27,14 +21,14 @@ def build_optimizer(
     chunks: list[DistributedDataParallel],
     pg_collection: ProcessGroupCollection,
 ) -> ChainedOptimizer:
-    """AdamW over the chunks' parameters with float32 main parameters; collective over the world.
+    """Build AdamW with float32 main parameters over the chunks; collective over the world.
 
     Args:
-        optimizer: Its hyperparameters.
-        parallel: How it is sharded.
+        optimizer: The section `optimizer`.
+        parallel: The section `parallel`: whether the optimizer is distributed.
         precision: `train.precision` of the run.
         chunks: This rank's parts of the model.
-        pg_collection: Groups of this rank.
+        pg_collection: The groups of this rank.
     """
     optimizer_config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -66,12 +60,12 @@ def build_optimizer(
 def build_scheduler(
     section: OptimizerConfig, num_steps: int, optimizer: ChainedOptimizer
 ) -> OptimizerParamScheduler:
-    """Learning rate as a function of the number of steps taken; construct anew on resume.
+    """Build the schedule of the learning rate, a function of the number of steps taken.
 
     Args:
-        section: The schedule.
-        num_steps: Steps of the run, at the end of which it ends.
-        optimizer: Whose learning rate it sets.
+        section: The section `optimizer`: the schedule.
+        num_steps: The number of steps of the run; the schedule ends with it.
+        optimizer: The optimizer whose learning rate the schedule sets.
     """
     return OptimizerParamScheduler(
         optimizer,
@@ -88,54 +82,3 @@ def build_scheduler(
         wsd_decay_steps=section.lr_wsd_decay_steps,
         lr_wsd_decay_style="linear",
     )
-
-
-@torch.no_grad()
-def update_parameters(
-    optimizer: ChainedOptimizer, accept: Callable[[float], bool]
-) -> tuple[float, bool]:
-    """Clip and apply the gradients, unless they are not finite or not accepted.
-
-    Collective over the world.
-
-    Megatron-Core would apply gradients that are not finite where no loss scaler is in use.
-
-    Args:
-        optimizer: To step.
-        accept: Whether to apply the update, given the gradient norm; the same on every rank.
-
-    Returns:
-        The norm of the whole gradient before clipping, and whether the update was applied. All
-        ranks agree: the norm is reduced over every rank that holds another part of the gradient.
-    """
-    optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
-    (has_bad_copy,) = max_over_world(not are_copies_finite(optimizer))
-    if has_bad_copy:
-        grad_norm = math.nan
-    if not (math.isfinite(grad_norm) and accept(grad_norm)):
-        return grad_norm, False
-    max_norm = optimizer.config.clip_grad
-    if max_norm > 0:
-        for part in optimizer.chained_optimizers:
-            clip_grad_by_total_norm_fp32(
-                part.get_parameters(), max_norm=max_norm, total_norm=grad_norm
-            )
-    optimizer.step_with_ready_grads()
-    return grad_norm, True
-
-
-def are_copies_finite(optimizer: ChainedOptimizer) -> bool:
-    """Whether those of this rank's gradients are finite that the norm leaves out.
-
-    Tensor-parallel ranks have parameters in common, and the norm counts them on the first rank
-    only: without this check, a value that is not finite on another rank would be applied.
-    """
-    copies = []
-    for part in optimizer.chained_optimizers:
-        counted = {id(gradient) for gradient in part.get_main_grads_for_grad_norm()}
-        gradients = [parameter.grad for parameter in part.get_parameters()]
-        copies += [each for each in gradients if each is not None and id(each) not in counted]
-    if not copies:
-        return True
-    return bool(torch.stack(torch._foreach_norm(copies)).isfinite().all())

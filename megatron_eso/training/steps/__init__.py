@@ -1,1 +1,1 @@
-"""A step, and all that it takes and changes: batches, state, update, counters, evaluation."""
+"""A training step: its batches, the state that it changes, and the evaluation of that state."""

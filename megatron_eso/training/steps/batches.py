@@ -1,6 +1,4 @@
-"""From sample indices to the micro-batches of a step: the same on every rank, with no broadcast.
-
-Here the texts of `data` and the noise of `objectives` meet.
+"""Plans the micro-batches of steps and validations from sample numbers, without communication.
 
 Shapes: N samples of a step, B samples of a micro-batch.
 """
@@ -25,12 +23,12 @@ from megatron_eso.runs.checkpoint_state import CheckpointState
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepPlan:
-    """What a rank takes a step with.
+    """The micro-batches of a step on one rank, and the denominators of the loss.
 
     Attributes:
-        micro_batches: This rank's micro-batches; as many on every rank.
-        tokens: Real tokens of each phase in the global batch, the same on every rank: the
-            denominators of the loss.
+        micro_batches: This rank's micro-batches; every rank has the same number of them.
+        tokens: The number of real tokens of each phase in the global batch, equal on all ranks:
+            the denominators of the loss.
     """
 
     micro_batches: list[MicroBatch]
@@ -42,17 +40,17 @@ class StepPlan:
 
 
 class TrainingBatches:
-    """The micro-batches of every step, as a function of the samples consumed before it.
+    """The micro-batches of every step, a function of the number of samples consumed before it.
 
     Args:
-        objective: Plans the rows.
+        objective: The objective, which plans the rows.
         data: The training shards.
-        config: Sizes of global batch and micro-batch.
-        data_parallel_size: Number of data-parallel ranks.
+        config: The section `train`: sizes of the global batch and a micro-batch.
+        data_parallel_size: The number of data-parallel ranks.
         row_multiple: Rows and loss rows of a micro-batch are padded to a multiple of this.
 
     Raises:
-        ConfigError: The global batch cannot be dealt evenly.
+        ConfigError: The global batch cannot be divided evenly among ranks and phases.
     """
 
     def __init__(
@@ -76,18 +74,18 @@ class TrainingBatches:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint records of the samples and their noise; equal on all ranks."""
+        """Return the state of samples and noise for a checkpoint; equal on all ranks."""
         return {"noise_version": NOISE_VERSION, "data": self.data.state}
 
     def resume(self, record: CheckpointState, source: str) -> None:
-        """Continue from the record of a checkpoint; before the first step is planned.
+        """Continue from a checkpoint's record; call it before the first step is planned.
 
         Args:
-            record: With `state` and the counters of the run that wrote it.
-            source: The checkpoint, for errors.
+            record: The checkpoint's `state.json`.
+            source: The path of the checkpoint, for errors.
 
         Raises:
-            ConfigError: Its samples or their noise are not those of this run.
+            ConfigError: The checkpoint's samples or noise differ from this run's.
         """
         if record.noise_version != NOISE_VERSION or record.data is None:
             raise ConfigError(
@@ -103,7 +101,7 @@ class TrainingBatches:
         )
 
     def step(self, number: int, consumed_samples: int) -> Step:
-        """Return the step that is taken after `number` steps and `consumed_samples` samples."""
+        """Return the step that follows after `number` steps and `consumed_samples` samples."""
         return Step(
             number=number,
             first_index=consumed_samples,
@@ -130,7 +128,7 @@ class TrainingBatches:
         return StepPlan(micro_batches=micro_batches, tokens=tokens)
 
     def plan_largest(self) -> MicroBatch:
-        """Plan a micro-batch with at least as many rows of every kind as any of the run's."""
+        """Plan a micro-batch that has at least as many rows of each kind as any of the run."""
         phases = [self.dealing.split.phases(places) for places in self.dealing.micro_batches(0)]
         kinds = {tuple(phase_B.tolist()): phase_B for phase_B in phases}
         length = self.data.sequence_length
@@ -142,17 +140,17 @@ class TrainingBatches:
 
 
 class ValidationBatches:
-    """The micro-batches of a validation set; the whole is the same on every layout.
+    """The micro-batches of a validation set; all ranks together read the same on every layout.
 
     Args:
-        objective: Plans the rows, always with the weights of the NELBO.
+        objective: The objective, which plans the rows with the weights of the NELBO.
         data: The validation set.
-        config: Sizes of the set and of a micro-batch.
+        config: The section `validation`: sizes of the set and a micro-batch.
         row_multiple: Rows and loss rows of a micro-batch are padded to a multiple of this.
 
     Attributes:
-        num_samples: N, the samples that a validation reads: `validation.num_samples`, or all.
-        sequence_length: T.
+        num_samples: N, the number of samples of a validation: `validation.num_samples`, or all.
+        sequence_length: T, the tokens of a sample.
     """
 
     def __init__(
@@ -171,7 +169,7 @@ class ValidationBatches:
         self._row_multiple = row_multiple
 
     def plan(self, data_parallel_rank: int, data_parallel_size: int) -> Iterator[MicroBatch]:
-        """Plan this rank's part of the set, each sample once for each phase it goes through."""
+        """Plan this rank's part of the set; each sample comes once in each phase."""
         for samples in self._read(data_parallel_rank, data_parallel_size):
             yield self._pad(self.objective.plan_validation(samples, self.num_samples))
 
@@ -181,15 +179,15 @@ class ValidationBatches:
         """Plan this rank's part of the set for exact likelihoods, each sample in one order.
 
         Args:
-            number: Which of each sample's independent orders.
-            data_parallel_rank: This rank.
-            data_parallel_size: Number of ranks that share the set.
+            number: The number of the order; orders of a sample are independent.
+            data_parallel_rank: This rank's number.
+            data_parallel_size: The number of ranks that share the set.
         """
         for samples in self._read(data_parallel_rank, data_parallel_size):
             yield self._pad(self.objective.plan_order(samples, number))
 
     def _read(self, data_parallel_rank: int, data_parallel_size: int) -> Iterator[Samples]:
-        """Read this rank's samples of the set, by micro-batch."""
+        """Read this rank's samples of the set, one micro-batch at a time."""
         mine = np.arange(data_parallel_rank, self.num_samples, data_parallel_size)
         for start in range(0, len(mine), self._micro_batch_size):
             indices: NDArray[np.int64] = mine[start : start + self._micro_batch_size]

@@ -1,4 +1,4 @@
-"""The validation NELBO: on fixed noise, the same on every layout."""
+"""Estimates the NELBO and exact likelihoods of a validation set with fixed noise, on any layout."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -28,10 +28,10 @@ def evaluate(
     """Estimate the NELBO of the validation set; collective over the world.
 
     Args:
-        state: Left as it was.
+        state: The state, which is not changed.
         batches: The validation set.
-        groups: Groups of this rank.
-        use_ema: Evaluate the average instead of the weights.
+        groups: The groups of this rank.
+        use_ema: Whether the average is evaluated instead of the weights.
     """
     assert not use_ema or state.ema is not None
     average = state.ema.applied(state.chunks, state.optimizer) if use_ema and state.ema else None
@@ -52,13 +52,14 @@ def evaluate_orders(
     groups: ProcessGroupCollection,
     num_orders: int,
 ) -> float:
-    """Bound the likelihood by the mean over orders; collective over the world.
+    """Estimate the bound by the mean likelihood over orders; collective over the world.
 
-    Each order gives a sample's exact likelihood in it; -log of their mean over `num_orders` orders
-    is a bound that tightens with their number (the reference's algo.py, `num_iw_orders`).
+    A sample has an exact likelihood in each order. The negative logarithm of its mean over
+    `num_orders` orders is a bound, tighter with more orders (the reference's algo.py,
+    `num_iw_orders`).
 
     Returns:
-        Nats per token, the mean over the validation set.
+        The bound in nats per token, the mean over the validation set.
     """
     nll = []
     for number in range(num_orders):
@@ -74,18 +75,18 @@ def sum_over_samples(
     batches: ValidationBatches,
     groups: ProcessGroupCollection,
 ) -> Tensor:
-    """Return the sums [P, N] of every sample of the set in each phase; collective over the world.
+    """Return `[P, N]`: the sum of each sample's losses in each phase; collective over the world.
 
     Args:
-        state: Left as it was; its weights as they are.
+        state: The state, whose present weights are used.
         micro_batches: This rank's part of the set.
         batches: The set.
-        groups: Groups of this rank.
+        groups: The groups of this rank.
     """
     planned, reports = list(micro_batches), []
     with torch.no_grad(), for_evaluation(state.chunks):
         if planned:
-            # An interleaved pipeline wants as many as it has stages: the last one again.
+            # An interleaved pipeline needs at least one for each stage: the last one is repeated.
             missing = groups.pp.size() - len(planned) if len(state.chunks) > 1 else 0
             padded = planned + planned[-1:] * missing
             reports = run_schedule(evaluation_step, state, padded, groups, forward_only=True)
@@ -99,7 +100,7 @@ def sum_over_samples(
 def evaluation_step(
     micro_batches: Iterator[MicroBatch], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    """Run one micro-batch through this stage's part of the model; report each sample's sum."""
+    """Run one micro-batch through this stage's part of the model, and sum the losses by sample."""
     micro_batch = next(micro_batches).to(torch.device(torch.cuda.current_device()))
     loss, num_samples = micro_batch.loss, len(micro_batch.indices_B)
 
@@ -111,9 +112,9 @@ def evaluation_step(
 
 @contextmanager
 def for_evaluation(chunks: list[DistributedDataParallel]) -> Iterator[None]:
-    """Switch dropout off, and hold the gathering of parameters that overlaps with a forward.
+    """Switch off dropout and the gathering of parameters during a forward.
 
-    A data-parallel rank may have no validation samples: it must not be waited for in a forward.
+    A data-parallel rank without validation samples runs no forward, so no forward may wait for it.
     """
     overlapped = [chunk for chunk in chunks if chunk.use_forward_hook]
     for chunk in overlapped:

@@ -1,4 +1,4 @@
-"""Steps planned ahead, so that no step waits for its data."""
+"""Plans steps ahead in a thread, so that no step waits for its data."""
 
 import queue
 import threading
@@ -11,20 +11,20 @@ import torch
 from megatron_eso.objectives.objective import Step
 from megatron_eso.training.steps.batches import StepPlan, TrainingBatches
 
-# A read that hangs must not hold up the end of the process as well.
 _CLOSE_SECONDS = 5.0
+"""How long to wait for the thread to end; a read that hangs must not delay the process's end."""
 
 
 class StepPrefetcher:
-    """Hands out this rank's step plans, planned ahead by a daemon thread.
+    """This rank's step plans, which a daemon thread makes ahead of time.
 
-    A plan is exactly `batches.plan_step(step, data_parallel_rank)`; where there is a GPU its
-    tensors lie in pinned memory. One thread may take; leave the context to end the other.
+    A plan equals `batches.plan_step(step, data_parallel_rank)`. With a GPU its tensors are in
+    pinned memory. Only one thread may call `take`. The end of the context ends the daemon thread.
 
     Args:
-        batches: What plans.
-        data_parallel_rank: Of this rank.
-        steps_ahead: Plans that are kept ready at most; 0: each is made when it is taken.
+        batches: The batches of the run, which plan the steps.
+        data_parallel_rank: The number of this rank in its data-parallel group.
+        steps_ahead: The largest number of plans that are kept ready; 0: a plan is made by `take`.
     """
 
     def __init__(self, batches: TrainingBatches, data_parallel_rank: int, steps_ahead: int) -> None:
@@ -37,10 +37,10 @@ class StepPrefetcher:
     def take(self, step: Step) -> StepPlan:
         """Return the plan of a step.
 
-        Any other step than the one after the last (a resume, a rollback) starts anew there.
+        If the step does not follow the last one (a resume, a rollback), planning starts again.
 
         Raises:
-            DataError: What planning this step raised, unchanged.
+            DataError: Planning this step failed; the error is unchanged.
         """
         if self._steps_ahead == 0:
             return self.plan(step)
@@ -55,12 +55,12 @@ class StepPrefetcher:
         return planned
 
     def plan(self, step: Step) -> StepPlan:
-        """Plan a step at once."""
+        """Plan a step in the calling thread."""
         plan = self._batches.plan_step(step, self._data_parallel_rank)
         return plan.pin_memory() if torch.cuda.is_available() else plan
 
     def close(self) -> None:
-        """End the thread and forget its plans; `take` may start another."""
+        """End the thread and drop its plans; `take` starts another one."""
         if self._planner is not None:
             self._planner.close()
             self._planner = None
@@ -78,7 +78,7 @@ class StepPrefetcher:
 
 
 class _Planner:
-    """A thread that plans one step after the other, until it is closed or planning fails."""
+    """A thread that plans one step after another until it is closed or planning fails."""
 
     def __init__(self, plan: Callable[[Step], StepPlan], first: Step, steps_ahead: int) -> None:
         self._plan = plan
@@ -86,13 +86,13 @@ class _Planner:
         self._planned: queue.SimpleQueue[StepPlan | BaseException] = queue.SimpleQueue()
         self._room = threading.Semaphore(steps_ahead)
         self._closed = False
-        # Threads begin on the first GPU, whichever is this rank's.
+        # A new thread uses the first GPU, which may be another rank's.
         self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
         self._thread.start()
 
     def take(self) -> StepPlan | BaseException:
-        """The next plan, or what planning it raised; waits for it."""
+        """Wait for the next plan, and return it or the error that planning raised."""
         planned = self._planned.get()
         self._room.release()
         return planned
@@ -111,7 +111,7 @@ class _Planner:
                 return
             try:
                 self._planned.put(self._plan(self._step))
-            except BaseException as error:  # or the thread that takes would wait without end
+            except BaseException as error:  # the thread that calls `take` waits for an answer
                 self._planned.put(error)
                 return
             self._step = self._step.next()

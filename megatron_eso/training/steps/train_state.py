@@ -1,8 +1,9 @@
-"""All that a step changes, and how it is built."""
+"""Builds the state that training steps change: model, optimizer, schedule, average, counters."""
 
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -18,16 +19,23 @@ from megatron.core.pipeline_parallel.utils import (
 )
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.sections import Config, ParallelConfig, TrainConfig, Vocabulary
 from megatron_eso.model.eso_model import EsoModel
-from megatron_eso.model.initialization import initialize_parameters
+from megatron_eso.model.initialization import fill_rectangle, mark_split_parameters
 from megatron_eso.model.transformer_config import build_transformer_config
+from megatron_eso.randomness.purposes import INIT_VERSION
 from megatron_eso.runs.counters import Counters, MovingStatistics
 from megatron_eso.training.optimization.ema import ExponentialMovingAverage
-from megatron_eso.training.optimization.main_parameters import MainParameter, list_main_parameters
+from megatron_eso.training.optimization.main_parameters import (
+    MainParameter,
+    list_main_parameters,
+    publish_main_parameters,
+)
 from megatron_eso.training.optimization.optimizer import build_optimizer, build_scheduler
+from megatron_eso.training.optimization.tensor_parts import parts_to_read, share_values
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -42,15 +50,58 @@ class TrainState:
     ema: ExponentialMovingAverage | None
     counters: Counters
     losses: MovingStatistics
-    """Of the losses of the steps that were applied."""
+    """Statistics of the losses of the steps whose update was applied."""
     grad_norms: MovingStatistics
-    """Of the logarithms of their gradient norms."""
+    """Statistics of the logarithms of their gradient norms."""
+    init_version: int | None = None
+    """Version of the initial weights; None if they were read, or drawn by version 1."""
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        """Return the group of the data-parallel ranks."""
+        group: dist.ProcessGroup = self.chunks[0].dp_cp_group
+        return group
 
 
 def build_train_state(config: Config, groups: ProcessGroupCollection) -> TrainState:
-    """Build a fresh state on this rank; collective over the world."""
-    model, vocabulary, seed = config.model, config.data.vocabulary, config.run.seed
-    chunks = build_model_chunks(model, vocabulary, seed, config.train, config.parallel, groups)
+    """Build a fresh state with initial weights on this rank; collective over the world."""
+    state = build_empty_state(config, groups)
+    draw_weights(state, config)
+    return state
+
+
+@torch.no_grad()
+def draw_weights(state: TrainState, config: Config) -> None:
+    """Set the initial weights, and the moving average to them; collective over the world.
+
+    A rank draws its ranges of the main parameters. Where data-parallel ranks hold the same ones,
+    each draws some of them and sends those to the others.
+
+    Args:
+        state: The state, changed in place.
+        config: The sections `model` and `run`.
+    """
+    mains = [parameter.main for parameter in state.parameters]
+    for part in parts_to_read(state.parameters, mains, "", state.dp_group):
+        fill_rectangle(
+            part.values,
+            part.key,
+            part.global_shape,
+            part.offsets,
+            config=config.model,
+            seed=config.run.seed,
+        )
+    share_values(state.parameters, mains, state.dp_group)
+    publish_main_parameters(state.chunks, state.optimizer)
+    if state.ema is not None:
+        state.ema.restart()
+    state.init_version = INIT_VERSION
+
+
+def build_empty_state(config: Config, groups: ProcessGroupCollection) -> TrainState:
+    """Build a state whose weights have no values yet on this rank; collective over the world."""
+    model, vocabulary = config.model, config.data.vocabulary
+    chunks = build_model_chunks(model, vocabulary, config.train, config.parallel, groups)
     precision, num_steps = config.train.precision, config.train.num_steps
     optimizer = build_optimizer(config.optimizer, config.parallel, precision, chunks, groups)
     chunks[0].config.grad_scale_func = optimizer.scale_loss
@@ -71,21 +122,20 @@ def build_train_state(config: Config, groups: ProcessGroupCollection) -> TrainSt
 def build_model_chunks(
     model_config: ModelConfig,
     vocabulary: Vocabulary,
-    seed: int,
     train: TrainConfig,
     parallel: ParallelConfig,
     groups: ProcessGroupCollection,
 ) -> list[DistributedDataParallel]:
-    """Build and fill this rank's parts of the model, wrapped for bf16 and data parallelism.
+    """Build this rank's parts of the model without values, for bf16 and data parallelism.
 
     Args:
-        model_config: The network.
-        vocabulary: Of the shards.
-        seed: Of the initial weights.
-        train: Precision and recomputation.
-        parallel: The layout.
-        groups: Groups of this rank.
+        model_config: The section `model`.
+        vocabulary: The vocabulary of the shards.
+        train: The section `train`: precision and recomputation.
+        parallel: The section `parallel`: the layout.
+        groups: The groups of this rank.
     """
+    # Megatron-Core's options.
     transformer_config = build_transformer_config(model_config, parallel, train)
     transformer_config.finalize_model_grads_func = finalize_model_grads
     ddp_config = DistributedDataParallelConfig(
@@ -95,6 +145,7 @@ def build_model_chunks(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         check_for_nan_in_grad=False,
     )
+    # One chunk, or one for each virtual pipeline stage.
     vp_size = parallel.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in [None] if vp_size is None else range(vp_size):
@@ -107,7 +158,7 @@ def build_model_chunks(
             post_process=is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(groups.pp),
             vp_stage=vp_stage,
         )
-        initialize_parameters(model, model_config, seed)
+        mark_split_parameters(model)
         module = model.cuda(torch.cuda.current_device())
         if transformer_config.bf16:
             module = Float16Module(transformer_config, module)
@@ -116,14 +167,35 @@ def build_model_chunks(
                 transformer_config,
                 ddp_config,
                 module,
-                # Reducing chunks after the first is not on the critical path.
+                # The reduction of later chunks is not on the critical path.
                 disable_bucketing=bool(vp_stage),
                 pg_collection=groups,
             )
         )
+    _sum_gradients(chunks)
     if parallel.overlap_grad_reduce:
-        no_sync = [chunk.no_sync for chunk in chunks]
-        transformer_config.no_sync_func = no_sync if vp_size else no_sync[0]
-        grad_sync = [chunk.start_grad_sync for chunk in chunks]
-        transformer_config.grad_sync_func = grad_sync if vp_size else None
+        _overlap_reductions(transformer_config, chunks)
     return chunks
+
+
+def _sum_gradients(chunks: list[DistributedDataParallel]) -> None:
+    """Make the data-parallel reductions sums, as the loss is a sum over the samples.
+
+    Megatron-Core would first multiply all gradients by 1 / DP: a pass over their memory, after
+    which the loss would have to be multiplied by DP.
+    """
+    for chunk in chunks:
+        for group in chunk.bucket_groups:
+            for bucket in group.buckets:
+                bucket.gradient_scaling_factor = 1.0
+
+
+def _overlap_reductions(
+    transformer_config: TransformerConfig, chunks: list[DistributedDataParallel]
+) -> None:
+    """Set the functions by which Megatron-Core's schedules reduce gradients during backward."""
+    no_sync = [chunk.no_sync for chunk in chunks]
+    is_interleaved = len(chunks) > 1
+    transformer_config.no_sync_func = no_sync if is_interleaved else no_sync[0]
+    grad_sync = [chunk.start_grad_sync for chunk in chunks]
+    transformer_config.grad_sync_func = grad_sync if is_interleaved else None

@@ -1,4 +1,4 @@
-"""Resolution of derived values, and combinations that are refused."""
+"""Derived values, and combinations that are refused."""
 
 import dataclasses
 from pathlib import Path
@@ -158,7 +158,7 @@ REFUSALS = [
     (["validation.interval=5"], "needs data.validation"),
     (["data.train=[]"], "name at least one directory"),
     (['data.train=["a", "b", "a"]'], "names a corpus twice"),
-    # What is left of a list that the shell took the quotes from.
+    # A list whose quotes the shell removed.
     (["data.train=[a, b]"], 'quote it for the shell, such as \'data.train=["a", "b"]\''),
     (["data.train_weights=[1]"], "is for a list of corpora in data.train"),
     (['data.train=["a", "b"]', "data.train_weights=[1]"], "needs a weight for each of the 2"),
@@ -251,7 +251,7 @@ def test_phases_are_dealt_evenly_or_refused(
 def test_the_world_size_must_fit_the_layout(base: str) -> None:
     loaded = load_config([base, "parallel.tensor_model_parallel_size=2"])
     assert check_layout(loaded.config, 8, loaded.origins) == 4
-    with pytest.raises(ConfigError, match="world size 3 is no multiple of .*: start 4 ranks"):
+    with pytest.raises(ConfigError, match="world size 3 is not a multiple of .*: start 4 ranks"):
         check_layout(loaded.config, 3, loaded.origins)
     with pytest.raises(ConfigError, match=r"base.toml: train.global_batch_size = 16 cannot"):
         check_layout(loaded.config, 16, loaded.origins)

@@ -1,6 +1,7 @@
-"""Mistakes in the files and values of a configuration: one line, with the remedy."""
+"""Mistakes in the files and values of a configuration: each is one line with the remedy."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from megatron_eso.config.divisibility import check_dealing, even_layout, nearest_divisors
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import config_to_dict, load_config
+from megatron_eso.config.sections import KEYS
 from megatron_eso.errors import ConfigError
 from tests.support.training import TINY
 
@@ -34,7 +36,7 @@ def refuse(*arguments: str) -> str:
         ("a/" + "x" * 300 + "/b", "has a part of 300 bytes"),
     ],
 )
-def test_what_names_no_file_is_refused(key: str, value: str, remedy: str) -> None:
+def test_a_text_that_cannot_be_a_path_is_refused(key: str, value: str, remedy: str) -> None:
     line = refuse(*LEAST, f"{key}={value}")
     assert line.startswith(f"command line: {key} = ")
     assert remedy in line
@@ -62,6 +64,16 @@ def test_data_may_have_a_url_but_not_an_empty_name(key: str) -> None:
         "train.micro_batch_size=9000000000000000000",
         "parallel.tensor_model_parallel_size=9000000000000000000",
         "parallel.pipeline_model_parallel_size=9000000000000000000",
+        "optimizer.adam_eps=99999999999",
+        "optimizer.learning_rate=1e30",
+        "optimizer.weight_decay=1e30",
+        "optimizer.clip_grad=1e300",
+        "model.norm_epsilon=1e30",
+        "model.init_method_std=1e30",
+        "train.spike_deviations=1e300",
+        "train.skip_deviations=1e300",
+        "data.cache_gib=1e300",
+        "data.train_weights=[1e300]",
     ],
 )
 def test_sizes_beyond_any_machine_are_refused(override: str) -> None:
@@ -71,7 +83,14 @@ def test_sizes_beyond_any_machine_are_refused(override: str) -> None:
     assert "use at most " in line
 
 
-def test_suggestions_end_whatever_the_sizes() -> None:
+def test_every_number_with_a_fraction_has_an_upper_limit() -> None:
+    for path, key in KEYS.items():
+        is_real = float in key.accepted_types or tuple[float, ...] in key.accepted_types
+        is_bounded = key.interval.le is not None or key.interval.lt is not None
+        assert not is_real or is_bounded or key.largest < math.inf, path
+
+
+def test_suggestions_end_for_any_sizes() -> None:
     huge = 2**62
     assert even_layout(huge, 3) is None
     assert even_layout(3, huge) is None
@@ -95,10 +114,10 @@ def test_suggestions_end_whatever_the_sizes() -> None:
         ("optimizer.learning_rate=" + "[" * 5000, "optimizer.learning_rate = "),
         ("run.seed=" + "x" * 5000, "run.seed = "),
         ("x" * 300, "there is no such file"),
-        ("x" * 300 + "=1", " is no key"),
+        ("x" * 300 + "=1", " is not a key"),
     ],
 )
-def test_what_python_cannot_read_is_cut_short(override: str, words: str) -> None:
+def test_a_value_that_python_cannot_read_is_shortened(override: str, words: str) -> None:
     assert words in refuse(*LEAST, override)
 
 
@@ -116,10 +135,10 @@ def test_a_deeply_nested_file_is_one_line(tmp_path: Path) -> None:
         ("tp2_sp.toml", "parallel/tp2_sp.toml"),
     ],
 )
-def test_one_name_away_is_suggested(name: str, meant: str) -> None:
+def test_a_similar_name_is_suggested(name: str, meant: str) -> None:
     line = refuse(name)
     assert f"did you mean {meant}?" in line
-    assert "The package has base_1p7b.toml, base_1p7b_tp.toml, owt_small.toml, quick" in line
+    assert "; the package has base_1p7b.toml, base_1p7b_tp.toml, owt_small.toml, quick" in line
 
 
 def test_a_file_here_is_suggested(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""TOML layers, overrides, strict types, JSON and TOML output."""
+"""TOML layers, overrides and strict types; JSON and TOML output."""
 
 import copy
 import json
@@ -75,12 +75,12 @@ def test_an_override_is_toml_or_text(override: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.hiden_size=3", "model.hiden_size is no key: did you mean model.hidden_size?"),
-        ("modl.hidden_size=3", "[modl] is no section: did you mean [model]?"),
-        ("seed=3", "seed is no key: did you mean run.seed?"),
-        ("train.learning_rate=3", "is no key: did you mean optimizer.learning_rate?"),
-        ("run.zzz=3", "run.zzz is no key: keys of [run] are directory, seed"),
-        ("run.seed.x=3", "run.seed.x is no key"),
+        ("model.hiden_size=3", "model.hiden_size is not a key: did you mean model.hidden_size?"),
+        ("modl.hidden_size=3", "[modl] is not a section: did you mean [model]?"),
+        ("seed=3", "seed is not a key: did you mean run.seed?"),
+        ("train.learning_rate=3", "is not a key: did you mean optimizer.learning_rate?"),
+        ("run.zzz=3", "run.zzz is not a key: keys of [run] are directory, seed"),
+        ("run.seed.x=3", "run.seed.x is not a key"),
         ("model.num_layers=4.0", "model.num_layers = 4.0: expects a whole number; write 4"),
         ("model.num_layers=true", "model.num_layers = true: expects a whole number"),
         ("model.qk_layernorm=1", "model.qk_layernorm = 1: expects true or false"),
@@ -111,9 +111,9 @@ def test_a_wrong_argument_is_refused_in_one_line(override: str, message: str) ->
     [
         ("[model]\nnum_layers = '4'\n", 'model.num_layers = "4": expects a whole number; write 4'),
         ("[model\n", "cannot be read as TOML"),
-        ("seed = 3\n", "seed is no key: did you mean run.seed?"),
-        ("[model.extra]\nx = 1\n", "model.extra is no key"),
-        ("[[model]]\nx = 1\n", "model is no key"),
+        ("seed = 3\n", "seed is not a key: did you mean run.seed?"),
+        ("[model.extra]\nx = 1\n", "model.extra is not a key"),
+        ("[[model]]\nx = 1\n", "model is not a key"),
     ],
 )
 def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, message: str) -> None:
@@ -125,7 +125,7 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, message: str
     assert "\n" not in str(raised.value)
 
 
-def test_what_is_missing_is_named() -> None:
+def test_a_missing_key_is_named() -> None:
     with pytest.raises(ConfigError, match="command line: model.num_layers is missing: set num_la"):
         load_config([argument for argument in ARGUMENTS if "num_layers" not in argument])
     with pytest.raises(
@@ -158,8 +158,8 @@ def test_the_resolved_configuration_survives_toml_and_json(tmp_path: Path) -> No
     [
         ({"format_version": 2}, "format_version = 2: this version of megatron-eso reads 1"),
         ({"format_version": None}, "format_version = None"),
-        ({"mode": {}}, r"\[mode\] is no section: did you mean \[model\]"),
-        ({"model": 3}, "model is no key"),
+        ({"mode": {}}, r"\[mode\] is not a section: did you mean \[model\]"),
+        ({"model": 3}, "model is not a key"),
         ({"run": {"directory": 3}}, "run.directory = 3: expects a string"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Estimates against enumeration, closed forms written out by hand, and the paper's sizes."""
+"""Estimates compared with enumeration, closed forms written by hand, and the paper's sizes."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ NUM_TOKENS = 12
 VOCAB_SIZE = 50258
 SMALL = ModelConfig(num_layers=12, hidden_size=768, num_attention_heads=12)
 INTEGRAL_TOLERANCE = 1e-9
-DESIGN_TOLERANCE = 0.02  # the design states its ratios to two digits
+DESIGN_TOLERANCE = 0.02  # the design states its ratios with two digits
 
 
 def build(**changes: object) -> Config:

@@ -1,4 +1,4 @@
-"""Every key: its range, its policy on resume, its objectives, and the errors they give."""
+"""Every key: its range, its policy on resume, its objectives, and its errors."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from megatron_eso.config.sections import KEYS, Config
 from megatron_eso.errors import ConfigError
 from tests.support.configs import make_config, replace_value
 
-# Ranges, written down apart from the sections: whether a number is legal, and the error's text.
+# Ranges, stated here independently of the sections: legal numbers, and the text of the error.
 POSITIVE = [
     "model.num_layers",
     "model.hidden_size",
@@ -93,7 +93,7 @@ RANGES = [
     *((key, "between 0 and 1", (-0.1, 1.1), (0, 0.5, 1)) for key in FROM_0_TO_1),
     *((key, "2 or greater", (1, 0, -1), (2, 7)) for key in FROM_2),
 ]
-# Paths, URLs, names and lists: what they may be is found out where they are used, or by a rule.
+# Paths, URLs, names and lists: a rule checks them, or the code that uses them.
 FREE = [
     "run.directory",
     "run.wandb_project",
@@ -106,7 +106,7 @@ FREE = [
     "checkpoint.init_from",
 ]
 
-# Policies, by the beginnings of the keys that they hold for.
+# Policies, by the first characters of their keys.
 WEIGHTS_KEYS = ("model.", "data.vocab_size", "data.mask_token_id")
 RUN_KEYS = ("model.", "run.seed", "data.sequence_length", "data.framing")
 FREE_MODEL_KEYS = (
@@ -176,7 +176,7 @@ def test_the_policy_of_every_key_is_the_one_written_down(path: str) -> None:
 
 
 def test_no_other_key_is_marked() -> None:
-    """Oracle and sections have the same keys: no prefix of the oracle holds for nothing."""
+    """Check that every prefix in this file belongs to a key of the sections."""
     for prefix in (*WEIGHTS_KEYS, *RUN_KEYS, *FREE_WEIGHTS_KEYS, *INITIAL_KEYS, *OBJECTIVE_KEYS):
         assert any(path.startswith(prefix) for path in KEYS), prefix
 
@@ -200,7 +200,7 @@ def test_a_key_says_what_its_line_says() -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TwoObjectives:
-    """A section of two objectives with keys of their own."""
+    """A section of two objectives, each with its own keys."""
 
     name: Annotated[Literal["first", "second"], Frozen("run")] = "first"
     alpha_0: Annotated[float, Only("first")] = 0.25

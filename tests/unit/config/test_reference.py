@@ -1,4 +1,4 @@
-"""The references of the configuration, in `docs`, follow the code."""
+"""The references of the configuration in `docs` agree with the code."""
 
 import ast
 import inspect
@@ -54,6 +54,10 @@ def test_the_reference_says_what_a_line_of_the_code_says() -> None:
         "Base of the rotary position embedding. |",
         '| `objective.loss_type` | `elbo`, `low_var` | `"elbo"` |  | free | logged | '
         "Weight of a masked token in the diffusion phase: of the bound, or 1. Only for `eso_lm`. |",
+        "| `optimizer.adam_eps` | float | `1e-08` | > 0, <= 1 | free | free | "
+        "Added to the root of the mean square. |",
+        "| `watchdog.validation_seconds` | float | `3600.0` | >= 0, <= 1000000000 | free | free | "
+        "Deadline of a validation. |",
         "| `data.train` | str or list of str | required |  | free | free | "
         "Directory or URL of the training shards, or a list of them: a blend of corpora. |",
         "| `optimizer.ema_decay` | float | `0.0` | >= 0, < 1 | free | free | "

@@ -1,4 +1,4 @@
-"""Every shipped configuration resolves, fits a layout, and prints a dry run that reads back."""
+"""Every shipped configuration resolves, fits a layout, and has a dry run that can be read back."""
 
 from pathlib import Path
 

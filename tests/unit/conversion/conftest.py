@@ -1,4 +1,4 @@
-"""Golden vectors of the reference (tests/golden), and what `from-official` makes of them."""
+"""Golden vectors of the reference (tests/golden), and directories converted from them."""
 
 from pathlib import Path
 
@@ -33,10 +33,17 @@ def tiny_ar_ckpt() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_directory(tmp_path_factory: pytest.TempPathFactory, tiny_ckpt: Path) -> Path:
-    """A sampler directory with the EMA weights of tiny.ckpt."""
+    """Return a sampler directory with the EMA weights of tiny.ckpt."""
     directory = tmp_path_factory.mktemp("official") / "tiny"
     main(["from-official", str(tiny_ckpt), str(directory)])
     return directory
+
+
+@pytest.fixture
+def run_directory(tmp_path: Path, tiny_directory: Path) -> Path:
+    """Return a run directory with the weights of the sampler directory."""
+    main(["to-megatron", str(tiny_directory), str(tmp_path / "run")])
+    return tmp_path / "run"
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +52,7 @@ def tiny_model(tiny_directory: Path) -> EsoLM:
 
 
 def make_config(**changes: object) -> NetworkConfig:
-    """A small network in which every size differs from every other one."""
+    """Return a small network in which all sizes differ."""
     sizes = {"hidden_size": 16, "head_dim": 4, "intermediate_size": 24, "max_length": 9}
     return make_network_config(**{**sizes, **changes})
 
@@ -75,7 +82,7 @@ def config(request: pytest.FixtureRequest) -> NetworkConfig:
 
 @pytest.fixture
 def tensors(config: NetworkConfig) -> dict[str, Tensor]:
-    """Random weights of that network, none at a special value."""
+    """Draw weights for that network, none of a special value."""
     generator = torch.Generator().manual_seed(5)
     return {
         name: torch.randn(tensor.shape, generator=generator)

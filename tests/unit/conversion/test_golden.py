@@ -1,4 +1,4 @@
-"""Parity with the reference through `from-official` and the sampler (golden/README.md)."""
+"""The converted network and the sampler equal the reference (golden/README.md)."""
 
 from pathlib import Path
 
@@ -142,7 +142,9 @@ def test_mdlm_logits_equal_the_reference(golden: dict[str, Tensor], tiny_model: 
 def test_ar_logits_equal_the_reference(golden: dict[str, Tensor], tiny_ar_ckpt: Path) -> None:
     official = read_official(tiny_ar_ckpt)
     config = infer_config(official, MASK)
-    network = build_network(config, fold_official(official), torch.float32, "cpu")
+    network = build_network(
+        config, fold_official(official), torch.float32, "cpu", source=tiny_ar_ckpt
+    )
     tokens = golden["ar.tokens"]
     hidden = network.hidden_states(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
     assert largest(network.logits(hidden) - golden["ar.logits"]) < LOGITS_TOLERANCE
@@ -154,15 +156,15 @@ def test_an_ar_checkpoint_is_refused_as_a_sampler(tiny_ar_ckpt: Path, tmp_path: 
     assert not (tmp_path / "ar").exists()
 
 
-def test_the_mask_token_is_the_last_row_unless_told(
+def test_the_mask_token_is_the_last_row_unless_it_is_given(
     tiny_ckpt: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     main(["from-official", str(tiny_ckpt), str(tmp_path / "default")])
     assert "--mask-token-id" in caplog.text
-    main(["from-official", str(tiny_ckpt), str(tmp_path / "told"), "--mask-token-id", "5"])
+    main(["from-official", str(tiny_ckpt), str(tmp_path / "fifth"), "--mask-token-id", "5"])
     assert EsoLM.from_pretrained(tmp_path / "default").config.mask_token_id == MASK
-    assert EsoLM.from_pretrained(tmp_path / "told").config.mask_token_id == 5
-    with pytest.raises(CheckpointError, match="mask-token-id 98"):
+    assert EsoLM.from_pretrained(tmp_path / "fifth").config.mask_token_id == 5
+    with pytest.raises(CheckpointError, match="mask-token-id 98; give one from 0 to 97"):
         main(["from-official", str(tiny_ckpt), str(tmp_path / "no"), "--mask-token-id", "98"])
 
 
@@ -175,6 +177,12 @@ def test_the_mask_token_is_the_last_row_unless_told(
         (lambda ckpt: ckpt["state_dict"].clear(), "vocab_embed.embedding"),
         (lambda ckpt: ckpt.pop("state_dict"), "no state_dict"),
         (lambda ckpt: drop_everywhere(ckpt, "backbone.blocks.1.norm1.weight"), "no tensor"),
+        (lambda ckpt: drop_everywhere(ckpt, "backbone.blocks.0.mlp.0.weight"), "no tensor"),
+        (lambda ckpt: drop_block(ckpt, 1), "has the blocks 0, 2; some are missing"),
+        (lambda ckpt: add_everywhere(ckpt, "backbone.x", torch.zeros(1)), "x are unknown"),
+        (lambda ckpt: reshape(ckpt, "vocab_embed.embedding", (-1,)), "do not fit each other"),
+        (lambda ckpt: reshape(ckpt, "sigma_map.mlp.2.bias", (2, -1)), "do not fit each other"),
+        (lambda ckpt: reshape(ckpt, "blocks.0.attn_qkv.weight", (-1, 3)), "in the weights"),
         (lambda ckpt: set_algorithm(ckpt, "diffusion_attn_mode", "mixed2"), "mixed2"),
         (lambda ckpt: set_algorithm(ckpt, "name", "mdlm"), "mdlm"),
         (lambda ckpt: set_algorithm(ckpt, "time_conditioning", True), "time_conditioning"),
@@ -197,14 +205,34 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     }
     change(checkpoint)
     torch.save(checkpoint, tmp_path / "changed.ckpt")
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=message) as error:
         main(["from-official", str(tmp_path / "changed.ckpt"), str(tmp_path / "out")])
+    assert str(error.value).startswith(f"{tmp_path / 'changed.ckpt'}: ")
     assert not (tmp_path / "out").exists()
 
 
 def drop_everywhere(checkpoint: dict, name: str) -> None:
     place = list(checkpoint["state_dict"]).index(name)
     del checkpoint["state_dict"][name], checkpoint["ema"]["shadow_params"][place]
+
+
+def drop_block(checkpoint: dict, block: int) -> None:
+    for name in list(checkpoint["state_dict"]):
+        if name.startswith(f"backbone.blocks.{block}."):
+            drop_everywhere(checkpoint, name)
+
+
+def add_everywhere(checkpoint: dict, name: str, tensor: Tensor) -> None:
+    checkpoint["state_dict"][name] = tensor
+    # The rotary frequencies before it are no parameter, so the EMA list has none for them.
+    checkpoint["ema"]["shadow_params"].append(tensor)
+
+
+def reshape(checkpoint: dict, name: str, shape: tuple[int, ...]) -> None:
+    state, shadow = checkpoint["state_dict"], checkpoint["ema"]["shadow_params"]
+    place = list(state).index(f"backbone.{name}")
+    state[f"backbone.{name}"] = state[f"backbone.{name}"].reshape(shape)
+    shadow[place] = shadow[place].reshape(shape)
 
 
 def set_algorithm(checkpoint: dict, key: str, value: object) -> None:

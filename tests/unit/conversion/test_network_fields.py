@@ -19,7 +19,7 @@ from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 from tests.support.configs import make_config
 from tests.support.networks import make_network_config
 
-# Keys of the model that a trained network does not show.
+# Keys of the model that do not change a trained network.
 TRAINING_ONLY = {
     "model.residual_gates",
     "model.zero_init_head",
@@ -28,7 +28,7 @@ TRAINING_ONLY = {
     "model.fp32_residual_connection",
     "model.make_vocab_size_divisible_by",
 }
-# Another legal value of each field, one that no other field has.
+# Another legal value of each field, which no other field has.
 CHANGED = {
     "vocab_size": 33,
     "hidden_size": 48,
@@ -55,7 +55,7 @@ WITH = {
     "num_attention_heads": TWO_HEADS,
     "head_dim": TWO_HEADS,
 }
-"""Other fields that change with a field, so that the heads fill the hidden size."""
+"""Fields that change with another one, so that the heads fill the hidden size."""
 
 
 def names_of(config_type: type) -> list[str]:
@@ -87,7 +87,7 @@ def test_transformers_configuration_has_the_fields_of_the_network() -> None:
 
 
 @pytest.mark.parametrize("field", CHANGED)
-def test_every_field_survives_the_way_to_a_run_and_back(field: str) -> None:
+def test_every_field_is_kept_through_a_run(field: str) -> None:
     network = make_network_config(**{**WITH.get(field, {}), field: CHANGED[field]})
     assert getattr(network, field) != getattr(make_network_config(), field)
     config = build_run_config(network, {"alpha_0": 0.25}, "runs/test")

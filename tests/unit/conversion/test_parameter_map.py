@@ -1,4 +1,4 @@
-"""The map between Megatron keys and sampler names, against the layouts written out by hand."""
+"""The map between Megatron's and the sampler's tensors equals layouts written by hand."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from megatron_eso.sampler.layers_eso_lm import NetworkConfig
 PADDED = 16
 
 
-def test_there_and_back_is_bitwise_the_identity(
+def test_the_inverse_map_restores_every_bit(
     config: NetworkConfig, tensors: dict[str, Tensor]
 ) -> None:
     megatron = map_to_megatron(config, tensors, padded_vocab_size=PADDED)
@@ -77,7 +77,7 @@ def test_residual_gates_fold_into_weight_and_bias(
     torch.testing.assert_close(found, gated, atol=1e-4, rtol=1e-5)
 
 
-def test_missing_left_over_and_misfit_tensors_are_refused(
+def test_missing_left_over_and_wrong_tensors_are_refused(
     config: NetworkConfig, tensors: dict[str, Tensor]
 ) -> None:
     megatron = map_to_megatron(config, tensors, padded_vocab_size=PADDED)
@@ -85,9 +85,9 @@ def test_missing_left_over_and_misfit_tensors_are_refused(
     without = {name: tensor for name, tensor in megatron.items() if name != key}
     for changed, message in (
         (without, f"{key} is missing"),
-        (megatron | {"decoder.layers.7.x": torch.zeros(1)}, "layers.7.x is of no known use"),
+        (megatron | {"decoder.layers.7.x": torch.zeros(1)}, "layers.7.x is unknown"),
         (megatron | {key: megatron[key][:-1]}, "does not fit"),
-        (megatron | {"embedding.word_embeddings.weight": torch.zeros(2, 2)}, "2 rows"),
+        (megatron | {"embedding.word_embeddings.weight": torch.zeros(2, 2)}, r"\(2, 2\)"),
     ):
-        with pytest.raises(CheckpointError, match=message):
-            map_to_sampler(config, changed, residual_gates=False)
+        with pytest.raises(CheckpointError, match=f"^runs/a: tensor .*{message}"):
+            map_to_sampler(config, changed, residual_gates=False, source="runs/a")

@@ -1,4 +1,4 @@
-"""Checkpoints whose pickles hold foreign objects or would run code are read, and nothing is run."""
+"""Checkpoints whose pickles name foreign objects or code are read, and no code runs."""
 
 import builtins
 import os
@@ -24,7 +24,7 @@ Path({marker!r}).write_text("imported")
 
 
 class Tokenizer(dict):
-    """A foreign class with state, items and a custom rebuild, as real checkpoints pickle it."""
+    """A foreign class with state, items and a custom rebuild, as in real checkpoints."""
 
     def __init__(self, name):
         self.name = name
@@ -112,7 +112,7 @@ def test_a_checkpoint_that_would_run_code_is_read_without_running_it(
 
 
 def test_the_hostile_objects_would_run_code(tmp_path: Path) -> None:
-    """Without this the tests above could pass because the objects are harmless."""
+    """Otherwise the tests above could pass because the objects are harmless."""
     for number, hostile in enumerate(hostile_objects(tmp_path / "marker")[:3]):
         pickle.loads(pickle.dumps(hostile))
         assert (tmp_path / "marker").exists(), number
@@ -128,7 +128,7 @@ def test_files_that_are_no_zip_checkpoint_are_refused(tiny_ckpt: Path, tmp_path:
     }
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(CheckpointError, match="no zip-format"):
+        with pytest.raises(CheckpointError, match="not a zip-format"):
             load_torch_file(tmp_path / name)
     with pytest.raises(CheckpointError, match="not found"):
         load_torch_file(tmp_path / "nowhere")

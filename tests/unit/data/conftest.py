@@ -1,4 +1,4 @@
-"""Datasets and tokenizers small enough to be made anew."""
+"""Small datasets and a small tokenizer, made for each run of the tests."""
 
 import dataclasses
 import itertools
@@ -35,6 +35,7 @@ def make_dataset() -> MakeDataset:
         vocab_size: int = 50_000,
         **tokenizer: Any,
     ) -> Tokens:
+        # Random tokens with an end-of-text token at every 101st place and at the end.
         tokens = np.random.default_rng(num_tokens).integers(5, vocab_size, num_tokens)
         tokens[::101] = EOS
         tokens[-1] = EOS
@@ -58,7 +59,7 @@ def make_dataset() -> MakeDataset:
             record_tokens=record_tokens,
             shard_records=shard_records,
         )
-        # Pieces that do not align with records.
+        # Append parts that do not align with records.
         for part in np.array_split(tokens, 7):
             writer.append(part)
         source = Source(path="a.jsonl", bytes=1, sha256="2" * 64, num_documents=1)
@@ -70,7 +71,7 @@ def make_dataset() -> MakeDataset:
 
 @pytest.fixture(scope="session")
 def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of 600 pieces."""
+    """Train a tokenizer of 600 pieces."""
     folder = tmp_path_factory.mktemp("tokenizer")
     text = folder / "text.txt"
     library = Path(sysconfig.get_path("stdlib"))

@@ -1,4 +1,4 @@
-"""The embedded corpus and a tokenizer of it, made once; the command in this process."""
+"""The embedded corpus and its tokenizer, made once, and a function that runs a command."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded corpus."""
+    """Write the embedded corpus."""
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     write_corpus(path)
     return path
@@ -20,7 +20,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_corpus(corpus: Path) -> Path:
-    """Every tenth document of the embedded corpus."""
+    """Write every tenth document of the embedded corpus."""
     path = corpus.with_name("small.jsonl")
     lines = corpus.read_text(encoding="ascii").splitlines(keepends=True)
     path.write_text("".join(lines[::10]), encoding="ascii")
@@ -29,7 +29,7 @@ def small_corpus(corpus: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer_directory(small_corpus: Path) -> Path:
-    """A tokenizer of 600 pieces."""
+    """Train a tokenizer of 600 pieces."""
     out = small_corpus.with_name("tokenizer")
     train_tokenizer(TokenizerOptions(inputs=[str(small_corpus)], vocab_size=600, out=out))
     return out
@@ -37,7 +37,7 @@ def tokenizer_directory(small_corpus: Path) -> Path:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs `data_tools` with the given arguments, and returns its standard output."""
+    """Return a function that runs `data_tools` in this process and returns its standard output."""
 
     def run_main(*arguments: object) -> str:
         capsys.readouterr()

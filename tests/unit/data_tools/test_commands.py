@@ -1,4 +1,4 @@
-"""The command lines: exit codes, one-line errors, and what verify, inspect and training report."""
+"""Exit codes and one-line errors of the commands, and the reports of verify and inspect."""
 
 import subprocess
 import sys
@@ -56,7 +56,7 @@ def test_verify_finds_every_kind_of_damage(
     dataset: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["verify", str(dataset)])
-    assert capsys.readouterr().out.count("sound") == 2
+    assert capsys.readouterr().out.count("intact") == 2
     train = dataset / "train"
     layout = TokenDataset.open(train).manifest.layout
     shard = train / "shard-00000.tar"

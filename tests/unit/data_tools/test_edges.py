@@ -1,4 +1,4 @@
-"""What a user of the data tools writes wrong, and reads."""
+"""Mistakes on the command line of the data tools, and the lines that report them."""
 
 import gzip
 import io
@@ -41,14 +41,15 @@ def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 def test_a_wrong_argument_names_no_private_function(capsys: pytest.CaptureFixture[str]) -> None:
     line = refuse(capsys, "build", "--validation", "half")
-    assert line == "error: --validation: half is no number; see `python -m data_tools build --help`"
+    hint = "see `python -m data_tools build --help`"
+    assert line == f"error: --validation: half is not a number; {hint}"
     line = refuse(capsys, "build", "--record-tokens", "9" * 20)
-    assert line.startswith(f"error: --record-tokens: {'9' * 20} is no whole number from 1 to ")
+    assert line.startswith(f"error: --record-tokens: {'9' * 20} is not a whole number from 1 to ")
     line = refuse(capsys, "verify", "nowhere")
     assert line.startswith("error: DIR|URL: nowhere: No such file or directory; see ")
 
 
-def test_a_place_that_cannot_be_written_is_named(
+def test_an_output_that_cannot_be_written_is_named(
     small_corpus: Path, tokenizer_directory: Path, tmp_path: Path
 ) -> None:
     for out in (small_corpus / "out", Path("/proc/out"), tmp_path / ("x" * 250)):
@@ -65,7 +66,10 @@ def test_a_place_that_cannot_be_written_is_named(
 def test_sizes_of_a_tokenizer_are_explained_by_its_options(
     small_corpus: Path, tmp_path: Path
 ) -> None:
-    for size, remedy in ((100, r"are \d+; give that or more"), (10**6, r"for \d+; give that or l")):
+    for size, remedy in (
+        (100, r"are \d+; give that or more"),
+        (10**6, r"yields \d+ pieces; give that or l"),
+    ):
         options = TokenizerOptions(
             inputs=[str(small_corpus)], vocab_size=size, out=tmp_path / "out"
         )
@@ -113,10 +117,27 @@ def test_standard_input_has_the_format_that_is_named(
         assert TokenDataset.open(out).manifest.num_documents == 2
 
 
+@pytest.mark.parametrize("command", ["build", "train-tokenizer"])
+def test_a_format_is_refused_without_standard_input(
+    command: str, small_corpus: Path, tokenizer_directory: Path, tmp_path: Path
+) -> None:
+    options = {"build": ["--tokenizer", str(tokenizer_directory)]}.get(
+        command, ["--vocab-size", "500"]
+    )
+    with pytest.raises(ConfigError, match="^--format txt: is for standard input, --input -; leave"):
+        main(
+            [
+                *(command, "--input", str(small_corpus), "--format", "txt"),
+                *("--out", str(tmp_path / "out"), *options),
+            ]
+        )
+    assert not (tmp_path / "out").exists()
+
+
 def test_verify_takes_several_folders(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     main(["verify", str(shards / "validation"), str(shards)])
-    assert capsys.readouterr().out.count("sound") == 3
+    assert capsys.readouterr().out.count("intact") == 3
 
 
 def test_one_damage_has_one_remedy(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

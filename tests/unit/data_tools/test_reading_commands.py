@@ -1,4 +1,4 @@
-"""verify, inspect and bench: as JSON, and on a dataset behind a URL."""
+"""verify, inspect and bench as JSON, and on a dataset at a URL."""
 
 import json
 import threading
@@ -21,7 +21,7 @@ Run = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def folder(small_corpus: Path, tokenizer_directory: Path) -> Path:
-    """A training and a validation split."""
+    """Build a training and a validation split."""
     out = small_corpus.with_name("splits")
     main(
         [
@@ -73,9 +73,11 @@ def test_verify_as_json(folder: Path, run: Run, capsys: pytest.CaptureFixture[st
     assert validation["problems"] == []
 
 
-def test_a_url_is_as_good_as_a_directory(folder: Path, url: str, run: Run, tmp_path: Path) -> None:
+def test_a_url_gives_the_reports_of_its_directory(
+    folder: Path, url: str, run: Run, tmp_path: Path
+) -> None:
     cache = ("--cache-directory", tmp_path / "cache", "--cache-gib", 0.5)
-    assert run("verify", url, *cache).count("sound") == 2
+    assert run("verify", url, *cache).count("intact") == 2
     for arguments in ([], ["--row", 3, "--sequence-length", 50]):
         there = json.loads(run("inspect", url, "--json", *cache, *arguments))["datasets"]
         here = json.loads(run("inspect", folder, "--json", *arguments))["datasets"]
@@ -83,7 +85,7 @@ def test_a_url_is_as_good_as_a_directory(folder: Path, url: str, run: Run, tmp_p
         assert locations == [f"{url}/train", f"{url}/validation"]
         for dataset in (*here, *there):
             dataset.pop("location", None)
-            # Behind a URL the lengths are those of the first shard alone.
+            # The lengths of a remote dataset are those of its first shard.
             dataset.pop("document_lengths", None)
         assert there == here
 
@@ -97,7 +99,7 @@ def test_bench_reads_in_every_way(folder: Path, run: Run, monkeypatch: pytest.Mo
         assert 0 < way["median_milliseconds"] <= way["p99_milliseconds"]
     shown = run("bench", folder, "--sequence-length", 100)
     assert all(way["way"] in shown for way in report["ways"])
-    with pytest.raises(DataError, match="no row of 20001 tokens"):
+    with pytest.raises(DataError, match="no data row of 20001 tokens"):
         run("bench", folder, "--sequence-length", 20001)
 
 

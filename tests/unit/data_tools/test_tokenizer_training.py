@@ -1,4 +1,4 @@
-"""A tokenizer is trained on the same sample of the same texts, for any kind of input."""
+"""A tokenizer is trained on the same sample of texts for any format of the input."""
 
 import gzip
 import itertools
@@ -22,7 +22,7 @@ VOCAB_SIZE = 400
 def test_every_format_gives_the_same_tokenizer(
     tmp_path: Path, small_corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bounded, so that texts have to be left out, whatever the units are."""
+    """The sample is bounded, so that texts are left out, for any units."""
     monkeypatch.setattr(module, "_SAMPLE_BYTES", 50_000)
     texts = [json.loads(line)["text"] for line in small_corpus.read_text().splitlines()]
     contents = {
@@ -49,7 +49,7 @@ def test_every_format_gives_the_same_tokenizer(
     assert len(models) == 1
 
 
-def test_bad_lines_stop_or_are_told(
+def test_broken_lines_stop_or_are_counted(
     tmp_path: Path,
     small_corpus: Path,
     capsys: pytest.CaptureFixture[str],
@@ -71,14 +71,17 @@ def test_bad_lines_stop_or_are_told(
             assert not (tmp_path / "out").exists()
         else:
             train_tokenizer(options)
-            assert f"3 bad places left out, first {path}:1: no key" in capsys.readouterr().err
+            assert (
+                f"3 broken lines, rows or files left out, first: {path}:1: no key"
+                in capsys.readouterr().err
+            )
 
 
 @given(
     segments=st.lists(st.binary(min_size=1, max_size=12), min_size=1, max_size=40),
     room=st.integers(1, 100),
 )
-def test_the_sample_is_of_the_lowest_hashes_with_room(segments: list[bytes], room: int) -> None:
+def test_the_sample_has_the_lowest_hashes_that_fit(segments: list[bytes], room: int) -> None:
     sample = module._Sample(room)
     for segment in segments:
         sample.add(segment)

@@ -1,4 +1,4 @@
-"""Row attention against softmax over dense masks that are built row by row, in float64."""
+"""Row attention compared with softmax over dense masks, built row by row, in float64."""
 
 from itertools import accumulate
 
@@ -16,7 +16,7 @@ from megatron_eso.objectives.rows import Rows
 from tests.support.planning import eso_lm, plan_noise
 
 FLOAT64_TOLERANCE = 1e-10
-# Values and gradients here are below 8 in magnitude, where bfloat16 numbers lie 2**-5 apart.
+# Values and gradients here are below 8, where the distance of bfloat16 numbers is 2**-5.
 BFLOAT16_TOLERANCE = 2**-5
 HEAD_DIM = 4
 
@@ -27,7 +27,7 @@ def backend(request: pytest.FixtureRequest) -> AttentionBackend:
 
 
 def rows_of(diffusion: list[int], sequential: list[int], length: int, multiple: int = 1) -> Rows:
-    """Rows of samples with the given numbers of masked tokens."""
+    """Plan rows of samples with given numbers of masked tokens."""
     counts = np.array(diffusion + sequential, dtype=np.int64)
     noise = Noise(
         length_B=np.full(len(counts), length),
@@ -106,7 +106,7 @@ def compare(
     backend: AttentionBackend,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[float, float]:
-    """Largest differences of values and gradients from dense attention: body, last layer."""
+    """Return the largest differences from dense attention: of the body, and of the last layer."""
     q, k, v, d_out = (x.to(dtype).double() for x in draw_inputs(rows, heads, groups))
     differences = []
     for visible, attend, chosen in (
@@ -192,7 +192,7 @@ def test_large_scores_neither_overflow_nor_vanish(backend: AttentionBackend) -> 
     "spans",
     [
         (QuerySpan(3, 0, 4),),
-        (QuerySpan(1, 0, 0),),  # nothing before the only slot
+        (QuerySpan(1, 0, 0),),  # no key before the only slot
         (QuerySpan(3, 0, 2), QuerySpan(2, 3, 4)),  # the first query has no keys; a gap of keys
         (QuerySpan(0, 0, 2), QuerySpan(1, 2, 5), QuerySpan(1, 7, 0)),
     ],
@@ -224,5 +224,5 @@ def test_a_micro_batch_without_rows_gives_zeros_and_zero_gradients(
         out = attend(*inputs, rows, backend)
         assert out.shape == inputs[0].shape
         assert not out.any()
-        # None of them is None: each parameter takes part in each micro-batch.
+        # No gradient is None: each parameter takes part in each micro-batch.
         assert not any(x.any() for x in torch.autograd.grad(out.sum(), inputs))

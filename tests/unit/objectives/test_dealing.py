@@ -18,7 +18,7 @@ sizes = st.tuples(st.integers(1, 12), st.integers(1, 6), st.integers(1, 6))
 
 @given(sizes, st.sampled_from(SHARES))
 @settings(max_examples=300, deadline=None)
-def test_every_place_is_dealt_once_and_alike_on_all_ranks(
+def test_every_place_is_dealt_once_and_ranks_have_equal_shapes(
     layout: tuple[int, int, int], share: Fraction
 ) -> None:
     num_micro_batches, micro_batch_size, data_parallel_size = layout
@@ -47,7 +47,7 @@ def test_phases_are_spread_evenly_over_places(multiple: int, share: Fraction) ->
     size = multiple * share.denominator
     is_diffusion = Dealing(size, 1, 1, float(share)).split.phases(np.arange(size)) == 0
     assert is_diffusion.sum() == size * share
-    # Any run of places holds its share of diffusion samples to within one.
+    # Any consecutive places hold their share of diffusion samples to within one.
     excess = np.concatenate([[0.0], np.cumsum(is_diffusion - float(share))])
     assert excess.max() - excess.min() <= 1 + 1e-9
 
@@ -76,7 +76,7 @@ def test_diffusion_places_are_numbered_without_gaps() -> None:
 
 @given(st.integers(1, 60), st.integers(1, 6), st.integers(1, 4), st.sampled_from(SHARES))
 @settings(max_examples=300, deadline=None)
-def test_what_cannot_be_dealt_is_refused_and_the_sizes_named_can(
+def test_sizes_that_cannot_be_dealt_are_refused_and_the_named_ones_can(
     global_batch_size: int, micro_batch_size: int, data_parallel_size: int, share: Fraction
 ) -> None:
     split = float(share)

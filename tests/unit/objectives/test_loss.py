@@ -1,4 +1,4 @@
-"""Denominators, padding, and the NELBO's estimate."""
+"""Denominators of the losses, padding, and estimates of the NELBO."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_a_phase_without_tokens_adds_nothing(alpha_0: int) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_sums_are_those_of_real_rows_whatever_stands_at_padding(padded: bool) -> None:
+def test_sums_ignore_the_values_at_padding(padded: bool) -> None:
     loss = draw_loss_rows(row_multiple=64)
     assert loss.num_real < len(loss.targets_E)
     nll = torch.rand(len(loss.targets_E), dtype=torch.float64)
@@ -87,7 +87,7 @@ def test_a_samples_sum_holds_its_rows_only() -> None:
 
 @pytest.mark.parametrize("alpha_0", [1.0, 0.5, 0.125, 0.0])
 def test_the_nelbo_of_equal_odds_is_the_vocabularys_logarithm(alpha_0: float) -> None:
-    """Through noise, plan and sums: E[weight * masked share] is 0.999 alpha_0, and 1 - alpha_0."""
+    """Estimate it from plans: E[weight * masked share] is 0.999 alpha_0, and 1 - alpha_0."""
     num_samples, nll = 400, math.log(MASK)
     samples = np.arange(num_samples)
     entries, is_sequential = np.tile(samples, 2), np.repeat([False, True], num_samples)
@@ -121,6 +121,6 @@ def test_perplexity_of_a_diverged_model_is_infinite() -> None:
     assert to_perplexity(0.0) == 1
 
 
-def test_an_estimate_of_nothing_is_refused() -> None:
+def test_an_estimate_without_samples_is_refused() -> None:
     with pytest.raises(ValueError, match="no samples"):
         estimate_nelbo(np.zeros((2, 0)), NAMES, 4)

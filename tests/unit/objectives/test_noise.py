@@ -1,7 +1,7 @@
 """Times, masks and slot orders: their distributions, and that they depend on (seed, index) only.
 
-Seeds are fixed, so each statistical test passes or fails for good. Its bound is one that a right
-generator exceeds with probability 1e-3 at most: five standard deviations, or the quantile named.
+Seeds are fixed, so a statistical test has the same result at each run. A correct generator exceeds
+its bound with probability 1e-3 at most: five standard deviations, or the named quantile.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ SEED = 7
 CHI_SQUARE_23 = 49.73
 KOLMOGOROV_SMIRNOV = 1.95
 
-# Noise version 1, at seed 1234: a change of any of these values asks for a new NOISE_VERSION.
+# Noise version 1 at seed 1234: a change of any of these values needs a new NOISE_VERSION.
 PINNED_BITS = [7615372710734572584, 2776061147663605607]
 PINNED_TIMES = [
     "0x1.34ad04d30fa8ep-1",
@@ -86,7 +86,7 @@ def test_tokens_are_masked_at_the_schedules_rate(alpha_0: float, t: float) -> No
     noise = draw(np.arange(num_samples), sequential=False, t=t, alpha_0=alpha_0, T=length)
     deviation = np.sqrt(rate * (1 - rate) / (num_samples * length))
     assert abs(noise.is_masked_BT.mean() - rate) < 5 * deviation
-    # Independent tokens: the counts of samples vary as binomial ones do (and a variance, by 2/n).
+    # Tokens are independent: counts of samples vary as binomial counts, and their variance by 2/n.
     variance = noise.is_masked_BT.sum(1).var()
     relative = variance / (length * rate * (1 - rate))
     kurtosis = 1 / (length * rate * (1 - rate))
@@ -119,7 +119,7 @@ def test_slots_hold_clean_tokens_first_and_masked_ones_in_the_phases_order(
     ("sequential", "alpha_0", "t"), [(False, 0.0, 0.5), (False, 1.0, 0.0), (True, 1.0, 0.5)]
 )
 def test_random_orders_are_uniform(sequential: bool, alpha_0: float, t: float) -> None:
-    """All masked in the diffusion phase; all clean in both."""
+    """Draw orders with all tokens masked in the diffusion phase, and all clean in both phases."""
     num_samples = 24 * 100
     noise = draw(np.arange(num_samples), sequential=sequential, t=t, alpha_0=alpha_0, T=4)
     assert noise.is_masked_BT.all() == (alpha_0 == 0)
@@ -141,7 +141,7 @@ def test_the_sequential_order_of_all_masked_tokens_is_left_to_right() -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 0.5, 1.0])
 def test_the_share_of_samples_that_is_cut_has_uniform_lengths(ratio: float) -> None:
-    """Counts of cut samples and of lengths are binomial; of lengths 1 .. 24, T itself is one."""
+    """Count cut samples and their lengths, 1 .. 24, which are binomial; T is one of the lengths."""
     num_samples, length = 20000, 24
     lengths = draw_lengths(SEED, np.arange(num_samples), ratio, length)
     assert 1 <= lengths.min() <= lengths.max() <= length
@@ -158,13 +158,13 @@ def test_a_samples_length_depends_on_seed_and_index_alone() -> None:
     lengths = draw_lengths(SEED, np.arange(40), 0.5, 1000)
     assert np.array_equal(lengths[[31, 4]], draw_lengths(SEED, np.array([31, 4]), 0.5, 1000))
     assert not np.array_equal(lengths, draw_lengths(SEED + 1, np.arange(40), 0.5, 1000))
-    # What a smaller share cuts, a larger one cuts to the same length.
+    # A sample that a smaller share cuts has the same length under a larger share.
     few = draw_lengths(SEED, np.arange(40), 0.2, 1000)
     assert np.array_equal(few[few < 1000], lengths[few < 1000])
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_a_cut_sample_has_the_whole_ones_noise_without_what_lies_beyond(sequential: bool) -> None:
+def test_a_cut_sample_has_the_noise_of_the_whole_sample_up_to_its_length(sequential: bool) -> None:
     arguments = (
         SEED,
         np.arange(64),
@@ -200,7 +200,7 @@ def test_each_diffusion_sample_of_a_step_has_a_stratum_of_its_own(batch_split: f
     assert_uniform(np.concatenate(jitter))
 
 
-def test_no_place_always_sees_low_or_high_times() -> None:
+def test_no_place_always_has_low_or_high_times() -> None:
     split, num_steps = PhaseSplit(16, 0.5), 400
     times = np.stack(
         [diffusion_times(SEED, 16 * s, split, np.arange(16)) for s in range(num_steps)]
@@ -219,6 +219,7 @@ def test_validation_times_are_stratified_over_the_set() -> None:
 
 @pytest.mark.parametrize("layout", [(1, 1), (2, 1), (4, 1), (1, 4), (2, 4), (4, 4), (16, 2)])
 def test_noise_depends_on_neither_micro_batch_nor_rank(layout: tuple[int, int]) -> None:
+    # The noise of the whole step.
     first_index, schedule, length = 320, LogLinearSchedule(0.3), 20
     places = np.arange(32)
     split = PhaseSplit(32, 0.5)
@@ -230,6 +231,7 @@ def test_noise_depends_on_neither_micro_batch_nor_rank(layout: tuple[int, int]) 
         schedule,
         length,
     )
+    # Each micro-batch of each rank has its part of it.
     dealing = Dealing(32, *layout, 0.5)
     for rank in range(dealing.data_parallel_size):
         for some in dealing.micro_batches(rank):
@@ -310,7 +312,7 @@ def test_random_bits_are_blocks_of_philox() -> None:
         assert random_bits(seed, purpose, index, 12).tolist() == sum(blocks, [])
 
 
-def test_noise_version_1_stays_as_it_is() -> None:
+def test_noise_version_1_does_not_change() -> None:
     assert NOISE_VERSION == 1
     assert sorted(Purpose)[:15] == list(range(1, 16))
     assert random_bits(1234, Purpose.TIME, 5, 2).tolist() == PINNED_BITS

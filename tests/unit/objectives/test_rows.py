@@ -1,10 +1,12 @@
-"""The content of a micro-batch's rows; the dense oracle shows that they give the right losses."""
+"""The rows of a micro-batch; the dense oracle shows that they give the correct losses."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_eso.objectives.noise import Noise
 from megatron_eso.objectives.rows import LossRows, MicroBatch, Rows
@@ -54,8 +56,8 @@ def test_rows_are_packed_diffusion_first_then_clean_streams_then_queries() -> No
     assert (rows.num_rows, rows.num_loss_rows) == (9, 4)
 
 
-def test_what_lies_beyond_a_samples_length_has_no_row() -> None:
-    """Lengths 3, 1 and 2: a sequential sample, one of a single masked token, a diffusion one."""
+def test_positions_beyond_a_samples_length_have_no_row() -> None:
+    """Plan lengths 3, 1 and 2: a sequential sample, a single masked token, a diffusion sample."""
     noise = Noise(
         length_B=np.array([3, 1, 2]),
         is_masked_BT=np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]], dtype=np.bool_),
@@ -73,7 +75,7 @@ def test_what_lies_beyond_a_samples_length_has_no_row() -> None:
     assert rows.loss_rows_E.tolist() == [1, 4, 5]
     assert loss.targets_E.tolist() == [31, 11, 20]
     assert loss.sample_E.tolist() == [2, 0, 1]
-    # Neither the tokens nor the order of what lies beyond matters.
+    # Tokens and order beyond the length have no effect.
     x_0 = np.where(np.arange(T) < noise.length_B[:, None], X_0, -1)
     beyond = noise.permutation_BT.copy()
     beyond[2, 2:] = [3, 2]
@@ -91,7 +93,7 @@ def test_weights_are_those_of_the_loss_type() -> None:
 
 
 @pytest.mark.parametrize("multiple", [1, 2, 4, 16])
-def test_padding_fills_up_to_a_multiple_and_carries_nothing(multiple: int) -> None:
+def test_padding_fills_up_to_a_multiple_and_carries_no_loss(multiple: int) -> None:
     batch, exact = plan(row_multiple=multiple), plan()
     rows, loss = batch.rows, batch.loss
     for tensor in (rows.tokens_R, loss.targets_E):
@@ -121,7 +123,7 @@ def test_a_micro_batch_without_masks_is_padding_alone() -> None:
 
 
 @pytest.mark.parametrize(("alpha_0", "is_sequential"), [(1.0, False), (0.0, True)])
-def test_the_edges_of_alpha_0_compute_no_row_in_vain(alpha_0: float, is_sequential: bool) -> None:
+def test_the_edges_of_alpha_0_compute_no_unneeded_row(alpha_0: float, is_sequential: bool) -> None:
     noise = dataclasses.replace(
         NOISE,
         is_masked_BT=np.ones((3, T), dtype=np.bool_),
@@ -147,6 +149,39 @@ def test_the_tensors_of_a_micro_batch_move_as_one() -> None:
                 assert value == found
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_shapes_that_differ_are_refused() -> None:
     with pytest.raises(ValueError, match="shape"):
         plan(X_0[:, :3])
+
+
+class Copies(TorchDispatchMode):
+    """The number of copies from one device to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, _types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.count += "_to_copy" in str(function)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("row_multiple", [1, 5])
+def test_a_packed_micro_batch_is_copied_at_once(row_multiple: int) -> None:
+    batch = plan(row_multiple=row_multiple)
+    packed = batch.pack()
+    with Copies() as copies:
+        moved = packed.to("meta")
+    assert copies.count == 1
+    for name in ("rows", "loss"):
+        own, kept, there = (getattr(each, name) for each in (batch, packed, moved))
+        for field in dataclasses.fields(own):
+            value, same, on_meta = (getattr(each, field.name) for each in (own, kept, there))
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, same)
+                assert value.dtype == same.dtype
+                assert (on_meta.device.type, on_meta.shape) == ("meta", value.shape)
+            else:
+                assert value == same == on_meta

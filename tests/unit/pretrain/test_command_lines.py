@@ -14,10 +14,10 @@ Main = Callable[[list[str]], object]
     [
         (train.main, [], "error: the following arguments are required: CONFIG.toml"),
         (train.main, ["x.toml", "--dryrun"], "error: unrecognized arguments: --dryrun"),
-        (train.main, ["x.toml", "--world-size", "0"], "error: --world-size: 0 is no whole number"),
-        (train.main, ["x.toml", "--world-size", "two"], "error: --world-size: two is no whole"),
+        (train.main, ["x.toml", "--world-size", "0"], "error: --world-size: 0 is not a whole"),
+        (train.main, ["x.toml", "--world-size", "two"], "error: --world-size: two is not a whole"),
         (status.main, ["run", "--watch", "-1"], "error: --watch: -1 is not above 0"),
-        (status.main, ["run", "--watch", "nan"], "error: --watch: nan is no number"),
+        (status.main, ["run", "--watch", "nan"], "error: --watch: nan is not a number"),
         (outcome.main, ["--directory"], "error: the following arguments are required"),
     ],
 )

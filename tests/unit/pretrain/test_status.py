@@ -32,7 +32,7 @@ def test_a_run_whose_process_is_gone_is_reported_at_once(
     running = RunStatus(state="running", step=3)
     assert "process is gone" not in describe(tmp_path, running)
     gone = dataclasses.replace(running, pid=ended_process)
-    assert "its process is gone and left no reason: look into" in describe(tmp_path, gone)
+    assert "its process is gone and wrote no reason: read " in describe(tmp_path, gone)
     # Of another host's processes nothing is known, and a run that has ended needs none.
     elsewhere = dataclasses.replace(gone, host="elsewhere")
     assert "process is gone" not in describe(tmp_path, elsewhere)

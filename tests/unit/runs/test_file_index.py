@@ -1,4 +1,4 @@
-"""An index finds every kind of damage to the files that it lists, and to itself."""
+"""An index shows every kind of damage to the files that it lists, and to itself."""
 
 import contextlib
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_sound_files_have_no_problems(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES[:2])
-def test_damage_is_told_with_the_file(folder: Path, name: str) -> None:
+def test_damage_is_reported_with_the_file(folder: Path, name: str) -> None:
     flip(folder / name, 5000)
     assert problems(folder) == [f"{folder / name}: its hash differs"]
     size = (folder / name).stat().st_size
@@ -51,13 +51,13 @@ def test_damage_is_told_with_the_file(folder: Path, name: str) -> None:
     assert problems(folder) == [f"{folder / name}: cannot be read (No such file or directory)"]
 
 
-def test_an_index_does_not_outlive_its_own_damage(folder: Path) -> None:
+def test_a_damaged_index_is_refused(folder: Path) -> None:
     path = folder / FILE_INDEX
     whole = path.read_bytes()
     described = {name: describe_file(folder / name) for name in NAMES}
     for place in range(len(whole)):
         flip(path, place)
-        with contextlib.suppress(CheckpointError):  # no error: white space that means nothing
+        with contextlib.suppress(CheckpointError):  # or only white space changed
             assert dict(read_file_index(folder)) == described
         path.write_bytes(whole)
     for size in range(len(whole) - 1):

@@ -1,4 +1,4 @@
-"""The files of a run directory: byte for byte as documented, and refused where they are not."""
+"""The files of a run directory: equal to their documented bytes, and refused where they differ."""
 
 import dataclasses
 import json
@@ -25,6 +25,7 @@ STATE = CheckpointState(
     torch_version="2.9",
     val_nelbo=5.5,
     noise_version=1,
+    init_version=2,
     data={"order_version": 1},
 )
 
@@ -90,7 +91,7 @@ def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:
         *("format_version", "kind"),
         *(each.name for each in dataclasses.fields(Counters)),
         *("losses", "grad_norms", "ema_updates", "torch_version", "val_nelbo", "noise_version"),
-        "data",
+        *("init_version", "data"),
     ]
     (tmp_path / "state.json").write_text(json.dumps(content))
     assert read_checkpoint_state(tmp_path) == STATE

@@ -1,4 +1,4 @@
-"""Small networks with random weights, of every kind."""
+"""Small networks of every kind with random weights."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`sample` and `score`, and what importing the package imports."""
+"""`sample` and `score`, and the imports of the package."""
 
 import gzip
 import io
@@ -58,7 +58,7 @@ def directory(make, tmp_path: Path, tokenizer: Path) -> Path:
 
 @pytest.fixture
 def bare_directory(make, tmp_path: Path) -> Path:
-    """Without tokenizer."""
+    """Copy the sampler directory without its tokenizer."""
     return write_model(make, tmp_path / "bare", None)
 
 
@@ -75,7 +75,7 @@ def test_sample_prints_texts_that_begin_with_the_prompt(
     assert capsys.readouterr().out == first
 
 
-def test_a_hugging_face_tokenizer_serves_as_well(
+def test_a_hugging_face_tokenizer_can_be_used(
     make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -100,7 +100,7 @@ def test_a_hugging_face_tokenizer_serves_as_well(
     score = json.loads(capsys.readouterr().out.splitlines()[0])
     assert score["tokens"] == len(tokenizer.encode("the <|endoftext|>")) > 3
     other = write_model(make, tmp_path / "other", tmp_path / "tokenizer.json")
-    with pytest.raises(DataError, match="put the network's tokenizer there"):
+    with pytest.raises(DataError, match="replace it by the network's tokenizer"):
         main(["sample", str(other)])
 
 
@@ -167,7 +167,7 @@ def test_a_wrong_command_line_exits_with_2(
     for arguments, name in (
         (["sample", str(tmp_path / "nowhere")], "SAMPLER_DIR: "),
         (["score", str(directory), str(tmp_path / "nowhere")], "FILE: "),
-        (["score", str(directory), "--batch-size", "0"], "--batch-size: 0 is no whole number"),
+        (["score", str(directory), "--batch-size", "0"], "--batch-size: 0 is not a whole number"),
     ):
         with pytest.raises(SystemExit) as end:
             main(arguments)
@@ -183,7 +183,7 @@ def test_a_wrong_command_line_exits_with_2(
         ({"variant": "a"}, "variant 'a'"),
         ({"model_type": "gpt2"}, "model_type"),
         ({"num_hidden_layers": 3}, "tensor layers.2"),
-        ({"hidden_size": 25}, "shape"),
+        ({"hidden_size": 25}, r"in the weights, \(.*\) in the configuration"),
         ({"activation": "relu"}, "relu"),
         ({"vocab_size": None}, "config.json"),
     ],
@@ -239,7 +239,7 @@ def test_scores_are_json_and_texts_are_read_as_build_reads_them(
         main(["score", str(directory), str(zipped)])
 
 
-def test_a_number_of_samples_is_a_number(directory: Path) -> None:
+def test_the_number_of_samples_must_be_a_whole_number(directory: Path) -> None:
     model = EsoLM.from_pretrained(directory)
     with pytest.raises(ValueError, match="num_samples is '4', not a whole number"):
         model.generate("4")  # type: ignore[arg-type]

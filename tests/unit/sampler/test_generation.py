@@ -1,4 +1,4 @@
-"""The KV-cached sampler against full recomputation, its schedules and orders, and its refusals."""
+"""The KV-cached sampler equals full recomputation; schedules, orders and refusals."""
 
 import math
 
@@ -24,7 +24,7 @@ def draw_gumbel(*shape: int) -> Tensor:
 def sample_without_cache(
     model: EsoLM, prompt: Tensor, schedules: list[list[int]], order: Tensor, gumbel: Tensor
 ) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
-    """One full causal pass per row and step; the tokens, and the logits of each slot."""
+    """Generate by one full causal pass per sample and step; return tokens and logits by slot."""
     tokens, logits_of_slot = prompt.clone(), {}
     for row, schedule in enumerate(schedules):
         slot = prompt.shape[1] - sum(schedule)
@@ -39,7 +39,7 @@ def sample_without_cache(
 
 
 def record_logits(model: EsoLM) -> list[Tensor]:
-    """Have the network's logits kept as they are computed."""
+    """Collect the logits that the network computes."""
     seen: list[Tensor] = []
     original = model.network.logits
     model.network.logits = lambda hidden: seen.append(original(hidden)) or seen[-1]  # type: ignore
@@ -79,7 +79,7 @@ def test_the_cached_sampler_equals_full_recomputation(model: EsoLM, case: str) -
                     assert float(difference.abs().max()) < CACHE_TOLERANCE
 
 
-def test_each_step_forwards_the_last_steps_tokens_and_this_steps_masks_only(make) -> None:
+def test_each_step_reads_the_last_steps_tokens_and_this_steps_masks_only(make) -> None:
     model, rows = make(), []
     original = model.network.hidden_states
 
@@ -106,7 +106,7 @@ def test_a_prompt_is_kept_and_no_mask_is_left(model: EsoLM) -> None:
         assert sorted(order.tolist()) == list(range(12))
 
 
-def test_nothing_unknown_needs_no_forward_pass(make) -> None:
+def test_a_known_text_needs_no_forward_pass(make) -> None:
     prompt = torch.zeros(2, 5, dtype=torch.int64)
     out = make().generate(2, prompt=prompt, seed=0)
     assert out.nfe == 0
@@ -121,7 +121,7 @@ def test_the_mask_token_is_never_sampled_however_likely(make) -> None:
         assert not (model.generate(4, seed=1, **options).sequences == MASK).any()
 
 
-def test_a_seed_repeats_and_rows_do_not_depend_on_each_other(make) -> None:
+def test_a_seed_repeats_and_samples_are_independent(make) -> None:
     model = make()
     prompt = torch.tensor([[MASK] * 12, [MASK, 1] * 6, [MASK] * 12])
     out = model.generate(3, prompt=prompt, seed=11)
@@ -207,7 +207,7 @@ def test_the_tail_of_the_order_ascends(make) -> None:
     tail = out.permutation[:, num_random:]
     assert bool((tail.diff(dim=1) > 0).all())
     assert not bool((out.permutation[:, :num_random].diff(dim=1) > 0).all())
-    # With many known tokens nothing is left to diffusion.
+    # With many known tokens the diffusion phase reveals none.
     prompt = torch.full((1, 64), 5)
     prompt[:, 40:] = MASK
     known = model.generate(1, prompt=prompt, seed=2, alpha_0=0.5)
@@ -220,6 +220,7 @@ def test_arguments_that_do_not_fit_are_refused(make) -> None:
     prompt = torch.tensor([[1, MASK, MASK], [MASK, MASK, 2]])
     masked_first = torch.tensor([[1, 0, 2], [2, 1, 0]])
     cases = [
+        # Sizes and prompts.
         ({"num_samples": 0}, "num_samples"),
         ({"length": 13}, "max_length"),
         ({"length": 0}, "length"),
@@ -229,15 +230,17 @@ def test_arguments_that_do_not_fit_are_refused(make) -> None:
         ({"prompt": prompt.float()}, "float32"),
         ({"prompt": prompt + 9}, "outside"),
         ({"prompt": torch.ones(2, 13, dtype=torch.int64)}, "max_length"),
+        # Orders, schedules and noise.
         ({"prompt": prompt, "permutation": masked_first}, "masked token comes before"),
         ({"prompt": prompt, "permutation": masked_first[:1]}, "permutation"),
         ({"prompt": prompt, "permutation": masked_first * 0}, "permutation"),
-        ({"prompt": prompt, "schedule": [1, 1, 1]}, "schedule of row 0"),
-        ({"prompt": prompt, "schedule": [2, 0]}, "schedule of row 0"),
-        ({"prompt": prompt, "schedule": [[2], [1]]}, "schedule of row 1"),
-        ({"prompt": prompt, "schedule": [[2]]}, "one a row"),
-        ({"prompt": prompt, "schedule": [2, [2]]}, "one a row"),
+        ({"prompt": prompt, "schedule": [1, 1, 1]}, "schedule of sample 0"),
+        ({"prompt": prompt, "schedule": [2, 0]}, "schedule of sample 0"),
+        ({"prompt": prompt, "schedule": [[2], [1]]}, "schedule of sample 1"),
+        ({"prompt": prompt, "schedule": [[2]]}, "one per sample"),
+        ({"prompt": prompt, "schedule": [2, [2]]}, "one per sample"),
         ({"prompt": prompt, "gumbel": torch.zeros(2, 3, V + 1)}, "gumbel"),
+        # Numbers.
         ({"alpha_0": 1.5}, "alpha_0"),
         ({"steps": 0}, "steps"),
         ({"temperature": -1.0}, "temperature"),

@@ -1,4 +1,4 @@
-"""The scoring functions against one plain causal pass per slot, and against probability theory."""
+"""Scores equal those of one plain causal pass per slot, and probabilities sum to one."""
 
 import itertools
 import math
@@ -10,13 +10,13 @@ from torch import Tensor
 from megatron_eso.sampler import EsoLM
 
 EXACT = 1e-10
-"""float64; the two ways sum in another order."""
+"""For float64; the two ways sum in different orders."""
 
 MASK = 3
 
 
 def random_batch(num_samples: int, num_slots: int) -> tuple[Tensor, Tensor]:
-    """Texts without the mask token, and orders."""
+    """Draw texts without the mask token, and orders."""
     generator = torch.Generator().manual_seed(num_slots)
     x = torch.randint(0, 10, (num_samples, num_slots), generator=generator)
     order = torch.rand(num_samples, num_slots, generator=generator).argsort(1)
@@ -30,7 +30,7 @@ def mask_slots(x: Tensor, order: Tensor, num_clean: list[int]) -> Tensor:
 
 
 def logits_of_last(model: EsoLM, tokens: list[int], positions: list[int]) -> Tensor:
-    """The last row of a plain causal pass."""
+    """Return the last row of a plain causal pass."""
     hidden = model.network.hidden_states(torch.tensor([tokens]), torch.tensor([positions]))
     return model.network.logits(hidden)[0, -1]
 
@@ -61,7 +61,7 @@ def test_a_slot_of_the_diffusion_phase_reads_the_slots_before_it(model: EsoLM) -
         torch.testing.assert_close(logits[sample, slot], expected, atol=EXACT, rtol=0)
 
 
-def test_log_likelihood_sums_the_slots_conditionals(model: EsoLM) -> None:
+def test_the_log_likelihood_is_the_sum_over_slots(model: EsoLM) -> None:
     x, order = random_batch(2, 6)
     found = model.log_likelihood(x, order)
     for sample in range(2):
@@ -90,7 +90,7 @@ def test_the_mask_token_has_no_probability(make) -> None:
     assert float(model.log_likelihood(x, order)) == -math.inf
 
 
-def test_rows_of_a_batch_do_not_touch_each_other(model: EsoLM) -> None:
+def test_samples_of_a_batch_are_independent(model: EsoLM) -> None:
     x, order = random_batch(4, 6)
     z = mask_slots(x, order, [0, 2, 6, 3])
     shuffled = [2, 0, 3, 1]
@@ -138,22 +138,24 @@ def test_inputs_that_do_not_fit_are_refused(make) -> None:
     wrong = order.clone()
     wrong[0, 0] = wrong[0, 1]
     swapped = order.flip(1)
+    # Both phases check their arguments.
     cases = [
         (z, x, swapped, "masked token comes before a clean one"),
         (wide_x, wide_x, wide_order, "max_length = 12"),
         (z[:, :5], x, order, "shape"),
         (z, x, order[0], "shape"),
         (z.int(), x, order, "int32"),
-        (z, x, wrong, "no permutation"),
-        (z, x, order + 1, "no permutation"),
-        (z.masked_fill(z != MASK, 11), x, order, "outside of 0..10"),
-        (z.masked_fill(z != MASK, -1), x, order, "outside of 0..10"),
+        (z, x, wrong, "positions 0..T-1 once"),
+        (z, x, order + 1, "positions 0..T-1 once"),
+        (z.masked_fill(z != MASK, 11), x, order, "outside 0..10"),
+        (z.masked_fill(z != MASK, -1), x, order, "outside 0..10"),
     ]
     for bad_z, bad_x, bad_order, message in cases:
         with pytest.raises(ValueError, match=message):
             model.diffusion_logits(bad_z, bad_order)
         with pytest.raises(ValueError, match=message):
             model.sequential_logits(bad_z, bad_x, bad_order)
+    # Each phase has a condition of its own.
     with pytest.raises(ValueError, match="differ"):
         model.sequential_logits(z, (x + 1) % 3, order)
     with pytest.raises(ValueError, match="max_length"):

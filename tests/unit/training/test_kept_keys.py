@@ -26,7 +26,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def shown(value: Any) -> str:
-    """Write a value as the configuration does."""
+    """Return a value as the configuration writes it."""
     return "not set" if value is None else json.dumps(value)
 
 

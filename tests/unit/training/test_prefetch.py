@@ -79,7 +79,7 @@ def threads_of(batches: RecordedBatches) -> list[threading.Thread]:
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1, STEPS_AHEAD])
-def test_plans_are_those_of_the_batches_from_any_step(
+def test_plans_are_those_of_the_batches_wherever_planning_starts(
     steps_ahead: int, tiny_data: Path, tmp_path: Path
 ) -> None:
     """One after the other; back and on again; far ahead; the same place twice."""

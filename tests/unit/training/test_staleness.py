@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_eso.training.checkpointing.staleness import SMALLEST, StateSample, find_still
-from megatron_eso.training.checkpointing.tensor_parts import TensorPart
+from megatron_eso.training.optimization.tensor_parts import TensorPart
 
 DECAY = 0.9999
 KINDS = ("param", "exp_avg", "exp_avg_sq", "ema")

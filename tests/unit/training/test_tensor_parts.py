@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_eso.training.checkpointing.tensor_parts import cut_range
+from megatron_eso.training.optimization.tensor_parts import cut_range
 
 
 @given(

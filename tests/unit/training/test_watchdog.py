@@ -1,4 +1,4 @@
-"""The watchdog ends a process that hangs, and says where it and every other rank are."""
+"""The watchdog ends a process that hangs, and reports where it and every other rank are."""
 
 import os
 import re
@@ -89,7 +89,7 @@ def start(folder: Path, rank: int, work: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Job]]:
-    """Start a process in a folder for each kind of work; they import and wait together."""
+    """Start a process in its own folder for each kind of work; they import at the same time."""
     started: dict[str, Job] = {}
     for work in ("looks", "steps", "stuck", "no log", "rendezvous"):
         folder = tmp_path_factory.mktemp("watchdog")

@@ -1,4 +1,4 @@
-"""Blends: exact shares in every block, each row once per epoch, a past that no phase changes."""
+"""Blends: exact shares in every block, each data row once per epoch, no change of past samples."""
 
 import dataclasses
 import hashlib
@@ -16,14 +16,14 @@ from megatron_eso.data.samples.blend import (
     Blend,
     BlendPhase,
     Corpus,
-    Places,
+    DataRows,
     resolve_quotas,
 )
 from megatron_eso.data.samples.order import ORDER_VERSION, SampleOrder
 
 BLENDED_ORDER_SHA256 = "38fac21f00c726ba7597b34fad1ed6705ca87de85c9239380f2b4e1dbef509d7"
 SEEDS = st.integers(0, 2**64 - 1)
-# Epochs of the smaller corpora end within a block, those of the larger ones do not.
+# Epochs of the smaller corpora end within a block; those of the larger ones are longer.
 ROWS = st.integers(150, 6000)
 WEIGHTS = st.lists(st.integers(1, 1000), min_size=1, max_size=5)
 NUM_BLOCKS = 3
@@ -31,7 +31,7 @@ NUM_BLOCKS = 3
 
 @st.composite
 def corpora_with_quotas(draw: st.DrawFn, names: str = "abcde") -> tuple[list[Corpus], list[int]]:
-    """Some of the corpora, in any order; a name always has the same number of rows."""
+    """Draw some corpora in any order; equal names have equal numbers of data rows."""
     chosen = draw(st.lists(st.sampled_from(names), min_size=1, max_size=4, unique=True))
     corpora = [Corpus(dataset_id=name, num_rows=150 * 5 ** "abcde".index(name)) for name in chosen]
     weights = draw(st.lists(st.integers(1, 50), min_size=len(chosen), max_size=len(chosen)))
@@ -39,7 +39,7 @@ def corpora_with_quotas(draw: st.DrawFn, names: str = "abcde") -> tuple[list[Cor
 
 
 def restart(blend: Blend) -> Blend:
-    """The blend that a checkpoint gives back."""
+    """Return the blend after a checkpoint is written and read."""
     state = json.loads(json.dumps(dataclasses.asdict(blend)))
     phases = tuple(
         BlendPhase(
@@ -54,13 +54,13 @@ def restart(blend: Blend) -> Blend:
     return Blend(seed=state["seed"], corpora=corpora, phases=phases)
 
 
-def stack(places: Places) -> npt.NDArray[np.int64]:
-    """Corpus, epoch and row of each sample, int64 [N, 3]."""
+def stack(places: DataRows) -> npt.NDArray[np.int64]:
+    """Return corpus, epoch and data row of each sample, int64 [N, 3]."""
     return np.stack([places.corpus_N, places.epoch_N, places.row_N], axis=1)
 
 
-def check_epochs(blend: Blend, places: Places) -> None:
-    """Whole blocks from the first sample on hold every epoch of a corpus in order and once."""
+def check_epochs(blend: Blend, places: DataRows) -> None:
+    """Check that blocks from the first sample on hold each epoch of a corpus once, in order."""
     for number, corpus in enumerate(blend.corpora):
         is_drawn = places.corpus_N == number
         epochs, rows = places.epoch_N[is_drawn], places.row_N[is_drawn]
@@ -81,7 +81,7 @@ def test_quotas_are_the_shares_to_within_one_and_add_up(weights: list[int]) -> N
         for quota, weight in zip(quotas, weights, strict=True)
     ]
     assert all(abs(error) < 1 for error in errors)
-    # Hamilton's rule: who was rounded up had no smaller remainder than who was rounded down.
+    # Hamilton's rule: no quota that is rounded up has a smaller remainder than one rounded down.
     up = [1 - error for error in errors if error > 0]
     down = [-error for error in errors if error < 0]
     assert not up or not down or min(up) >= max(down)
@@ -107,7 +107,7 @@ def test_every_block_holds_the_quotas_and_every_epoch_each_row_once(
     for block in places.corpus_N.reshape(NUM_BLOCKS, BLOCK_SAMPLES):
         assert np.bincount(block, minlength=len(quotas)).tolist() == list(quotas)
     check_epochs(blend, places)
-    # A block holds the draws that follow those of the blocks before it, whatever their places.
+    # A block continues the draws of the blocks before it, in any order within the block.
     for number, corpus in enumerate(corpora):
         draws = quotas[number] + np.arange(quotas[number])
         found = places.row_N[BLOCK_SAMPLES : 2 * BLOCK_SAMPLES]
@@ -143,7 +143,7 @@ def test_phases_repeat_nothing_and_leave_the_past_alone(
     first: tuple[list[Corpus], list[int]],
     changes: list[tuple[int, tuple[list[Corpus], list[int]]]],
 ) -> None:
-    """Each change comes some samples after the one before, and follows a resume."""
+    """Change the blend several times, each time some samples later and after a resume."""
     blend, consumed = Blend.begin(seed, *first), 0
     for number, (advance, (corpora, quotas)) in enumerate(changes, start=2):
         consumed += advance
@@ -189,7 +189,7 @@ def test_an_unchanged_blend_as_a_new_phase_changes_nothing() -> None:
 def test_ranks_batches_and_resumes_see_the_samples_of_one_long_run(
     seed: int, blended: tuple[list[Corpus], list[int]], stages: list[tuple[int, int, int]]
 ) -> None:
-    """Stages of (data-parallel size, samples per rank and step, steps), each after a resume."""
+    """Run parts of (data-parallel size, samples per rank and step, steps), each after a resume."""
     blend = Blend.begin(seed, *blended)
     consumed, seen = 0, []
     for data_parallel_size, samples_per_rank, steps in stages:
@@ -203,12 +203,12 @@ def test_ranks_batches_and_resumes_see_the_samples_of_one_long_run(
     found = found[np.argsort(found[:, 0])]
     assert np.array_equal(found[:, 0], np.arange(consumed))
     assert np.array_equal(found[:, 1:], stack(blend.locate(np.arange(consumed))))
-    # Not one row of an epoch twice, at any number of samples.
+    # No data row comes twice in an epoch, for any number of samples.
     assert len(np.unique(found[:, 1:], axis=0)) == consumed
 
 
 def test_corpora_are_mixed_within_a_block() -> None:
-    """Runs of one corpus are as long as in a fair shuffle."""
+    """Compare the lengths of runs of one corpus with those of a fair shuffle."""
     corpora = [Corpus(dataset_id=name, num_rows=10**6) for name in "ab"]
     blend = Blend.begin(3, corpora, (1024, 3072))
     corpus = blend.locate(np.arange(100 * BLOCK_SAMPLES)).corpus_N

@@ -1,4 +1,4 @@
-"""BOS and EOS around the text: in training, validation and any-order evaluation alike."""
+"""BOS and EOS around the text, in training, validation and any-order evaluation."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ FRAMED: Overrides = {"data.framing": '"bos_eos"', "data.sequence_length": T}
 
 
 def samples_of(micro_batches: Iterable[MicroBatch], mask_token_id: int) -> NDArray[np.int64]:
-    """Tokens by position of every sample that a plan shows, from its rows and targets; [N, T]."""
+    """Return the tokens of a plan's samples by position, from its rows and targets; [N, T]."""
     samples = []
     for batch in micro_batches:
         plan = batch.rows
@@ -100,7 +100,7 @@ def test_validation_samples_are_never_cut(config: Config) -> None:
         assert lengths == of_whole
 
 
-def test_tokens_stand_around_rows_of_text() -> None:
+def test_tokens_are_added_around_rows_of_text() -> None:
     text = np.arange(6).reshape(2, 3)
     assert Framing().frame(text) is text
     assert Framing(before=(7,), after=(8,)).frame(text).tolist() == [

@@ -34,7 +34,7 @@ def test_an_epoch_holds_every_row_once(seed: int, num_rows: int, epoch: int) -> 
 def test_changing_ranks_and_batches_loses_and_repeats_nothing(
     seed: int, num_rows: int, stages: list[tuple[int, int, int]]
 ) -> None:
-    """Stages of (data-parallel size, samples per rank and step, steps)."""
+    """Run parts of (data-parallel size, samples per rank and step, steps)."""
     consumed = 0
     seen: list[np.ndarray] = []
     for data_parallel_size, samples_per_rank, steps in stages:
@@ -56,7 +56,7 @@ def test_changing_ranks_and_batches_loses_and_repeats_nothing(
 
 @settings(max_examples=40, deadline=None)
 @given(seed=SEEDS, num_rows=st.integers(1, 2**62 - 1), samples=st.lists(st.integers(0, 2**63 - 1)))
-def test_a_sample_does_not_depend_on_what_is_asked_for_with_it(
+def test_a_sample_does_not_depend_on_the_samples_read_with_it(
     seed: int, num_rows: int, samples: list[int]
 ) -> None:
     order = SampleOrder(seed, num_rows)
@@ -67,7 +67,7 @@ def test_a_sample_does_not_depend_on_what_is_asked_for_with_it(
 
 
 def test_version_1_never_changes() -> None:
-    """Runs that resume rely on these numbers: another order is another version."""
+    """Compare with fixed numbers, on which resumed runs rely; another order is another version."""
     assert ORDER_VERSION == 1
     first = SampleOrder(1, 10).rows(np.arange(20))
     assert first.tolist() == [3, 1, 4, 7, 2, 9, 0, 8, 6, 5, 2, 8, 7, 4, 1, 6, 5, 0, 3, 9]

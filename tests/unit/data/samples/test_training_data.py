@@ -1,4 +1,4 @@
-"""The corpora of a run: what is read, what may change on resume, and what is refused."""
+"""The corpora of a run: the samples, changes on resume, and refusals."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ SOURCE = "runs/x/checkpoints/step_00000100"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, make_dataset: MakeDataset) -> Path:
-    """Corpora a, b and c, and shards with other tokenizers."""
+    """Write corpora a, b and c, and shards of other tokenizers."""
     folder = tmp_path_factory.mktemp("corpora")
     for name, num_tokens in NUM_TOKENS.items():
         make_dataset(folder / name, num_tokens, RECORD_TOKENS)
@@ -75,13 +75,13 @@ def open_run(config: Config) -> tuple[TrainingData, ValidationData | None]:
 
 
 def read_rows(folder: Path, name: str) -> npt.NDArray[np.int64]:
-    """All rows of a corpus by another path: the dataset's own, one after the other."""
+    """Read all data rows of a corpus from its dataset, in order."""
     dataset = TokenDataset.open(folder / name)
     return dataset.rows(np.arange(dataset.num_rows(LENGTH)), LENGTH)
 
 
 def checkpoint(data: TrainingData) -> dict[str, Any]:
-    """The state as a checkpoint gives it back."""
+    """Return the state after a checkpoint is written and read."""
     state: dict[str, Any] = json.loads(json.dumps(data.state))
     return state
 
@@ -93,7 +93,7 @@ def resume(config: Config, state: dict[str, Any], consumed_samples: int) -> Trai
 
 
 def refuse(config: Config, state: dict[str, Any], consumed_samples: int = 100) -> str:
-    """The line that refuses to go on."""
+    """Return the error of a refused resume."""
     with pytest.raises(ConfigError) as raised:
         resume(config, state, consumed_samples)
     return str(raised.value)
@@ -141,7 +141,7 @@ def test_the_validation_set_is_every_row_in_order(folder: Path) -> None:
     assert validation.vocabulary == train.vocabulary == Vocabulary(size=50_000, mask_token_id=4)
     assert len(validation.sources) == len(train.sources) == 1
     assert ValidationData.open(configure(folder, "a").data) is None
-    with pytest.raises(DataError, match="has no row of 50 tokens"):
+    with pytest.raises(DataError, match="has no data row of 50 tokens"):
         ValidationData.open(configure(folder, "a", validation=str(folder / "short")).data)
 
 
@@ -181,11 +181,11 @@ def test_shards_of_another_tokenizer_are_refused(folder: Path, name: str, differ
     line = refuse(configure(folder, name), state)
     assert difference in line
     assert "checkpoint.init_other_tokenizer = true" in line
-    # The same pieces in another file, which training on more threads gives.
+    # The same pieces in another file, as training with more threads writes it.
     open_run(configure(folder, ["a", "other_file"]))
 
 
-def test_a_resumed_run_sees_what_it_would_have_seen(folder: Path) -> None:
+def test_a_resumed_run_reads_the_samples_of_an_uninterrupted_one(folder: Path) -> None:
     config = configure(folder, ["a", "b"], train_weights=(3.0, 1.0))
     straight = open_data(config)
     state = checkpoint(straight)
@@ -202,6 +202,7 @@ def test_a_resumed_run_sees_what_it_would_have_seen(folder: Path) -> None:
 def test_another_blend_is_a_new_phase_or_refused(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    # Without the next number of a phase, another blend is refused.
     first = open_data(configure(folder, ["a", "b"], train_weights=(3.0, 1.0)))
     state = checkpoint(first)
     changed = {"train_weights": (1.0, 1.0, 2.0)}
@@ -212,6 +213,7 @@ def test_another_blend_is_a_new_phase_or_refused(
         line = refuse(configure(folder, ["a", "b", "c"], phase=phase, **changed), state)
         assert f"data.phase = {phase}: {SOURCE} is in phase 1 of" in line
 
+    # With it, the new blend begins at the next block.
     with caplog.at_level(logging.INFO):
         second = resume(configure(folder, ["a", "b", "c"], phase=2, **changed), state, 5000)
     (record,) = caplog.records
@@ -222,6 +224,7 @@ def test_another_blend_is_a_new_phase_or_refused(
     assert np.array_equal(second.rows(before), first.rows(before))
     assert np.bincount(second.locate(after).corpus_N).tolist() == [1024, 1024, 2048]
 
+    # A resume in the new phase changes nothing; a return to the old blend needs another phase.
     state = checkpoint(second)
     third = resume(configure(folder, ["a", "b", "c"], phase=2, **changed), state, 8000)
     assert checkpoint(third) == state
@@ -239,7 +242,7 @@ def test_a_corpus_is_kept_until_its_last_block(folder: Path) -> None:
     data = resume(kept, state, 100)
     data.rows(np.arange(9000))
     assert set(data.locate(np.arange(4096, 9000)).corpus_N) == {0}
-    # At the boundary itself nothing is left to draw from it.
+    # At the boundary, no draw of this corpus remains.
     resume(configure(folder, "a", phase=2), state, 4096).rows(np.arange(4096, 9000))
 
 
@@ -254,9 +257,10 @@ def test_another_order_is_refused(folder: Path, changes: dict[str, Any], key: st
     assert "a run keeps its order" in line
 
 
-def test_damage_names_the_sample_and_a_quarantine_that_helps(
+def test_damage_names_the_sample_and_the_entry_for_quarantine(
     tmp_path: Path, make_dataset: MakeDataset, caplog: pytest.LogCaptureFixture
 ) -> None:
+    # Read sound samples, then flip a bit in one record.
     for name, num_tokens in NUM_TOKENS.items():
         make_dataset(tmp_path / name, num_tokens, RECORD_TOKENS)
     config = configure(tmp_path, ["a", "b"])
@@ -270,6 +274,7 @@ def test_damage_names_the_sample_and_a_quarantine_that_helps(
     content[layout.record_offset(bad_record) + 1] ^= 4
     shard.write_bytes(content)
 
+    # Reading names the first data row of the record, its sample, and the line for the list.
     is_bad = (places.corpus_N == 1) & (places.row_N // (RECORD_TOKENS // LENGTH) == bad_record)
     (samples,) = np.nonzero(is_bad)
     datasets = tuple(TokenDataset.open(tmp_path / name, retry_seconds=()) for name in "ab")
@@ -277,9 +282,10 @@ def test_damage_names_the_sample_and_a_quarantine_that_helps(
     with pytest.raises(UserError) as raised:
         impatient.rows(np.arange(samples[0] - 5, samples[0] + 5))
     line = str(raised.value)
-    assert f"row {places.row_N[samples[0]]}, sample {samples[0]} is damaged" in line
+    assert f"data row {places.row_N[samples[0]]}, sample {samples[0]} is damaged" in line
     assert f"list record {bad_record} of dataset {dataset.dataset_id} in data.quarantine" in line
 
+    # With the list, data rows of other records replace those of the record.
     listed = tmp_path / "quarantine.json"
     records = {dataset.dataset_id: [bad_record], "0" * 64: [1]}
     listed.write_text(json.dumps({"format_version": 1, "records": records}))
@@ -288,7 +294,7 @@ def test_damage_names_the_sample_and_a_quarantine_that_helps(
         again, _ = open_run(repaired)
         again.resume(checkpoint(data), consumed_samples=100, source=SOURCE)
     assert "no dataset of this run" in caplog.messages[0]
-    assert "data.quarantine: another list than that of" in caplog.messages[1]
+    assert "data.quarantine: the list differs from that of" in caplog.messages[1]
     assert checkpoint(again)["quarantine_sha256"] != checkpoint(data)["quarantine_sha256"]
     found = again.rows(np.arange(3000))
     assert np.array_equal(found[~is_bad], sound[~is_bad])

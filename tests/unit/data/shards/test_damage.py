@@ -34,7 +34,7 @@ Tokens = npt.NDArray[np.int64]
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory, tokenizer_directory: Path) -> Path:
-    """A dataset with its real tokenizer; not to be changed."""
+    """Write a dataset with its real tokenizer, which no test changes."""
     folder = tmp_path_factory.mktemp("sound")
     texts = itertools.islice(collect_documents(Path(sysconfig.get_path("stdlib"))), 70)
     text = folder / "text.txt"
@@ -51,7 +51,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory, tokenizer_directory: Path) -
 
 @dataclass(frozen=True)
 class Subject:
-    """A dataset to damage, and what it held."""
+    """A dataset to damage, and its tokens before."""
 
     directory: Path
     opened: TokenDataset
@@ -66,7 +66,7 @@ class Subject:
         return dataset.rows(np.arange(len(self.rows)), LENGTH)
 
     def token_places(self, shard: int) -> Iterator[range]:
-        """Where in a shard's file the tokens of each record lie."""
+        """Return the offsets of each record's tokens in a shard's file."""
         first = shard * SHARD_RECORDS
         for record in range(first, first + self.layout.shard_num_records(shard)):
             offset = self.layout.record_offset(record)
@@ -86,7 +86,7 @@ def subject(tmp_path: Path, sound: Path) -> Subject:
 
 
 def test_every_cut_of_every_shard_is_detected(subject: Subject) -> None:
-    """Open, read after a file shrank, and verify: each of them detects the cut."""
+    """Open, read after a file became shorter, and verify; each of them detects the cut."""
     num_cuts = 0
     for shard, file in enumerate(subject.opened.manifest.shards):
         path = subject.directory / file.name
@@ -136,11 +136,11 @@ def test_every_cut_of_the_other_files_is_detected(subject: Subject) -> None:
 
 
 def test_no_flipped_bit_is_delivered(subject: Subject) -> None:
-    """Verify finds each; opening or reading refuses it, or no token comes from there."""
+    """Flip bits of every file: `verify` finds each, and no reader returns a damaged token."""
     random = np.random.default_rng(1)
     shards = [subject.directory / shard.name for shard in subject.opened.manifest.shards]
     others = list_other_files(subject.directory)
-    # Half of the flips by size, which is nearly all shards, and half evenly over the files.
+    # Half of the flips are drawn by size, nearly all in shards, and half evenly over the files.
     sizes = np.array([path.stat().st_size for path in shards + others])
     by_size = random.choice(len(sizes), NUM_FLIPS // 2, p=sizes / sizes.sum())
     evenly = np.arange(NUM_FLIPS - len(by_size)) % len(sizes)
@@ -164,14 +164,14 @@ def test_no_flipped_bit_is_delivered(subject: Subject) -> None:
 
 
 def list_other_files(directory: Path) -> list[Path]:
-    """All but the shards: index files, the manifest, the tokenizer's."""
+    """List all files except the shards: index files, manifest, tokenizer."""
     files = [path for path in directory.rglob("*") if path.is_file() and path.suffix != ".tar"]
     assert {*OPENING_REFUSES, "tokenizer.model"} <= {path.name for path in files}
     return sorted(files)
 
 
 def check_shard(subject: Subject, shard: int, place: int) -> bool:
-    """A flip at `place` of a shard is refused, by its place; True if a token lies there."""
+    """Check that a flip in a shard is refused with its offset; return whether it hits a token."""
     hit = [
         (record, places.start)
         for record, places in enumerate(subject.token_places(shard), shard * SHARD_RECORDS)
@@ -184,8 +184,8 @@ def check_shard(subject: Subject, shard: int, place: int) -> bool:
             continue
         ((record, start),) = hit
         offset = start + (place - start) // BLOCK_BYTES * BLOCK_BYTES
-        where = rf"shard-0000{shard}\.tar, record 0000000{record}.*, offset {offset}, row "
-        # Rows of one token: every token is in one.
+        where = rf"shard-0000{shard}\.tar, record 0000000{record}.*, offset {offset}, data row "
+        # Data rows of one token hold every token.
         tokens = np.arange(subject.layout.record_num_tokens(record)) + record * RECORD_TOKENS
         with pytest.raises(DataError, match=where):
             dataset.rows(tokens, 1)

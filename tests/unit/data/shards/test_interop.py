@@ -26,7 +26,7 @@ DTYPES = {"u16": "<u2", "u32": "<u4"}
 
 
 def read_records(directory: Path) -> list[Tokens]:
-    """The records by our reader: each is a row of its own length."""
+    """Read the records by our reader, each as a data row of its own length."""
     dataset = TokenDataset.open(directory)
     layout = dataset.manifest.layout
     records = []

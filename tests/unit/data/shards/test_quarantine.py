@@ -1,4 +1,4 @@
-"""Quarantine: listed records are never read, and everything else stays where it was."""
+"""Quarantine: listed records are never read, and all other data rows stay the same."""
 
 import json
 from pathlib import Path
@@ -52,10 +52,10 @@ def test_substitutes_are_sound_and_the_rest_stays(
     assert np.array_equal(found[~is_bad], rows[~is_bad])
     assert not np.isin(layout.locate_rows(found, length)[0], sorted(bad)).any()
     assert np.isin(found, rows).all()
-    # A row's substitute depends on no other row that is asked for.
+    # The substitute of a data row does not depend on the other data rows of the call.
     alone = [quarantine.substitute("id", layout, rows[n : n + 1], length)[0] for n in rows]
     assert np.array_equal(alone, found)
-    # A longer list moves only what it must.
+    # A longer list changes only the substitutes in its new records.
     before = listing(*fewer).substitute("id", layout, rows, length)
     must_move = np.isin(layout.locate_rows(before, length)[0], sorted(bad))
     assert np.array_equal(before[~must_move], found[~must_move])

@@ -1,7 +1,7 @@
-"""Faults that pass are waited for, within bounds; those that stay are one line with their place.
+"""Passing faults are retried a few times; lasting ones become one line with shard and offset.
 
-The faults are real: bytes that change on disk, files that are cut, replaced or gone, and EIO, which
-Linux gives for the memory of a process where nothing is mapped.
+The faults are real: bytes that change on disk, files that are cut, replaced or missing, and EIO,
+which Linux returns for unmapped memory of a process.
 """
 
 import logging
@@ -31,7 +31,7 @@ UNMAPPED = Path("/proc/self/mem")
 
 
 def flip_bit(shard: Path) -> None:
-    """Flip a bit in the second record's second block; row 56 is the first row that reaches it."""
+    """Flip a bit in the second block of the second record; data row 56 is the first to reach it."""
     content = bytearray(shard.read_bytes())
     content[SECOND_RECORD + BLOCK_BYTES + 5] ^= 1
     with shard.open("r+b") as file:
@@ -39,7 +39,7 @@ def flip_bit(shard: Path) -> None:
 
 
 def cut_off(shard: Path) -> None:
-    """Cut the file in row 48, the ninth row of the second record."""
+    """Cut the file in data row 48, the ninth of the second record."""
     os.truncate(shard, SECOND_RECORD + 8 * 2 * LENGTH + 1)
 
 
@@ -65,7 +65,7 @@ def shard(tmp_path: Path, make_dataset: MakeDataset) -> Path:
 
 @contextmanager
 def repairing(shard: Path, sound: bytes, after: int) -> Iterator[list[str]]:
-    """Put another, sound file in the shard's place at the n-th warning of the reader."""
+    """Replace the shard by a sound file at the n-th warning of the reader."""
     messages: list[str] = []
 
     class Repair(logging.Handler):
@@ -122,7 +122,7 @@ def test_a_fault_that_stays_is_one_line_in_the_end(shard: Path, fault: Break, pr
     assert line.startswith(f"{shard}, record 0000000")
     assert f"of dataset {dataset.dataset_id} in data.quarantine" in line
     assert "\n" not in line
-    # The other shard is as good as before.
+    # The other shard can still be read.
     dataset.rows(np.arange(80, NUM_ROWS), LENGTH)
 
 
@@ -130,7 +130,7 @@ def test_a_fault_that_stays_is_one_line_in_the_end(shard: Path, fault: Break, pr
     ("fault", "problem"),
     [(replace_by_directory, "Is a directory"), (remove, "No such file or directory")],
 )
-def test_what_no_waiting_mends_fails_at_once(shard: Path, fault: Break, problem: str) -> None:
+def test_a_fault_that_cannot_pass_fails_at_once(shard: Path, fault: Break, problem: str) -> None:
     dataset = TokenDataset.open(shard.parent, retry_seconds=(60.0,))
     fault(shard)
     with repairing(shard, b"", after=0) as messages, pytest.raises(DataError, match=problem):

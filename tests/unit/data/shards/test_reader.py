@@ -1,4 +1,4 @@
-"""Reading rows: equal to a plain numpy reference; refusals name what was asked for."""
+"""Reading of data rows: equal to a plain numpy reference; errors name the data row."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ LARGE_RECORD_TOKENS = 70_000
 def cut_rows(
     tokens: npt.NDArray[np.int64], record_tokens: int, sequence_length: int
 ) -> npt.NDArray[np.int64]:
-    """The reference: records one after the other, each cut into whole rows."""
+    """Cut each record into whole data rows, as a reference for the reader."""
     rows = []
     for start in range(0, len(tokens), record_tokens):
         record = tokens[start : start + record_tokens]
@@ -95,7 +95,7 @@ def test_a_sequence_longer_than_a_record_is_refused(
 ) -> None:
     make_dataset(tmp_path / "data", 300, 100)
     dataset = TokenDataset.open(tmp_path / "data")
-    with pytest.raises(DataError, match="no row of 101 tokens"):
+    with pytest.raises(DataError, match="no data row of 101 tokens"):
         dataset.num_rows(101)
 
 
@@ -107,7 +107,7 @@ def test_rows_out_of_range_are_refused(tmp_path: Path, make_dataset: MakeDataset
             dataset.rows(np.array([index]), 10)
 
 
-def test_damage_names_the_row_that_was_asked_for(tmp_path: Path, make_dataset: MakeDataset) -> None:
+def test_damage_names_the_row_that_was_read(tmp_path: Path, make_dataset: MakeDataset) -> None:
     directory = tmp_path / "data"
     make_dataset(directory, 110_000, 40_000)
     dataset = TokenDataset.open(directory, retry_seconds=())
@@ -117,7 +117,7 @@ def test_damage_names_the_row_that_was_asked_for(tmp_path: Path, make_dataset: M
     shard.write_bytes(content)
     with pytest.raises(DataError, match="row 45 is damaged"):
         dataset.rows(np.array([3, 45, 7]), 1000)
-    # Rows of other blocks are as good as before.
+    # Data rows of other blocks can still be read.
     dataset.rows(np.array([3, 79, 7]), 1000)
 
 
@@ -139,7 +139,7 @@ def test_other_versions_and_inconsistent_manifests_are_refused(
         decode_manifest(foreign, path)
 
 
-def test_a_folder_of_splits_says_which_to_open(tmp_path: Path, make_dataset: MakeDataset) -> None:
+def test_a_folder_of_splits_names_them(tmp_path: Path, make_dataset: MakeDataset) -> None:
     make_dataset(tmp_path / "train", 300, 100)
     with pytest.raises(DataError, match=r"several datasets; give .*train"):
         TokenDataset.open(tmp_path)

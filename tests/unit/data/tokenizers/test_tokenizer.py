@@ -1,4 +1,4 @@
-"""Tokenizers: what goes in comes out again, and the mask token is nobody else's."""
+"""Tokenizers: decoding gives the text again, and only the mask token has its id."""
 
 import io
 import pickle
@@ -23,7 +23,7 @@ LOSSLESS = [
     "<mask></s><unk><0x41><pad>",
 ]
 
-# The official default settings: normalizes, adds a space, keeps no newline. No mask token.
+# The official default settings normalize, add a space and drop newlines; there is no mask token.
 SENTENCES = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen jugs"] * 20
 
 
@@ -57,7 +57,7 @@ def test_any_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
 
 
 def test_the_word_boundary_character_comes_back_as_a_space(tokenizer: Tokenizer) -> None:
-    """The one loss that is left; the tools count and report it."""
+    """Decode the one character that changes; the tools count and report it."""
     assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b"
 
 
@@ -163,7 +163,5 @@ def test_missing_and_damaged_models_are_refused(tokenizer_directory: Path, tmp_p
     content = (tokenizer_directory / "tokenizer.model").read_bytes()
     for damaged in (b"", b"no model", content[: len(content) // 2]):
         (tmp_path / "tokenizer.model").write_bytes(damaged)
-        with pytest.raises(
-            DataError, match=r"tokenizer\.model: it is (empty|no SentencePiece model)"
-        ):
+        with pytest.raises(DataError, match=r"tokenizer\.model: it is (empty|not a SentencePiece)"):
             Tokenizer.load(tmp_path)

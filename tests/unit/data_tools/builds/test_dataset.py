@@ -1,4 +1,4 @@
-"""Building shards: exactly the tokens of the text, the same bytes for any number of workers."""
+"""Built shards hold the tokens of the text, in equal bytes for any number of workers."""
 
 import fcntl
 import hashlib
@@ -82,7 +82,7 @@ def test_tokens_are_the_documents_in_order(tmp_path: Path, tokenizer_directory: 
 def test_workers_and_parts_do_not_change_a_byte(
     tmp_path: Path, corpus: Path, tokenizer_directory: Path
 ) -> None:
-    """Several megabytes, so that there are more units than workers, and more spans than parts."""
+    """The input is large enough for more units than workers, and more spans than parts."""
     long_text = tmp_path / "long.txt"
     with long_text.open("w", encoding="utf-8") as file:
         for line in corpus.read_text(encoding="ascii").splitlines()[:400]:
@@ -117,14 +117,14 @@ def test_workers_and_parts_do_not_change_a_byte(
 
     train = TokenDataset.open(tmp_path / "workers_1" / "train")
     assert len(train.manifest.shards) > 1
-    # The large file was cut into ranges, each named by its bytes.
+    # The large file was cut into slices, each named by its bytes.
     pieces = [source for source in train.manifest.sources if source.path == corpus.name]
     assert [piece.offset for piece in pieces] == list(range(0, corpus.stat().st_size, 2**19))
     content = corpus.read_bytes()
     for piece in pieces:
         data = content[piece.offset : piece.offset + piece.bytes]
         assert hashlib.sha256(data).hexdigest() == piece.sha256
-    # The long text was cut into units; its tokens are those of the whole.
+    # The long text was cut into units, and its tokens are those of the whole text.
     datasets = [TokenDataset.open(tmp_path / "workers_1" / name) for name in SPLITS]
     (dataset,) = (each for each in datasets if each.manifest.sources[-1].num_documents)
     whole = encode_documents(tokenizer_directory, [long_text.read_text(encoding="utf-8")])
@@ -149,7 +149,7 @@ def test_splits_hold_every_document_once_by_its_text(
     assert sorted(train + validation) == sorted(texts)
     # Binomial: five standard deviations.
     assert abs(len(validation) - 0.2 * len(texts)) < 5 * np.sqrt(0.16 * len(texts))
-    # Another order, other files, and the same documents go to the same side.
+    # In another order and in other files, each document goes to the same split.
     folder = tmp_path / "files"
     folder.mkdir()
     for number, text in enumerate(reversed(texts)):
@@ -164,15 +164,15 @@ def test_splits_hold_every_document_once_by_its_text(
         (b'{"text": "a"}\n{"text": "b"\n', "bad.jsonl:2: invalid JSON"),
         (b'{"text": "a"}\n\n{"body": "b"}\n', "bad.jsonl:3: no key 'text'"),
         (b'{"text": 1}\n', "bad.jsonl:1: 'text' is not a string"),
-        (b"[1]\n", "bad.jsonl:1: not a JSON object"),
+        (b"[1]\n", "bad.jsonl:1: is no JSON object"),
         (b'{"text": "\xff"}\n', "bad.jsonl:1: invalid UTF-8"),
         (b'{"text": "\\ud800"}\n', "bad.jsonl:1: the text holds half a surrogate pair"),
         (b"[" * 10**6, "bad.jsonl:1: invalid JSON"),
         (b'{"text": ""}\n', "no document with text"),
-        (b"", "bad.jsonl: empty"),
+        (b"", "bad.jsonl: is empty"),
     ],
 )
-def test_bad_lines_are_named(
+def test_broken_lines_are_named(
     tmp_path: Path, tokenizer_directory: Path, content: bytes, problem: str
 ) -> None:
     path = tmp_path / "bad.jsonl"
@@ -182,7 +182,7 @@ def test_bad_lines_are_named(
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["bad.jsonl"]
 
 
-def test_bad_text_files_are_named_by_line(tmp_path: Path, tokenizer_directory: Path) -> None:
+def test_broken_text_files_are_named_by_line(tmp_path: Path, tokenizer_directory: Path) -> None:
     path = tmp_path / "bad.txt"
     path.write_bytes(b"line\n" * 500_000 + b"\xff\n")
     for workers in (1, 2):
@@ -199,8 +199,8 @@ def test_wrong_paths_are_refused(tmp_path: Path, tokenizer_directory: Path) -> N
     (tmp_path / "taken" / "mine").write_text("mine")
     for path, problem in (
         (tmp_path / "absent.jsonl", "no such file or folder"),
-        (unknown, "unknown kind of file"),
-        (tmp_path / "empty", "no text there"),
+        (unknown, "is of an unknown kind"),
+        (tmp_path / "empty", "holds no text"),
     ):
         with pytest.raises(ConfigError, match=problem):
             build([path], tokenizer_directory, tmp_path / "out")
@@ -213,7 +213,7 @@ def test_wrong_paths_are_refused(tmp_path: Path, tokenizer_directory: Path) -> N
     assert (tmp_path / "taken" / "mine").read_text() == "mine"
 
 
-def test_two_builds_of_one_place_do_not_meet(tmp_path: Path, tokenizer_directory: Path) -> None:
+def test_two_builds_of_one_output_are_refused(tmp_path: Path, tokenizer_directory: Path) -> None:
     jsonl = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     building = tmp_path / "out.building"
     building.mkdir()

@@ -1,4 +1,4 @@
-"""A build that was interrupted goes on, with the input and the options that it was begun with."""
+"""An interrupted build continues with the same input and the same options."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ SKIP = TextOptions(on_error="skip")
 
 
 def write_lines(path: Path, *, is_bad: bool, first: str = "a") -> None:
-    """Long documents, a few of which make a unit; one line of them may be broken."""
+    """Write long documents, a few of which make a unit; one line may be broken."""
     texts = [f"{number} " + "word " * 20_000 for number in range(NUM_LINES)]
     texts[0] = first + texts[0]
     lines = [json.dumps({"text": text}) for text in texts]
@@ -32,7 +32,7 @@ def write_lines(path: Path, *, is_bad: bool, first: str = "a") -> None:
 
 @pytest.fixture
 def options(tmp_path: Path, tokenizer_directory: Path) -> BuildOptions:
-    """Return options of a build that stops late, at a broken line, with most work committed."""
+    """Return options of a build that stops at a late broken line, with most work committed."""
     write_lines(tmp_path / "a.jsonl", is_bad=True)
     return BuildOptions(
         inputs=[str(tmp_path / "a.jsonl")],
@@ -94,17 +94,17 @@ def test_other_options_are_refused_by_name(
         build_dataset(options)
 
 
-def test_input_that_has_changed_is_noticed(options: BuildOptions, tmp_path: Path) -> None:
+def test_input_that_has_changed_is_refused(options: BuildOptions, tmp_path: Path) -> None:
     stop_at_bad_line(options)
     write_lines(tmp_path / "a.jsonl", is_bad=True, first="b")
-    with pytest.raises(DataError, match=r"a\.jsonl.* is not what it was"):
+    with pytest.raises(DataError, match=r"a\.jsonl.* has changed since"):
         build_dataset(options)
     write_lines(tmp_path / "a.jsonl", is_bad=True)
     build_dataset(change(options, text=SKIP))
 
 
 def test_a_little_work_is_not_kept(options: BuildOptions, tmp_path: Path) -> None:
-    """Leave nothing of a build that stops early, so that a corrected command starts anew."""
+    """A build that stops early leaves nothing, so a corrected command starts again."""
     small = change(options, commit_bytes=2**30)
     with pytest.raises(DataError):
         build_dataset(small)
@@ -114,7 +114,7 @@ def test_a_little_work_is_not_kept(options: BuildOptions, tmp_path: Path) -> Non
 def test_what_a_kill_has_left_between_the_last_steps_is_finished(
     options: BuildOptions, tmp_path: Path
 ) -> None:
-    """Kill between the last steps: spans are moved, the dataset is named, the rest is removed."""
+    """The last steps: spans are moved, the dataset is renamed, the rest is removed."""
     stop_at_bad_line(options)
     building = tmp_path / "out.building"
     plan = (building / "plan.json").read_bytes()
@@ -130,7 +130,7 @@ def test_what_a_kill_has_left_between_the_last_steps_is_finished(
 
     for is_published in (False, True):
         leave(is_published=is_published)
-        assert build_dataset(options) == ids  # the bad line is not met again
+        assert build_dataset(options) == ids  # the broken line is not read again
         assert (options.out / "manifest.json").read_bytes() == manifest
         assert not building.exists()
     leave(is_published=False)
@@ -138,7 +138,7 @@ def test_what_a_kill_has_left_between_the_last_steps_is_finished(
     assert not building.exists()
 
 
-def test_every_part_must_be_there(options: BuildOptions, tmp_path: Path) -> None:
+def test_every_part_is_needed(options: BuildOptions, tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", is_bad=False)
     parts = change(options, span_bytes=2**20)
     straight = change(parts, out=tmp_path / "straight")
@@ -149,14 +149,14 @@ def test_every_part_must_be_there(options: BuildOptions, tmp_path: Path) -> None
         merge_parts(parts.out)
     with pytest.raises(ConfigError, match="--deduplicate False, not True"):
         build_dataset(change(parts, part=Part(number=1, count=3), deduplicate=True))
-    # The whole build takes up what the parts have done.
+    # A build of the whole continues from the parts.
     build_dataset(parts)
     for path in straight.out.iterdir():
         if path.is_file():
             assert (parts.out / path.name).read_bytes() == path.read_bytes()
 
 
-def test_standard_input_goes_on_when_it_is_piped_again(
+def test_standard_input_continues_when_it_is_piped_again(
     options: BuildOptions, tmp_path: Path
 ) -> None:
     out = tmp_path / "piped"
@@ -169,7 +169,7 @@ def test_standard_input_goes_on_when_it_is_piped_again(
     files = SpanFiles(directory=tmp_path / "piped.building" / "spans", number=0)
     committed = files.journal.read_bytes()
     assert committed
-    assert "standard input, or a file read before it, is not what it was" in pipe(
+    assert "standard input, or a file read before it, has changed since" in pipe(
         good.replace(b"a0 word", b"b0 word"), options, out
     )
     assert files.journal.read_bytes() == committed
@@ -179,7 +179,7 @@ def test_standard_input_goes_on_when_it_is_piped_again(
 
 
 def pipe(content: bytes, options: BuildOptions, out: Path) -> str:
-    """Build from standard input in another process; what it says on stderr."""
+    """Build from standard input in another process, and return its stderr."""
     program = f"""
 from pathlib import Path
 from data_tools.builds.dataset import BuildOptions, build_dataset

@@ -15,12 +15,12 @@ from data_tools.builds.unit_encoder import DOCUMENT_DTYPE
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 
-STANDARD_DEVIATIONS = 5  # for what is left to chance
+STANDARD_DEVIATIONS = 5  # for random results
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    """Short documents, a third of them repeated, some often."""
+    """Make short documents, of which a third are repeated, some often."""
     draw = random.Random(1)
     distinct = [f"document {number} " * draw.randint(1, 30) for number in range(2000)]
     return draw.choices(distinct, k=500) + distinct + draw.choices(distinct[:50], k=500)
@@ -28,7 +28,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def inputs(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The documents in three files of different sizes."""
+    """Write the documents to three files of different sizes."""
     folder = tmp_path_factory.mktemp("texts")
     lines = [json.dumps({"text": text}) + "\n" for text in texts]
     for name, part in (("a", lines[:100]), ("b", lines[100:900]), ("c", lines[900:])):
@@ -54,7 +54,7 @@ def read_documents(directory: Path) -> list[str]:
     return [tokenizer.decode(part.tolist()) for part in np.split(tokens, ends)[:-1]]
 
 
-def test_of_equal_documents_the_first_stays(
+def test_the_first_of_equal_documents_is_kept(
     texts: list[str], inputs: list[str], tokenizer_directory: Path, tmp_path: Path
 ) -> None:
     build(inputs, tokenizer_directory, tmp_path / "all", deduplicate=True)
@@ -75,7 +75,7 @@ def test_of_equal_documents_the_first_stays(
     assert list(found.values()) == by_file
 
 
-def test_shuffled_documents_are_all_there_once(
+def test_a_shuffled_dataset_has_each_document_once(
     texts: list[str], inputs: list[str], tokenizer_directory: Path, tmp_path: Path
 ) -> None:
     ids = [
@@ -87,10 +87,10 @@ def test_shuffled_documents_are_all_there_once(
     first, same, other, unsplit = (read_documents(tmp_path / str(number)) for number in range(4))
     assert ids[0] == ids[1]
     assert first == same
-    assert first == unsplit  # how the work was cut does not decide on the order
+    assert first == unsplit  # the spans of the input do not change the order
     assert sorted(first) == sorted(other) == sorted(texts)
     assert first != other
-    # Of a document that is there once: the place in a random order has mean (n - 1) / 2.
+    # The index of a single document in a random order has the mean (n - 1) / 2.
     single = [text for text, count in Counter(texts).items() if count == 1]
     size, places = len(texts), {text: number for number, text in enumerate(first)}
     half = [places[text] for text in single[: len(single) // 2]]
@@ -122,7 +122,7 @@ def test_all_selections_together(
 
 
 def test_buckets_do_not_change_the_duplicates(tmp_path: Path) -> None:
-    """Hashes of few values, equal in their low or high half only, or in both."""
+    """The hashes have few values, which are equal in their low half, their high half or both."""
     draw = np.random.default_rng(1)
     spans, keys = [], []
     for number, count in enumerate((1000, 0, 70_000, 3)):

@@ -1,4 +1,4 @@
-"""The table of token formats: which input is of which, and that a new one is one entry."""
+"""The table of token formats: the format of an input, and a new format as one entry."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,7 @@ from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 
 
 class RawFiles:
-    """Little-endian uint16 without header; each file is a document."""
+    """Files of little-endian uint16 without a header; each is one document."""
 
     def __init__(self, inputs: list[str]) -> None:
         self.sources = [TokenSource(Path(text), Path(text).name) for text in inputs]

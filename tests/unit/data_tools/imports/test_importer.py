@@ -1,4 +1,4 @@
-"""Imported token files: the reader returns what other writers wrote, and damage is reported."""
+"""Token files of other programs are read as they were written, and damage is reported."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ Documents = list[list[int]]
 
 @pytest.fixture(scope="module")
 def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a tokenizer of words without meaning."""
+    """Write a tokenizer of meaningless words."""
     special = ["<unk>", "<s>", "</s>", "<pad>", "<mask>"]
     words = special + [f"w{number}" for number in range(len(special), VOCAB_SIZE)]
     vocabulary = {word: number for number, word in enumerate(words)}
@@ -41,7 +41,7 @@ def tokenizer_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks and parts of the index that documents do not align with."""
+    """Set sizes of blocks and index parts that documents do not align with."""
     for module in ("interface", "packed"):
         monkeypatch.setattr(f"data_tools.imports.{module}.BLOCK_TOKENS", 64)
     monkeypatch.setattr("data_tools.imports.megatron._INDEX_ENTRIES", 7)
@@ -86,7 +86,7 @@ def write_megatron(
 def write_packed(
     prefix: Path, tokens: list[int], chunk_size: int, fill: int, code: int = 8, dtype: str = "<u2"
 ) -> list[Path]:
-    """A stream in files of `chunk_size` tokens, the last one filled up."""
+    """Write a stream to files of `chunk_size` tokens, with the rest of the last one filled."""
     paths = []
     for number, start in enumerate(range(0, len(tokens), chunk_size)):
         part = tokens[start : start + chunk_size]
@@ -114,11 +114,11 @@ def write_litdata(folder: Path, chunks: Sequence[Documents], kind: str, dtype: s
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.int64, np.uint16])
-def test_megatron_files_give_their_documents(
+def test_megatron_files_yield_their_documents(
     tmp_path: Path, tokenizer_directory: Path, dtype: type
 ) -> None:
     documents = make_documents(40, largest=min(VOCAB_SIZE, np.iinfo(dtype).max))
-    # Some end already, some are empty, and one begins the file so.
+    # Some documents end with the token, some are empty, and so is the first.
     written = [[], *([*doc, EOS] if n % 3 == 0 else doc for n, doc in enumerate(documents)), []]
     prefix = write_megatron(tmp_path / "corpus", written, dtype, sequences=3)
     out = run_import("megatron", [prefix], tokenizer_directory, tmp_path / "out")
@@ -147,7 +147,7 @@ def test_several_megatron_files_follow_each_other(
 
 @pytest.mark.parametrize("chunk_size", [50, 97, 10_000])
 @pytest.mark.parametrize("separator", ["bos before", "eos behind", "both"])
-def test_packed_files_give_their_documents(
+def test_packed_files_yield_their_documents(
     tmp_path: Path, tokenizer_directory: Path, chunk_size: int, separator: str
 ) -> None:
     documents = make_documents(30)
@@ -176,7 +176,7 @@ def test_packed_files_of_other_types_and_without_padding(
 
 
 @pytest.mark.parametrize(("code", "dtype"), [(18, "<i8"), (16, "<i4"), (20, "<u2")])
-def test_litdata_chunks_give_their_items(
+def test_litdata_chunks_yield_their_items(
     tmp_path: Path, tokenizer_directory: Path, code: int, dtype: str
 ) -> None:
     documents = make_documents(20)
@@ -187,9 +187,7 @@ def test_litdata_chunks_give_their_items(
     assert read_tokens(out) == end_all(documents)
 
 
-def test_the_split_goes_by_the_tokens_whatever_the_file(
-    tmp_path: Path, tokenizer_directory: Path
-) -> None:
+def test_the_split_depends_on_the_tokens_alone(tmp_path: Path, tokenizer_directory: Path) -> None:
     documents = make_documents(60)
     prefix = write_megatron(tmp_path / "a", documents)
     ended = write_megatron(tmp_path / "b", [[*doc, EOS] for doc in documents], np.uint16)
@@ -243,8 +241,8 @@ def put(path: Path, offset: int, data: bytes) -> None:
         (".idx", 9, b"\2", r"version 2"),
         (".idx", 17, b"\7", r"dtype code 7"),
         (".idx", 34 + 4 * 3, b"\x99", r"c\.idx: byte \d+: sequence [34] does not follow"),
-        (".idx", 34 + 12 * 20 + 8 * 3, b"\x13", r"bound 4 of documents descends"),
-        (".idx", 34 + 12 * 20, b"\1", r"not from 0 to 20"),
+        (".idx", 34 + 12 * 20 + 8 * 3, b"\x13", r"bound 4 of documents is below"),
+        (".idx", 34 + 12 * 20, b"\1", r"not 0 and 20"),
         (".bin", 4 * 77, struct.pack("<i", MASK), r"c\.bin: byte 308: the id 4 .* mask token"),
         (".bin", 4 * 5, struct.pack("<i", 600), r"c\.bin: byte 20: the id 600 is not in"),
         (".bin", 4 * 5, struct.pack("<i", -1), r"c\.bin: byte 20: the id -1 is not in"),
@@ -269,7 +267,7 @@ def test_damaged_packed_files_are_refused(tmp_path: Path, tokenizer_directory: P
     sound = path.read_bytes()
     for content, message in (
         (sound[:-1], "byte 4023: the file has 4023 bytes, not 4024"),
-        (sound[:10], "ends inside of its header"),
+        (sound[:10], "is shorter than its header"),
         (sound + b"x", "4025 bytes, not 4024"),
         (b"x" + sound[1:], "begins with b'xITPKDS'"),
         (sound[:7] + b"\2" + sound[8:], "version 2"),

@@ -28,7 +28,7 @@ Documents = dict[str, tuple[str, list[int]]]
 
 @pytest.fixture(scope="module")
 def corpora(small_corpus: Path, tokenizer_directory: Path) -> list[Path]:
-    """Two datasets: of two files in their order, and of one in a random order."""
+    """Build a dataset of two files in their order, and one of a file in random order."""
     folder = small_corpus.parent / "corpora"
     folder.mkdir()
     lines = small_corpus.read_text(encoding="ascii").splitlines(keepends=True)
@@ -48,7 +48,7 @@ def corpora(small_corpus: Path, tokenizer_directory: Path) -> list[Path]:
 
 @pytest.fixture
 def layers(corpora: list[Path], tmp_path: Path) -> list[str]:
-    """A configuration that draws three samples of the first for one of the second."""
+    """Return a configuration that draws three samples of the first for one of the second."""
     return [
         "quickstart.toml",
         f"data.train={json.dumps([str(corpus) for corpus in corpora])}",
@@ -64,7 +64,7 @@ def open_data(layers: list[str]) -> TrainingData:
 
 
 def write_checkpoint(directory: Path, layers: list[str], consumed_samples: int) -> None:
-    """Write the files of a run that say in which order it draws samples."""
+    """Write the files of a run that state the order of its samples."""
     config = load_config(layers, folder=SHIPPED_CONFIGS).config
     checkpoint = directory / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
@@ -78,7 +78,7 @@ def write_checkpoint(directory: Path, layers: list[str], consumed_samples: int) 
     (directory / "checkpoints" / "latest").write_text("step_00000001\n")
 
 
-def test_blend_counts_what_the_samples_are(layers: list[str], run: Run) -> None:
+def test_blend_counts_the_samples_of_each_corpus(layers: list[str], run: Run) -> None:
     data = open_data(layers)
     for arguments, num_samples in (
         ([], 640 * 16),
@@ -119,7 +119,7 @@ def test_blend_warns(layers: list[str], run: Run) -> None:
 
 
 def read_texts(corpora: list[Path], tokenizer: Tokenizer) -> list[dict[str, list[list[int]]]]:
-    """The ids of the documents of each file, by the tokenizer alone."""
+    """Encode the documents of each file by the tokenizer alone."""
     folder = corpora[0].parent
     texts = {
         file.name: [
@@ -161,7 +161,7 @@ def check_sources(
     texts: dict[str, list[list[int]]],
     eos: int | None,
 ) -> None:
-    """The named documents hold the tokens, and only those between the first and last are whole."""
+    """Check that the named documents hold the tokens, and are whole between first and last."""
     assert [part["start"] for part in parts[1:]] == [part["stop"] for part in parts[:-1]]
     assert (parts[0]["start"], parts[-1]["stop"]) == (0, len(tokens))
     for part in parts:
@@ -175,7 +175,7 @@ def check_sources(
         assert part is parts[-1] or len(document) - len(piece) in starts
 
 
-def test_order_follows_a_run_through_its_phases(
+def test_order_follows_a_run_through_its_data_phases(
     layers: list[str], run: Run, tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
@@ -192,7 +192,7 @@ def test_order_follows_a_run_through_its_phases(
     assert found["samples"][:2] == begun["samples"][:2]
     assert [sample["phase"] for sample in found["samples"]] == [1, 1, 2]
     assert "phase          2" in run("order", *changed, "--sample", boundary)
-    # The blend of the whole run: two blocks of the first, then the second.
+    # The run has two blend blocks of the first data phase, then the second.
     report = json.loads(run("blend", *changed, "--tokens", 3 * 4096 * LENGTH, "--json"))
     drawn = [corpus["num_samples"] for corpus in report["corpora"]]
     assert drawn == [2 * 3072 + 1024, 2 * 1024 + 3072]

@@ -1,4 +1,4 @@
-"""`inspect`: counts, lengths and rows, compared with the texts themselves."""
+"""`inspect` reports counts, lengths and rows as they are in the texts."""
 
 import json
 from collections.abc import Callable
@@ -27,7 +27,7 @@ Run = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def texts(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The documents in two files, the longest a few records long."""
+    """Build a dataset of two files, whose longest document has a few records."""
     folder = tmp_path_factory.mktemp("texts")
     lines = small_corpus.read_text(encoding="ascii").splitlines(keepends=True)
     longest = max(lines, key=len)
@@ -39,7 +39,7 @@ def texts(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 @pytest.fixture(scope="module")
 def documents(texts: list[Path], tokenizer_directory: Path) -> list[list[int]]:
-    """The ids of each document with its end, by the tokenizer alone."""
+    """Encode each document with its end by the tokenizer alone."""
     tokenizer = Tokenizer.load(tokenizer_directory)
     assert tokenizer.eos_token_id is not None
     lines = [line for file in texts for line in file.read_text(encoding="ascii").splitlines()]
@@ -82,7 +82,7 @@ def test_counts_and_lengths_are_those_of_the_texts(
     assert "#" * 50 in shown
 
 
-def test_some_records_give_the_documents_that_begin_in_them(
+def test_lengths_of_some_records_are_of_the_documents_that_begin_there(
     directory: Path, documents: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = TokenDataset.open(directory)
@@ -105,14 +105,14 @@ def test_records_without_a_beginning_have_no_lengths(directory: Path) -> None:
     assert list(draw_histogram(empty[0].histogram)) == []
 
 
-def test_histogram_shows_empty_bins_and_small_ones() -> None:
+def test_a_histogram_shows_empty_and_small_bins() -> None:
     lengths = DocumentLengths(lengths=np.array([2] + [3] * 200 + [16]), num_records=1)
     assert lengths.histogram == [(2, 3, 201), (4, 7, 0), (8, 15, 0), (16, 31, 1)]
     bars = [line.count("#") for line in draw_histogram(lengths.histogram)]
     assert bars == [50, 0, 0, 1]
 
 
-def test_rows_say_where_they_come_from(
+def test_rows_name_their_documents_and_bytes(
     directory: Path, documents: list[list[int]], run: Run
 ) -> None:
     stream = np.concatenate([np.array(document) for document in documents])
@@ -123,6 +123,7 @@ def test_rows_say_where_they_come_from(
         record, place = divmod(row, rows_per_record)
         start = record * RECORD_TOKENS + place * LENGTH
         arguments = ("inspect", directory, "--row", row, "--sequence-length", LENGTH)
+        # The tokens of the row, its documents and its bytes in the shard.
         (found,) = json.loads(run(*arguments, "--json"))["datasets"]
         assert found["row"]["tokens"] == stream[start : start + LENGTH].tolist()
         parts = found["row"]["documents"]
@@ -131,6 +132,7 @@ def test_rows_say_where_they_come_from(
         shard = (directory / found["row"]["shard"]).read_bytes()
         data = shard[found["row"]["offset"] :][: 2 * LENGTH]
         assert np.array_equal(np.frombuffer(data, "<u2"), stream[start : start + LENGTH])
+        # The source of each document, and the same as text.
         for part in parts:
             file, first = ("a", 0) if part["document"] < 41 else ("b", 41)
             expected = f"document {part['document'] - first} of "

@@ -1,4 +1,4 @@
-"""Files of every format give the same documents, for any cuts and in little memory."""
+"""Files of every format yield the same documents, for any cuts and in little memory."""
 
 import gzip
 import hashlib
@@ -84,7 +84,7 @@ def test_a_text_file_without_separator_is_one_document(tmp_path: Path) -> None:
     assert read_documents(tmp_path / "a.txt.gz").texts == ["a\n\n" * 30_000]
 
 
-# A line of JSONL: its text's length, blanks before it, whether it ends in \r\n.
+# A line of JSONL: length of its text, blank lines before it, whether it ends with \r\n.
 LINES = st.lists(st.tuples(st.integers(0, 80), st.integers(0, 2), st.booleans()), max_size=30)
 
 
@@ -96,7 +96,7 @@ LINES = st.lists(st.tuples(st.integers(0, 80), st.integers(0, 2), st.booleans())
     span_bytes=st.integers(1, 500),
     skip=st.floats(0, 1),
 )
-def test_ranges_and_units_of_jsonl_hold_each_line_once(
+def test_slices_and_units_of_jsonl_hold_each_line_once(
     tmp_path_factory: pytest.TempPathFactory,
     lines: list[tuple[int, int, bool]],
     ends: bool,
@@ -132,7 +132,7 @@ def test_ranges_and_units_of_jsonl_hold_each_line_once(
 
 
 def check_resumption(files, span, units, options, unit_bytes, skip) -> None:  # type: ignore[no-untyped-def]
-    """The units from any number on are those that a whole reading gives."""
+    """Check that the units from any number on equal those of a whole reading."""
     count = round(skip * len(units))
     digest = units[count - 1].digest if count else None
     rest = read_units(
@@ -156,7 +156,7 @@ SEPARATORS = ["|", "\n\n", "a\n", "||", "a|a", "\n", None]
     unit_bytes=st.sampled_from([4, 100, 20_000]),
     skip=st.floats(0, 1),
 )
-def test_units_of_text_are_the_file_and_give_its_documents(
+def test_units_of_text_are_the_whole_file_and_yield_its_documents(
     tmp_path_factory: pytest.TempPathFactory,
     runs: list[tuple[str, int]],
     separator: str | None,
@@ -169,7 +169,7 @@ def test_units_of_text_are_the_file_and_give_its_documents(
     path.write_text(content, newline="")
     expected = content.split(separator) if separator else [content]
     if separator and not expected[-1]:
-        expected.pop()  # what follows the last separator is no document
+        expected.pop()  # nothing after the last separator is a document
     options = TextOptions(document_separator=separator, cuts_documents=cuts_documents)
     reading = read_documents(path, options=options, unit_bytes=unit_bytes)
     assert reading.texts == expected
@@ -182,7 +182,7 @@ def test_units_of_text_are_the_file_and_give_its_documents(
 
 
 def test_parts_of_a_document_end_where_its_segments_end(tmp_path: Path) -> None:
-    """So the parts are encoded to the ids of the whole."""
+    """Then the ids of the parts are those of the whole."""
     random.seed(3)
     text = "".join("w" * random.randrange(2000) + "\n" for _ in range(500))
     (tmp_path / "a.txt").write_text("first|" + text + "|last")
@@ -195,7 +195,7 @@ def test_parts_of_a_document_end_where_its_segments_end(tmp_path: Path) -> None:
     assert segments == list(split_segments(text.encode()))
 
 
-def test_an_input_that_changed_is_not_read_on(tmp_path: Path) -> None:
+def test_an_input_that_has_changed_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(to_jsonl(map(str, range(100))))
     files = find_inputs([str(path)])
@@ -211,7 +211,7 @@ def test_an_input_that_changed_is_not_read_on(tmp_path: Path) -> None:
             skipped_digest=units[count - 1].digest,
             unit_bytes=100,
         )
-        with pytest.raises(DataError, match=r"a\.jsonl.* is not what it was"):
+        with pytest.raises(DataError, match=r"a\.jsonl.* has changed since"):
             list(rest)
     with path.open("ab") as stream:
         stream.write(b"\n")
@@ -248,7 +248,7 @@ def test_standard_input_is_jsonl_of_any_compression(
     units = read_pipe()
     assert units[-1].source is not None
     assert units[-1].source.sha256 == hashlib.sha256(raw).hexdigest()
-    assert read_pipe() == units  # whatever the pipe hands out at once
+    assert read_pipe() == units  # for any sizes of reads from the pipe
 
 
 MEASURE = """
@@ -269,7 +269,7 @@ for path in sys.argv[1:]:
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
-    """Each kind with 2 MB of text, then with 60 MB: what the large ones add is a few units."""
+    """Each kind is read with 2 MB and with 60 MB of text; the difference is a few units."""
     lines = [random.Random(number).randbytes(511).hex() for number in range(2000)]
     jsonl = to_jsonl(lines)
     paths = []

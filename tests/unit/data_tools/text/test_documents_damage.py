@@ -1,4 +1,4 @@
-"""Bad input: every kind is found, named with file and line, and costs nothing but itself."""
+"""Every kind of broken input is found and named with file and line; the rest is read."""
 
 import gzip
 import random
@@ -24,8 +24,8 @@ BAD_LINES = [
     (b'{"body": "b"}', "no key 'text'; name the key of the text by --text-key"),
     (b'{"text": null}', "'text' is not a string; name the key of the text by --text-key"),
     (b'{"text": {"text": "a"}}', "'text' is not a string"),
-    (b'["text"]', "not a JSON object; each line must be one"),
-    (b'"text"', "not a JSON object"),
+    (b'["text"]', "is no JSON object; each line must be one"),
+    (b'"text"', "is no JSON object"),
     (b'{"text": "\xff"}', "invalid UTF-8; convert the file"),
     (b'{"text": "a", "other": "\xed\xa0\x80"}', "invalid UTF-8"),
     (b'{"text": "\\ud800"}', "the text holds half a surrogate pair; correct the line"),
@@ -34,7 +34,7 @@ BAD_LINES = [
 
 
 def expect(path: Path, texts: list[str], places: list[str], **reading: object) -> None:
-    """Reading stops at the first of the places, or names all of them and gives the texts."""
+    """Check that reading stops at the first of the places, or names all and yields the texts."""
     options = reading.pop("options", TextOptions())
     stopping = TextOptions(document_separator=options.document_separator)
     with pytest.raises(DataError) as error:
@@ -49,7 +49,7 @@ def expect(path: Path, texts: list[str], places: list[str], **reading: object) -
 
 
 @pytest.mark.parametrize(("line", "what"), BAD_LINES, ids=range(len(BAD_LINES)))
-def test_bad_lines_are_named(tmp_path: Path, line: bytes, what: str) -> None:
+def test_broken_lines_are_named(tmp_path: Path, line: bytes, what: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(to_jsonl(["a"]) + b"\n \n" + line + b"\n" + to_jsonl(["b"]))
     expect(path, ["a", "b"], [f":4: {what}"])
@@ -57,7 +57,7 @@ def test_bad_lines_are_named(tmp_path: Path, line: bytes, what: str) -> None:
 
 @pytest.mark.parametrize("span_bytes", [50, 2000, 2**30])
 @pytest.mark.parametrize("unit_bytes", [64, 2**20])
-def test_lines_are_counted_through_ranges_and_units(
+def test_lines_are_counted_across_slices_and_units(
     tmp_path: Path, span_bytes: int, unit_bytes: int
 ) -> None:
     rng = random.Random(1)
@@ -84,7 +84,7 @@ def test_text_in_another_encoding_is_named_by_line(tmp_path: Path) -> None:
     )
 
 
-def test_of_a_document_in_parts_the_bad_part_is_left_out(tmp_path: Path) -> None:
+def test_the_broken_part_of_a_document_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     lines = [b"x" * 999 + b"\n"] * 100
     for bad in (0, 50, 99):
@@ -105,12 +105,12 @@ def test_files_without_text_are_named(tmp_path: Path, name: str) -> None:
     contents = {"mark.txt": b"\xef\xbb\xbf", "none.txt.gz": gzip.compress(b"")}
     path = tmp_path / name
     path.write_bytes(contents.get(name, b""))
-    expect(path, [], [": damaged Parquet" if name == "a.parquet" else ": empty; leave it out"])
+    expect(path, [], [": damaged Parquet" if name == "a.parquet" else ": is empty; leave it out"])
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, to_zstd])
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
-def test_truncation_is_never_silent(
+def test_truncation_is_always_found(
     tmp_path: Path, compress: Callable[[bytes], bytes], kind: str
 ) -> None:
     raw = to_jsonl(TEXTS) if kind == "jsonl" else "|".join(TEXTS).encode()
@@ -142,7 +142,9 @@ def test_flipped_bits_are_found(tmp_path: Path, compress: Callable[[bytes], byte
         flipped = data[place] ^ 1 << rng.randrange(8)
         path.write_bytes(data[:place] + bytes([flipped]) + data[place + 1 :])
         try:
-            assert read_documents(path).texts == TEXTS  # such as the time in gzip's header
+            assert (
+                read_documents(path).texts == TEXTS
+            )  # such as a bit of the time in the header of gzip
         except DataError as error:
             messages.append(str(error))
     assert all(str(path) in message for message in messages)
@@ -182,13 +184,13 @@ def test_parquet_rows_and_columns_are_named(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "number.parquet", pa.array([1, 2]))
     expect(path, [], [": column 'text' is int64, no text; name another by --text-key"])
     path = write_parquet(tmp_path / "none.parquet", pa.array([], pa.string()))
-    expect(path, [], [": empty; leave it out"])
+    expect(path, [], [": is empty; leave it out"])
     wrong = TextOptions(text_key="body")
     with pytest.raises(DataError, match="no column 'body'; name one of other, text by --text-key"):
         read_documents(path.with_name("null.parquet"), options=wrong)
 
 
-def test_damaged_parquet_is_never_silent(tmp_path: Path) -> None:
+def test_damaged_parquet_is_always_found(tmp_path: Path) -> None:
     whole = write_parquet(
         tmp_path / "whole",
         TEXTS,

@@ -1,4 +1,4 @@
-"""The embedded corpus: about 2 MB of English, the same each time, and nothing is run to get it."""
+"""The embedded corpus is about 2 MB of English, equal each time; no module is run for it."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ def test_no_paragraph_occurs_twice(corpus: Path) -> None:
 
 
 def test_another_process_collects_the_same(corpus: Path) -> None:
-    """Collect a part of the library, because reading all of it takes seconds."""
+    """A part of the library is collected, since the whole takes seconds."""
     library = Path(asyncio.__file__).parent
     code = (
         "import pathlib, sys\n"

@@ -1,4 +1,4 @@
-"""The table of text formats: which file is of which, and what every format must do."""
+"""The table of text formats, and what every format must do."""
 
 import dataclasses
 import json
@@ -105,7 +105,7 @@ FASTA = TextFormat(
 def test_a_new_format_is_one_entry(
     tmp_path: Path, tokenizer_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A format of sequences, a line each after a line with a name, sliced and built."""
+    """The new format has a sequence per line after a line with its name."""
     monkeypatch.setitem(FORMATS, FASTA.name, FASTA)
     assert ".txt, .fasta (each also .gz, .zst) and .parquet" in list_suffixes()
     sequences = [f"ACGT{number}" * 5 for number in range(40)]

@@ -1,4 +1,4 @@
-"""Files found, and spans planned."""
+"""Input files are found by name, folder and glob, and divided into spans."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_folders_and_globs_are_searched_in_order(tree: Path) -> None:
         assert [file.name for file in find_inputs([str(tree / text)])] == names, text
 
 
-def test_files_are_told_by_their_suffixes(tree: Path) -> None:
+def test_suffixes_decide_on_kind_and_compression(tree: Path) -> None:
     names = ["deep/er/c.parquet", "a.txt.zst", "b.jsonl", "deep/d.json.gz"]
     found = find_inputs([*(str(tree / name) for name in names), "-"])
     assert [(file.name, file.kind, file.compression, file.num_bytes) for file in found] == [
@@ -53,7 +53,7 @@ def test_files_are_told_by_their_suffixes(tree: Path) -> None:
     ]
 
 
-def test_a_name_that_looks_like_a_glob_is_a_name_first(tmp_path: Path) -> None:
+def test_an_existing_file_is_not_read_as_a_glob(tmp_path: Path) -> None:
     for name in ("a[1].jsonl", "a1.jsonl"):
         (tmp_path / name).write_text("{}")
     assert [file.name for file in find_inputs([str(tmp_path / "a[1].jsonl")])] == ["a[1].jsonl"]
@@ -63,10 +63,10 @@ def test_a_name_that_looks_like_a_glob_is_a_name_first(tmp_path: Path) -> None:
     ("names", "message"),
     [
         (["none"], "none: there is no such file or folder"),
-        (["*.csv"], r"\*\.csv: no text there; the kinds are \.jsonl"),
-        (["g.md"], "g.md: unknown kind of file; the kinds are .jsonl"),
-        (["h.parquet.gz"], "unknown kind of file"),
-        (["b.jsonl", "*.jsonl"], "names .*b.jsonl twice"),
+        (["*.csv"], r"\*\.csv: holds no text; the kinds are \.jsonl"),
+        (["g.md"], "g.md: is of an unknown kind; the kinds are .jsonl"),
+        (["h.parquet.gz"], "is of an unknown kind"),
+        (["b.jsonl", "*.jsonl"], "--input .*b.jsonl: is named twice"),
     ],
 )
 def test_wrong_paths_are_refused(tree: Path, names: list[str], message: str) -> None:
@@ -76,13 +76,13 @@ def test_wrong_paths_are_refused(tree: Path, names: list[str], message: str) -> 
 
 
 def test_an_empty_folder_and_standard_input_twice_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no text there"):
+    with pytest.raises(ConfigError, match="holds no text"):
         find_inputs([str(tmp_path)])
-    with pytest.raises(ConfigError, match="names - twice"):
+    with pytest.raises(ConfigError, match="--input -: is named twice"):
         find_inputs(["-", "-"])
 
 
-def test_separators_understand_escapes() -> None:
+def test_separators_may_have_escapes() -> None:
     texts = {r"\n\n": "\n\n", "<é😀>": "<é😀>", r"a\\n": "a\\n", r"\x1e\u2581\t": "\x1e\u2581\t"}
     for text, separator in texts.items():
         assert parse_separator(text) == separator

@@ -1,4 +1,4 @@
-"""`.json` files: arrays of objects, and what other `.json` files are read as."""
+"""`.json` files are read as arrays of objects, or else as lines."""
 
 import gzip
 import json
@@ -31,7 +31,7 @@ def test_the_objects_of_an_array_are_documents(
     assert read_documents(zipped, unit_bytes=unit_bytes).texts == TEXTS
 
 
-def test_an_array_gives_the_tokens_of_the_same_lines(
+def test_an_array_and_equal_lines_have_equal_tokens(
     tmp_path: Path, tokenizer_directory: Path
 ) -> None:
     texts = [f"document {number} of a larger file, " * 40 for number in range(2000)]
@@ -58,7 +58,7 @@ def test_other_json_files_are_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"text": "a"}, 5]', "row 2: not a JSON object"),
+        ('[{"text": "a"}, 5]', "row 2: is no JSON object"),
         ('[{"text": "a"}, {"body": "b"}]', "row 2: no key 'text'"),
         ('[{"text": "a"}, {"text": "b"', "row 2: invalid JSON"),
         ('[{"text": "a"} {"text": "b"}]', "row 2: no comma"),
