@@ -43,7 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     config, validation = configure(checkpoint, arguments.data, arguments.overrides)
     # Imported after the configuration is checked: the import takes seconds.
     from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.device import prepare_device
 
+    prepare_device(config)
     install_cpu_backend()
     from megatron_eso.training.checkpoint_evaluation import evaluate_checkpoint
 

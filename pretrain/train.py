@@ -57,7 +57,9 @@ def train(loaded: LoadedConfig) -> None:
     validation = inputs.validation
     stage_shards(inputs.train.sources + (validation.sources if validation else []))
     from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
+    from megatron_eso.training.distributed.device import prepare_device
 
+    prepare_device(inputs.config)
     install_cpu_backend()
     from megatron_eso.training.job import run_job
     from pretrain.initial_weights import convert_initial_weights

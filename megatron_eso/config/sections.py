@@ -115,6 +115,10 @@ class TrainConfig:
     """Samples of a step, over all ranks."""
     micro_batch_size: Annotated[int, Gt(0), Largest(MAX_BATCH)]
     """Samples that a rank processes at once."""
+    device: Literal["auto", "cpu"] = "auto"
+    """`auto`: the GPUs; the CPU only on a machine without any. `cpu`: the CPU in any case."""
+    deterministic: bool = False
+    """Bitwise repeatable on GPUs: kernels and NCCL in a fixed order, which is slower."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic; bf16 keeps main parameters, gradients and optimizer state in float32."""
     recompute_granularity: Literal["none", "full"] = "none"

@@ -73,6 +73,10 @@ class RunDirectory:
         """One log for each rank."""
         return self.path / "logs"
 
+    def log_of_rank(self, rank: int) -> Path:
+        """Return the log of a rank."""
+        return self.logs / f"rank_{rank:05d}.log"
+
     @property
     def stop_file(self) -> Path:
         """When this file appears, the run saves and ends; it is not requeued."""

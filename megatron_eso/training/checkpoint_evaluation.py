@@ -15,7 +15,11 @@ from megatron_eso.runs.checkpoint import PREFIXES
 from megatron_eso.runs.checkpoint_state import read_checkpoint_state
 from megatron_eso.training.checkpointing.restore import refuse_damage
 from megatron_eso.training.checkpointing.state import load_weights
-from megatron_eso.training.distributed.parallel import model_parallel_groups, process_group
+from megatron_eso.training.distributed.parallel import (
+    find_timeout,
+    model_parallel_groups,
+    process_group,
+)
 from megatron_eso.training.steps.batches import ValidationBatches
 from megatron_eso.training.steps.evaluation import evaluate, evaluate_orders
 from megatron_eso.training.steps.train_state import TrainState, build_empty_state
@@ -59,7 +63,8 @@ def evaluate_checkpoint(
         objective, validation, config.validation, row_multiple=config.parallel.row_multiple
     )
     # The estimates, on all ranks.
-    with process_group(), model_parallel_groups(config.parallel) as groups:
+    timeout = find_timeout(config.watchdog)
+    with process_group(timeout), model_parallel_groups(config.parallel) as groups:
         state = load_state(checkpoint, config, weights, groups)
         estimate = evaluate(state, batches, groups, use_ema=False)
         answer = {

@@ -5,7 +5,7 @@ import faulthandler
 import logging
 import socket
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,18 +15,24 @@ from megatron_eso.config.loading import config_to_dict, config_to_toml
 from megatron_eso.config.sections import Config
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.samples.validation_data import ValidationData
-from megatron_eso.errors import DataError, UserError
+from megatron_eso.errors import UserError
 from megatron_eso.estimates.flops import training_flops_per_token
 from megatron_eso.objectives.build import build_objective
 from megatron_eso.objectives.objective import Objective
-from megatron_eso.ranks import is_first_rank
+from megatron_eso.ranks import is_first_rank, own_rank
+from megatron_eso.runs.restarts import write_failure
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.status import JobFacts, State
 from megatron_eso.training.checkpointing.checkpoints import Checkpoints
 from megatron_eso.training.checkpointing.restore import restore
 from megatron_eso.training.checkpointing.rollbacks import Rollbacks
 from megatron_eso.training.checkpointing.saves import Saves
-from megatron_eso.training.distributed.parallel import model_parallel_groups, process_group
+from megatron_eso.training.distributed.failure import describe_error, end_process, report_failure
+from megatron_eso.training.distributed.parallel import (
+    find_timeout,
+    model_parallel_groups,
+    process_group,
+)
 from megatron_eso.training.guards.batch_check import check_data
 from megatron_eso.training.guards.dry_batch import try_largest_batch
 from megatron_eso.training.guards.stop import StopRequests
@@ -52,7 +58,8 @@ def run_job(
 ) -> None:
     """Build everything on this rank and train; collective over the world.
 
-    `status.json` records how it ends. Without a GPU, `install_cpu_backend` comes first.
+    `status.json` records how it ends. A rank that fails ends its process here. `prepare_device`
+    comes first, and without a GPU `install_cpu_backend`.
 
     Args:
         config: The resolved configuration.
@@ -73,9 +80,18 @@ def run_job(
             trainer = build_trainer(config, train_data, validation_data, run, stop, stack)
         except BaseException as error:
             before = run.read_status()
-            record_failure(run, 0 if before is None else before.step, error)
+            step = 0 if before is None else before.step
+            if dist.is_initialized():
+                record_failure(run, step, error)
+                end_process(error)
+            if is_first_rank():
+                run.write_status("failed", step, reason=describe_error(error))
             raise
-        train_to_the_end(trainer)
+        try:
+            train_to_the_end(trainer)
+        except BaseException as error:
+            # What the stack holds waits for other ranks when it is closed.
+            end_process(error)
 
 
 def locate_run(config: Config) -> RunDirectory:
@@ -145,11 +161,12 @@ def join_world(
 
     Collective over the world.
     """
-    log = log_to_file(run.logs)
+    log = run.log_of_rank(own_rank())
+    log_to_file(log)
     if config.watchdog.start_seconds > 0:
         # A rank may wait here for one that has died. The watchdog takes over this timer later.
         faulthandler.dump_traceback_later(config.watchdog.start_seconds, exit=True)
-    stack.enter_context(process_group())
+    stack.enter_context(process_group(find_timeout(config.watchdog)))
     groups = stack.enter_context(model_parallel_groups(config.parallel))
     return groups, stack.enter_context(build_watchdog(config.watchdog, log))
 
@@ -193,7 +210,11 @@ def restore_state(
 
 
 def train_to_the_end(trainer: Trainer) -> None:
-    """Train, and record in `status.json` how it ended; collective over the world."""
+    """Train, and record in `status.json` how it ended; collective over the world.
+
+    Raises:
+        Exception: This rank has failed, and has reported it.
+    """
     run, state = trainer.records.run, trainer.state
     try:
         stopped = trainer.train()
@@ -202,6 +223,7 @@ def train_to_the_end(trainer: Trainer) -> None:
         # A save in the background is of an earlier step and sound; all ranks must finish it.
         with trainer.watchdog.deadline("checkpoint", "begun before the failure"):
             trainer.saves.checkpoints.wait()
+            trainer.records.flush()
         raise
     if is_first_rank():
         outcome: State = "interrupted" if stopped else "finished"
@@ -212,13 +234,16 @@ def train_to_the_end(trainer: Trainer) -> None:
 
 
 def record_failure(run: RunDirectory, step: int, error: BaseException) -> None:
-    """Record why the run fails: rank 0 in `status.json`, another rank in its log."""
-    if is_first_rank():
-        line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        run.write_status("failed", step, reason=" ".join(line.split()))
-    elif isinstance(error, DataError):
-        # Rank 0 does not have this error, such as a damaged shard.
-        logger.error("%s", error)
+    """Report why this rank fails: on stderr, in its log, in `status.json` and `failure.json`."""
+    failure = report_failure(error)
+    with suppress(OSError):  # the folder cannot be written to
+        with run.log_of_rank(own_rank()).open("a") as log:
+            log.write(failure.text)
+        if failure.is_first and isinstance(error, UserError):
+            write_failure(run.failure, str(error))
+    # Rank 0 repeats the first failure, whose status it may have replaced since.
+    if failure.is_first or is_first_rank():
+        run.write_status("failed", step, reason=failure.first_line)
 
 
 def open_records(

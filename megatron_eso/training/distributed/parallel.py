@@ -3,7 +3,9 @@
 All other code receives the ProcessGroupCollection.
 """
 
+import dataclasses
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,43 +18,77 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_eso.config.sections import ParallelConfig
+from megatron_eso.config.sections import MAX_SECONDS, ParallelConfig, WatchdogConfig
 from megatron_eso.ranks import launched_world_size, own_rank
+from megatron_eso.training.distributed.device import compare_devices, pick_gpu
+from megatron_eso.training.distributed.failure import end_process, report_failure
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+TIMEOUT_MARGIN_SECONDS = 300.0
+
+
+def find_timeout(watchdog: WatchdogConfig) -> timedelta:
+    """Return the timeout of collectives: the watchdog, which reports more, ends a job before it."""
+    deadlines = [getattr(watchdog, field.name) for field in dataclasses.fields(watchdog)]
+    longest = MAX_SECONDS if 0.0 in deadlines else max(deadlines)
+    return timedelta(seconds=longest + TIMEOUT_MARGIN_SECONDS)
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
+def process_group(timeout: timedelta) -> Iterator[None]:
     """Join the ranks of the launcher, or make a world of one without a launcher.
 
-    The backend is NCCL with CUDA, gloo without it. Collective over the world.
+    The backend is NCCL with CUDA, gloo without it. Collective over the world. If the enclosed code
+    fails, its error is reported and the process ends.
+
+    Args:
+        timeout: The timeout of collectives.
+
+    Raises:
+        ConfigError: The devices of the ranks differ.
     """
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(pick_gpu(local_rank, torch.cuda.device_count()))
+    _raise_file_limit()
+    rank, num_ranks = own_rank(), launched_world_size()
+    store = _open_store(timeout)
+    compare_devices(store, rank, num_ranks, has_gpu=has_gpu)
+    # Without device_id: with it, torch splits a NCCL communicator for every one of Megatron-Core's
+    # groups on all ranks, also on those outside the group: thousands of groups in a large world.
     dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        store=_open_store(),
-        rank=own_rank(),
-        world_size=launched_world_size(),
-        timeout=COLLECTIVE_TIMEOUT,
+        "nccl" if has_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=num_ranks,
+        timeout=timeout,
     )
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except Exception as error:
+        report_failure(error)
+        end_process(error)
+    dist.destroy_process_group()
 
 
-def _open_store() -> Store | None:
-    """Open the store of the process group; None: torch opens its default store."""
+def _open_store(timeout: timedelta) -> Store:
+    """Open the store through which the ranks meet."""
     if "MASTER_ADDR" not in os.environ:
         return HashStore()
+    store: Store
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
     if os.environ.get("GROUP_WORLD_SIZE") != "1":  # torchrun's count is of one node only
-        return None
+        return store
     # After a restart, torchrun's store still has the addresses of the earlier ranks:
     # https://github.com/pytorch/pytorch/issues/135712
-    store, _, _ = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     return PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+
+
+def _raise_file_limit() -> None:
+    """Raise the limit of open files, sockets among them, as far as this process may."""
+    _, largest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (largest, largest))
 
 
 @contextmanager

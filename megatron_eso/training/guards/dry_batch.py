@@ -56,7 +56,10 @@ def try_largest_batch(
         raise refusal from error
     used, total = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
     logger.info(
-        "the largest micro-batch takes %.1f of %.1f GiB on rank 0", used / GIBI, total / GIBI
+        "the largest micro-batch takes %.1f GiB on rank 0, the allocator holds %.1f of %.1f GiB",
+        used / GIBI,
+        torch.cuda.max_memory_reserved() / GIBI,
+        total / GIBI,
     )
     torch.cuda.empty_cache()
 

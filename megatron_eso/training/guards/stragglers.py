@@ -79,9 +79,9 @@ def find_straggler(seconds: float, hosts: Sequence[str]) -> Straggler:
         hosts: The host of every rank.
     """
     own = torch.tensor([seconds], dtype=torch.float64, device=torch.cuda.current_device())
-    every = [torch.empty_like(own) for _ in hosts]
-    dist.all_gather(every, own)
-    return pick_straggler([float(value) for value in every], hosts)
+    every = own.new_empty(len(hosts))
+    dist.all_gather_into_tensor(every, own)
+    return pick_straggler(every.tolist(), hosts)
 
 
 def pick_straggler(seconds: Sequence[float], hosts: Sequence[str]) -> Straggler:

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from torch._C import _distributed_c10d
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import (
     _get_default_store,
@@ -168,6 +169,7 @@ class Watchdog:
         sys.stderr.flush()
         with self._log.open("a") as log:
             log.writelines(report)
+        dump_flight_record(self._log.with_suffix(".nccl"))
         os._exit(EXIT_CODE)
 
     def _describe_ranks(self, work: WatchedWork, now: float) -> Iterator[str]:
@@ -243,6 +245,16 @@ def build_watchdog(config: WatchdogConfig, log: Path) -> Watchdog:
 def _longer(*deadlines: float) -> float:
     """Return the longest deadline; 0 means no deadline and is the longest."""
     return 0.0 if 0.0 in deadlines else max(deadlines)
+
+
+def dump_flight_record(path: Path) -> None:
+    """Write NCCL's last collectives of this rank to a file, which `torchfrtrace` compares.
+
+    Nothing is written without NCCL.
+    """
+    dump = getattr(_distributed_c10d, "_dump_nccl_trace", None)
+    if dump is not None:
+        path.write_bytes(dump())
 
 
 def dump_stacks() -> str:

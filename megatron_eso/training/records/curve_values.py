@@ -8,7 +8,11 @@ from megatron_eso.objectives.loss import NelboEstimate
 from megatron_eso.runs.counters import Counters
 from megatron_eso.training.guards.stragglers import Straggler
 from megatron_eso.training.records import tags
-from megatron_eso.training.records.device import published_peak, used_memory_gib
+from megatron_eso.training.records.device import (
+    published_peak,
+    reserved_memory_gib,
+    used_memory_gib,
+)
 from megatron_eso.training.steps.step import StepResult
 
 
@@ -67,6 +71,9 @@ def list_step_values(
     }
     if times.written is not None:
         values[tags.CHECKPOINT_WRITE_SECONDS] = times.written
+    reserved = reserved_memory_gib()
+    if reserved is not None:
+        values[tags.MEMORY_RESERVED_GIB] = reserved
     # Only for devices with a published peak.
     peak = published_peak()
     if peak:

@@ -25,18 +25,12 @@ def start_logging() -> None:
     warnings.filterwarnings("ignore", module="torch.distributed", category=FutureWarning)
 
 
-def log_to_file(folder: Path) -> Path:
-    """Log to this rank's file in `folder` as well; it is appended to.
-
-    Returns:
-        The file.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"rank_{own_rank():05d}.log"
+def log_to_file(path: Path) -> None:
+    """Log to a file as well; it is appended to, and its folder is created where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter(_format_of_rank(), "%Y-%m-%d %H:%M:%S"))
     logging.getLogger().addHandler(handler)
-    return path
 
 
 def log_once(logger: logging.Logger, level: int, message: str) -> None:

@@ -60,6 +60,9 @@ MFU = _define(
     "perf/mfu", "FLOPs per second, divided by the published peak of the device (GPU only)"
 )
 MEMORY_GIB = _define("perf/memory_gib", "peak memory of rank 0")
+MEMORY_RESERVED_GIB = _define(
+    "perf/memory_reserved_gib", "peak memory that torch's allocator held on rank 0 (GPU only)"
+)
 STRAGGLER_RANK = _define("perf/straggler_rank", "the slowest rank")
 STRAGGLER_SECONDS = _define(
     "perf/straggler_seconds",
