@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = CommandLine(prog="python -m pretrain.bench", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "layers",

@@ -14,7 +14,11 @@ from megatron_eso.config.sections import Config
 from megatron_eso.estimates.flops import training_flops_per_token
 from megatron_eso.simulation.micro_batches import build_run_objective, plan_kinds
 from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
-from megatron_eso.training.distributed.parallel import model_parallel_groups, process_group
+from megatron_eso.training.distributed.parallel import (
+    find_timeout,
+    model_parallel_groups,
+    process_group,
+)
 from megatron_eso.training.steps.batches import StepPlan
 from megatron_eso.training.steps.step import train_step
 from megatron_eso.training.steps.train_state import build_train_state
@@ -59,7 +63,7 @@ def measure_steps(config: Config, num_steps: int, trace: Path | None) -> Measure
     install_cpu_backend()
     train, objective = config.train, build_run_objective(config)
     with ExitStack() as stack:
-        stack.enter_context(process_group())
+        stack.enter_context(process_group(find_timeout(config.watchdog)))
         groups = stack.enter_context(model_parallel_groups(config.parallel))
         state = build_train_state(config, groups)
         # Micro-batches of the usual size, of each kind in turn.
@@ -84,6 +88,7 @@ def measure_steps(config: Config, num_steps: int, trace: Path | None) -> Measure
             torch.cuda.synchronize()
             return time.perf_counter() - start
 
+        # Time the steps after the first ones, which allocate and compile.
         for _ in range(WARMUP_STEPS):
             take_step()
         seconds = tuple(take_step() for _ in range(num_steps))

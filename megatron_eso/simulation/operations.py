@@ -75,43 +75,43 @@ def _sizes(values: Any) -> int:
 
 
 def _view(_arguments: Arguments, _output: Any) -> Cost:
-    """Nothing moves: views, allocations, questions about a tensor."""
+    """Return no cost: views, allocations, and reads of a tensor's shape move nothing."""
     return FREE
 
 
 def _fill(_arguments: Arguments, output: Any) -> Cost:
-    """The output is written, nothing is read."""
+    """Count the output as written; nothing is read."""
     return Cost(moved=_sizes(output), kernels=1)
 
 
 def _stream(arguments: Arguments, output: Any) -> Cost:
-    """Every input is read once, every output is written once."""
+    """Count every input as read once, every output as written once."""
     return Cost(moved=_sizes(arguments) + _sizes(output), kernels=1)
 
 
 def _copy(arguments: Arguments, _output: Any) -> Cost:
-    """The second tensor is read, the first is written."""
+    """Count the second tensor as read, the first as written."""
     return Cost(moved=size_of(arguments[0]) + size_of(arguments[1]), kernels=1)
 
 
 def _gather(arguments: Arguments, output: Any) -> Cost:
-    """What is chosen is read and written, and the indices are read."""
+    """Count the selected values as read and written, and the indices as read."""
     indices = _sizes(arguments[1:])
     return Cost(moved=2 * _sizes(output) + indices, kernels=1)
 
 
 def _scatter(arguments: Arguments, _output: Any) -> Cost:
-    """Values are read and added to places of the target; the indices are sorted before."""
+    """Count values that are added to the target; the indices are sorted before."""
     return Cost(moved=3 * _sizes(arguments[1:]), kernels=4)
 
 
 def _scatter_new(arguments: Arguments, output: Any) -> Cost:
-    """As `_scatter`, into a new target."""
+    """Count values that are added to a new target; the indices are sorted before."""
     return Cost(moved=3 * _sizes(arguments) + _sizes(output), kernels=5)
 
 
 def _list(arguments: Arguments, output: Any) -> Cost:
-    """One kernel serves many tensors of a list."""
+    """Count lists of tensors; one kernel processes many of them."""
     lists = [each for each in arguments if isinstance(each, list | tuple) and each]
     tensors = [each for each in lists[0] if isinstance(each, Tensor)]
     outputs = _sizes(output) if output is not None else _sizes(lists[0])
@@ -122,7 +122,7 @@ def _list(arguments: Arguments, output: Any) -> Cost:
 
 
 def _multiply(first: int) -> Rule:
-    """A matrix product of the arguments `first` and `first + 1`, in batches or not."""
+    """Return the rule of a matrix product of the arguments `first` and `first + 1`."""
 
     def cost(arguments: Arguments, output: Any) -> Cost:
         left, right = arguments[first], arguments[first + 1]

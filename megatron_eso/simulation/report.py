@@ -20,6 +20,7 @@ def describe_simulation(simulation: Simulation) -> dict[str, Any]:
         "world_size": simulation.world_size,
         "parameters_of_rank": slowest.num_parameters,
         "micro_batches": simulation.num_micro_batches,
+        # Totals.
         "step_seconds": simulation.step_seconds,
         "bubble_seconds": simulation.bubble,
         "tokens_per_second_per_gpu": simulation.tokens_per_second,
@@ -31,6 +32,7 @@ def describe_simulation(simulation: Simulation) -> dict[str, Any]:
             "parts": fullest.peak,
             "between_steps": fullest.held,
         },
+        # The slowest stage, part by part.
         "parts": _describe_parts(slowest.step),
         "communication": _describe_communication(slowest.step),
         "simulated_micro_batches": slowest.num_micro_batches,

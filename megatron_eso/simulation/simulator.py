@@ -110,6 +110,7 @@ def simulate(config: Config, gpu: Gpu, world_size: int) -> Simulation:
     num_stages = parallel.pipeline_model_parallel_size
     data_parallel_size = world_size // parallel.model_parallel_size
     kinds = plan_kinds(config, data_parallel_size)
+    # The first and the last stage have embedding and head; stages between them hold less.
     stages = tuple(
         simulate_stage(config, gpu, world_size, stage, kinds)
         for stage in sorted({0, num_stages - 1})
@@ -117,6 +118,7 @@ def simulate(config: Config, gpu: Gpu, world_size: int) -> Simulation:
     slowest = max(each.step.seconds + sum(each.step.exposed.values()) for each in stages)
     chunks = parallel.virtual_pipeline_model_parallel_size or 1
     tokens = train.global_batch_size * config.data.sequence_length
+    # The FLOPs that the objective needs, for the utilization.
     per_token = training_flops_per_token(
         config.model,
         config.data.vocabulary.size,

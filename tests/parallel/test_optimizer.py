@@ -59,7 +59,7 @@ def test_weight_decay_leaves_out_what_it_should(
     exclude: str, world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
     """Decay strongly without a gradient step: parameters that decay shrink, the others stay."""
-    rate, decay = 1e-9, 1e8  # Adam moves by the rate at most, decay multiplies by 0.9
+    rate, decay = 1e-4, 1e3  # Adam moves by the rate at most, decay multiplies by 0.9
     overrides: Overrides = {
         "optimizer.learning_rate": rate,
         "optimizer.weight_decay": decay,
@@ -74,7 +74,7 @@ def test_weight_decay_leaves_out_what_it_should(
     for name in (name for name in after if not name.startswith(("optimizer.", "ema."))):
         decays = exclude == "none" or after[name].dim() > 1
         factor = 1 - rate * decay if decays else 1.0
-        torch.testing.assert_close(after[name], factor * before[name], rtol=1e-5, atol=10 * rate)
+        torch.testing.assert_close(after[name], factor * before[name], rtol=1e-5, atol=2 * rate)
 
 
 @pytest.mark.parametrize("layout", ["1 rank", "DP=2 distributed optimizer"])

@@ -29,7 +29,7 @@ esac
 
 @pytest.fixture(scope="module")
 def binding_slurm(slurm: SlurmCluster) -> Iterator[SlurmCluster]:
-    """A cluster that binds tasks to cores where nothing else is requested."""
+    """Start a cluster that binds tasks to cores where nothing else is requested."""
     with SlurmCluster("TaskPlugin=task/affinity\nTaskPluginParam=autobind=cores\n") as cluster:
         yield cluster
 

@@ -18,7 +18,7 @@ VOCABULARY = 32001
 
 
 def load_shipped(*layers: str) -> Config:
-    """A configuration of these layers, with a vocabulary."""
+    """Load a configuration of these layers, with a vocabulary."""
     loaded = load_config(list(layers), folder=SHIPPED_CONFIGS)
     return with_vocabulary(
         loaded.config,
