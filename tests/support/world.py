@@ -36,6 +36,8 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Self
 
+import psutil
+
 from tests.support.processes import HANG_SECONDS
 
 MAX_RANKS = 4
@@ -43,6 +45,7 @@ GRACE_SECONDS = 60.0  # for the other ranks once one has failed, and for a worke
 JOIN_SECONDS = 60.0  # imports are done; now and then gloo loses a connection on a busy machine
 COLLECTIVE_SECONDS = 2 * HANG_SECONDS  # no rank gives up before the call has ended
 JOIN_TRIES = 3
+MAX_THREADS = 60  # of a worker at rest, which has fewer than 10
 WORKER_IMPORTS = "tests.support.worker_imports"
 LOADED, JOINED, GO = b"loaded", b"joined", b"go"
 
@@ -165,7 +168,8 @@ class World:
         self.close()
 
     def _start(self, num_ranks: int) -> None:
-        if any(not process.is_alive() for process, _ in self._workers):
+        # The hooks of Megatron-Core's data parallelism keep groups, whose threads poll.
+        if any(is_worn(process) for process, _ in self._workers):
             self.kill()
         os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they start
         while len(self._workers) < num_ranks:
@@ -251,6 +255,11 @@ class World:
                 if outcomes[rank].failure is not None:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         return outcomes
+
+
+def is_worn(process: BaseProcess) -> bool:
+    """Return whether a worker has ended, or has many threads of earlier process groups."""
+    return not process.is_alive() or psutil.Process(process.pid).num_threads() > MAX_THREADS
 
 
 def receive(link: Connection) -> bytes:
