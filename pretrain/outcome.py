@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_eso.command_line import CommandLine
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import load_config
-from megatron_eso.errors import ConfigError, run_command
+from megatron_eso.errors import run_command
 from megatron_eso.runs.restarts import (
     Decision,
     Outcome,
@@ -53,17 +53,17 @@ def judge(run: RunDirectory, job: str | None) -> Outcome:
     """Decide how `run` continues after the ranks of `job` have ended.
 
     Launchers hide exit codes. The decision therefore follows from `failure.json` and `status.json`,
-    and from whether a checkpoint is newer than those of the earlier restarts. A run that another
-    process holds is stopped here.
+    and from whether a checkpoint is newer than those of the earlier restarts. The chain of jobs
+    stops if another process holds the run. A process of `job` itself does not stop it: the lock of
+    a lost node may outlive that node.
 
     Raises:
         ConfigError: `status.json`, `failure.json` or `restarts.jsonl` cannot be read.
     """
-    try:
-        with run.locked():
-            pass
-    except ConfigError as error:
-        return make_outcome(run, job, "stop", str(error))
+    with run.try_lock() as lock:
+        is_free = lock.is_held or run.is_held_by_job(lock, job)
+    if not is_free:
+        return make_outcome(run, job, "stop", run.describe_refusal(lock))
     failure = read_failure(run.failure, job)
     if failure is not None:
         reason = f"failed ({failure}): correct that and submit again"

@@ -1,11 +1,10 @@
 """The run directory: the paths of its files, and the lock that one process holds."""
 
 import logging
-import os
 import shutil
-import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,10 +12,20 @@ from megatron_eso.config.loading import config_to_dict
 from megatron_eso.config.sections import Config
 from megatron_eso.errors import ConfigError
 from megatron_eso.files import new_folder, write_json
-from megatron_eso.locks import hold_lock
+from megatron_eso.locks import (
+    Lock,
+    NoLocksError,
+    hold_file,
+    hold_lock,
+    parse_holder,
+    this_process,
+)
 from megatron_eso.runs.status import JobFacts, RunStatus, State, read_status, write_status
 
 CONFIG_FILE = "config.json"
+LOST_NODE_SECONDS = 300
+"""How long a requeued job waits until the file server releases the lock of its lost node."""
+_POLL_SECONDS = 1.0
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +61,11 @@ class RunDirectory:
     def initial(self) -> Path:
         """A run directory with the weights of the sampler directory that the run starts from."""
         return self.path / "init_from"
+
+    @property
+    def holder_file(self) -> Path:
+        """The process that holds the directory, on a file system without `flock`."""
+        return self.path / ".holder"
 
     @property
     def status(self) -> Path:
@@ -98,20 +112,73 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     @contextmanager
+    def try_lock(self) -> Iterator[Lock]:
+        """Try to hold the directory for this process while the body runs.
+
+        On a file system without `flock`, a file that names this process takes its place.
+
+        Yields:
+            Whether this process holds the directory, and who holds it otherwise.
+
+        Raises:
+            UserError: The lock fails for a reason other than a file system without `flock`.
+        """
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context(
+                    hold_lock(self.path / ".lock", holder=this_process().to_json())
+                )
+            except NoLocksError as error:
+                lock = stack.enter_context(hold_file(self.holder_file))
+                if lock.is_held:
+                    logger.warning("%s; %s is used instead", error, self.holder_file)
+            yield lock
+
+    @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the directory for this process, at most until the process ends.
 
+        A lock of this Slurm job is waited for, because the lock of a lost node may outlive it.
+
         Raises:
             ConfigError: Another process holds the directory; the error names its host and job.
-            UserError: The file system does not support locks.
+            UserError: The lock fails for a reason other than a file system without `flock`.
         """
-        with hold_lock(self.path / ".lock", holder=describe_process()) as lock:
+        deadline = None
+        with ExitStack() as stack:
+            lock = stack.enter_context(self.try_lock())
+            while self.is_held_by_job(lock, this_process().job):
+                if deadline is None:
+                    deadline = time.monotonic() + LOST_NODE_SECONDS
+                    logger.warning(
+                        "%s; waiting up to %d s, because this job may have lost that node",
+                        self.describe_refusal(lock),
+                        LOST_NODE_SECONDS,
+                    )
+                if time.monotonic() >= deadline:
+                    break
+                stack.close()
+                time.sleep(_POLL_SECONDS)
+                lock = stack.enter_context(self.try_lock())
             if not lock.is_held:
-                raise ConfigError(
-                    f"run.directory = {self.path}: {lock.holder or 'another process'} is running "
-                    f"there: wait for it, or choose another run.directory"
-                )
+                raise ConfigError(self.describe_refusal(lock))
             yield
+
+    @staticmethod
+    def is_held_by_job(lock: Lock, job: str | None) -> bool:
+        """Return whether a process of a Slurm job holds the lock, but not this process."""
+        holder = parse_holder(lock.holder)
+        return not lock.is_held and holder is not None and job is not None and holder.job == job
+
+    def describe_refusal(self, lock: Lock) -> str:
+        """Return one line: who holds the directory, and what the user can do."""
+        line = (
+            f"run.directory = {self.path}: {parse_holder(lock.holder) or 'another process'} is "
+            "running there: wait for it, or choose another run.directory"
+        )
+        if self.holder_file.exists():
+            line += f"; if it has ended, remove {self.holder_file}"
+        return line
 
     def write_config(self, config: Config, tokenizer: Path) -> None:
         """Record the resolved configuration and the tokenizer of its data."""
@@ -161,10 +228,3 @@ class RunDirectory:
             ConfigError: The file cannot be read, or has another format version.
         """
         return read_status(self.status)
-
-
-def describe_process() -> str:
-    """Describe this process, with host and job, for processes that find the directory locked."""
-    job = os.environ.get("SLURM_JOB_ID")
-    suffix = f" of job {job}" if job else ""
-    return f"process {os.getpid()} on {socket.gethostname()}{suffix}"

@@ -1,6 +1,7 @@
 """The decision about a run after its job's ranks have ended, from real run directories."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,10 @@ def test_restarts_without_progress_are_bounded(
     assert end_life(run) == "requeue"  # submitted again by hand: it may try again
 
 
-def test_a_directory_that_another_holds_is_left_alone(run: RunDirectory) -> None:
+@pytest.mark.parametrize(("job", "decision"), [("16", "stop"), (JOB, "requeue")])
+def test_a_directory_that_another_job_holds_is_left_alone(
+    run: RunDirectory, job: str, decision: str
+) -> None:
     run.write_status("running", 4)
     program = (
         "import sys; from pathlib import Path\n"
@@ -97,13 +101,14 @@ def test_a_directory_that_another_holds_is_left_alone(run: RunDirectory) -> None
         [sys.executable, "-c", program, str(run.path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        env=os.environ | {"SLURM_JOB_ID": job},
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
     outcome = judge(run, JOB)
     holder.communicate(b"\n")
-    assert outcome.decision == "stop"
-    assert f"process {holder.pid} on" in outcome.reason
+    assert outcome.decision == decision
+    assert (f"process {holder.pid} on" in outcome.reason) == (decision == "stop")
     assert judge(run, JOB).decision == "requeue"
 
 
