@@ -25,6 +25,16 @@ class CommandLine(argparse.ArgumentParser):
         self.exit(2, f"error: {line}; see `{self.prog} --help`\n")
 
 
+def add_layers(parser: argparse.ArgumentParser) -> None:
+    """Add the argument `layers`: the configuration of a run."""
+    parser.add_argument(
+        "layers",
+        nargs="+",
+        metavar="CONFIG.toml|section.key=value",
+        help="configuration layers in order; the later value of a key wins",
+    )
+
+
 def quote(text: str) -> str:
     """Return a text of the user, shortened for an error."""
     short = text if len(text) <= _MAX_QUOTED else f"{text[:_MAX_QUOTED]}..."

@@ -30,6 +30,22 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_rank() -> int:
+    """Return the number of this rank on its node; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def choose_gpu(number: int, num_visible: int) -> int | None:
+    """Return the index of the GPU that a rank uses; None if there is none for it.
+
+    Args:
+        number: The local rank.
+        num_visible: GPUs that the rank finds; a launcher may show each rank its own only.
+    """
+    index = number if num_visible > 1 else 0
+    return index if index < num_visible else None
+
+
 def wait_for_first_rank() -> None:
     """Wait, on a rank other than 0, while rank 0 reports an error that all ranks meet.
 

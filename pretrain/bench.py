@@ -8,10 +8,11 @@ steps are timed on this machine, under torchrun or alone.
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import sys
 
-from megatron_eso.command_line import CommandLine, count, new_path
+from megatron_eso.command_line import CommandLine, add_layers, count, new_path
 from megatron_eso.config.combinations import check_layout, with_vocabulary
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import LoadedConfig, load_config
@@ -19,11 +20,14 @@ from megatron_eso.config.sections import Config
 from megatron_eso.errors import ConfigError, run_command
 from megatron_eso.estimates.gpus import GPUS, Gpu
 from megatron_eso.ranks import is_first_rank, launched_world_size
+from megatron_eso.training.records.log import start_logging
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; returns the exit code."""
     arguments = parse_arguments(argv)
+    start_logging()
+    logging.getLogger().setLevel(logging.WARNING)
     loaded = load_config(arguments.layers, folder=SHIPPED_CONFIGS)
     config = fill_vocabulary(loaded)
     is_measured = not (arguments.simulate or arguments.plan)
@@ -51,12 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = CommandLine(prog="python -m pretrain.bench", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "layers",
-        nargs="+",
-        metavar="CONFIG.toml|section.key=value",
-        help="configuration layers in order; the later value of a key wins",
-    )
+    add_layers(parser)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--simulate", choices=sorted(GPUS), help="simulate a step on this GPU")
     mode.add_argument("--plan", choices=sorted(GPUS), help="propose a layout for this GPU")

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_eso.command_line import CommandLine
+from megatron_eso.command_line import CommandLine, add_layers
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import load_config
 from megatron_eso.errors import run_command
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         ConfigError: The configuration is wrong.
     """
     parser = CommandLine(prog="python -m pretrain.outcome", description=__doc__.split("\n\n")[0])
-    parser.add_argument("layers", nargs="+", metavar="CONFIG.toml|section.key=value")
+    add_layers(parser)
     parser.add_argument("--directory", action="store_true", help="print the run directory instead")
     arguments = parser.parse_intermixed_args(argv)
     run = RunDirectory(

@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_eso.command_line import CommandLine, count, share
+from megatron_eso.command_line import CommandLine, add_layers, count, share
 from megatron_eso.config.combinations import check_layout
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import LoadedConfig, load_config
@@ -70,12 +70,7 @@ def train(loaded: LoadedConfig) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = CommandLine(prog="python -m pretrain.train", description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "layers",
-        nargs="+",
-        metavar="CONFIG.toml|section.key=value",
-        help="configuration layers in order; the later value of a key wins",
-    )
+    add_layers(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the plan and exit")
     parser.add_argument(
         "--world-size", type=count(1), default=None, help="ranks to plan for (with --dry-run)"

@@ -13,11 +13,12 @@ from megatron_eso.estimates.flops import (
     forward_flops,
     training_flops_per_token,
 )
-from megatron_eso.estimates.gpus import DEFAULT_MFU, GIB, Gpu
+from megatron_eso.estimates.gpus import DEFAULT_MFU, Gpu
 from megatron_eso.estimates.memory import estimate_checkpoint, estimate_memory
 from megatron_eso.estimates.parameters import count_parameters
 from megatron_eso.objectives.build import build_objective
 from megatron_eso.objectives.objective import Objective
+from megatron_eso.quantities import GIB
 
 
 def format_dry_run(

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from megatron_eso.config.combinations import check_config, check_layout
 from megatron_eso.config.sections import Config
 from megatron_eso.errors import ConfigError
-from megatron_eso.estimates.gpus import GIB, GPUS_PER_NODE, Gpu
+from megatron_eso.estimates.gpus import GPUS_PER_NODE, Gpu
 from megatron_eso.estimates.memory import estimate_memory
 from megatron_eso.objectives.objective import Objective
+from megatron_eso.quantities import GIB
 
 RUNTIME_BYTES = 3.5 * GIB
 """The CUDA context, kernels and NCCL's buffers of a process. An assumption."""

@@ -6,8 +6,21 @@ shares are assumptions, the same for every GPU; nothing here was measured.
 
 from dataclasses import dataclass
 
-GIB = 2**30
+from megatron_eso.quantities import GIB
+
 GPUS_PER_NODE = 8
+
+# Dense bf16 peaks that the vendors publish, in FLOP/s, by a part of the device's name. A name that
+# contains another one comes first.
+PUBLISHED_PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,  # GH200 as well
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,15 +47,15 @@ class Efficiency:
     """Assumed shares of the published speeds, and fixed costs."""
 
     gemm: float = 0.65
-    """Of the bf16 peak, in matrix products."""
+    """Share of the bf16 peak that matrix products reach."""
     flash: float = 0.40
-    """Of the bf16 peak, in fused attention."""
+    """Share of the bf16 peak that fused attention reaches."""
     fp32: float = 0.70
-    """Of the float32 peak."""
+    """Share of the float32 peak that kernels reach."""
     bandwidth: float = 0.80
-    """Of the memory's bandwidth."""
+    """Share of the memory's bandwidth that kernels reach."""
     link: float = 0.80
-    """Of the bandwidth of NVLink and of the network."""
+    """Share of the bandwidth of NVLink and of the network that collectives reach."""
     kernel_seconds: float = 4e-6
     """Shortest time of a kernel."""
     link_seconds: float = 20e-6
@@ -59,7 +72,7 @@ GPUS = {
         Gpu(
             name="h100",
             memory=79.1 * GIB,
-            bf16_flops=989e12,
+            bf16_flops=PUBLISHED_PEAKS["H100"],
             fp32_flops=67e12,
             bandwidth=3.35e12,
             nvlink=450e9,
@@ -68,7 +81,7 @@ GPUS = {
         Gpu(
             name="h200",
             memory=139.8 * GIB,
-            bf16_flops=989e12,
+            bf16_flops=PUBLISHED_PEAKS["H200"],
             fp32_flops=67e12,
             bandwidth=4.8e12,
             nvlink=450e9,
@@ -77,7 +90,7 @@ GPUS = {
         Gpu(
             name="a100",
             memory=79.1 * GIB,
-            bf16_flops=312e12,
+            bf16_flops=PUBLISHED_PEAKS["A100"],
             fp32_flops=19.5e12,
             bandwidth=2.04e12,
             nvlink=300e9,
@@ -86,7 +99,7 @@ GPUS = {
         Gpu(
             name="b200",
             memory=178.4 * GIB,
-            bf16_flops=2250e12,
+            bf16_flops=PUBLISHED_PEAKS["B200"],
             fp32_flops=75e12,
             bandwidth=7.7e12,
             nvlink=900e9,
@@ -94,3 +107,8 @@ GPUS = {
         ),
     )
 }
+
+
+def find_peak(name: str) -> float | None:
+    """Return the published dense bf16 FLOP/s of a GPU by its name; None if unknown."""
+    return next((peak for part, peak in PUBLISHED_PEAKS.items() if part in name), None)

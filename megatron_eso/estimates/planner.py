@@ -18,9 +18,10 @@ from megatron_eso.estimates.fit import (
     measure_fit,
 )
 from megatron_eso.estimates.flops import training_flops_per_token
-from megatron_eso.estimates.gpus import GIB, GPUS_PER_NODE, Gpu
+from megatron_eso.estimates.gpus import GPUS_PER_NODE, Gpu
 from megatron_eso.estimates.step_time import StepTime, estimate_step
 from megatron_eso.objectives.objective import Objective
+from megatron_eso.quantities import GIB
 
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PIPELINES = (1, 2, 4, 8, 16)

@@ -33,7 +33,7 @@ class Measurement:
     Attributes:
         device: Name of this rank's device.
         world_size: Number of ranks.
-        seconds: Of each step.
+        seconds: Time of each step.
         tokens: Tokens of a step, over all ranks.
         model_flops: FLOPs that the objective needs for a step, on each rank.
         memory: Most bytes of tensors on this rank's GPU; None without one.

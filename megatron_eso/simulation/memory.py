@@ -35,7 +35,7 @@ class Memory:
 
     @property
     def peak(self) -> dict[str, int]:
-        """The same at the moment when most were alive since `restart`."""
+        """Bytes by label at the moment with the most bytes since `restart`."""
         return {label: size for label, size in self._peak.items() if size}
 
     def restart(self) -> None:

@@ -3,11 +3,11 @@
 from dataclasses import asdict
 from typing import Any
 
+from megatron_eso.quantities import GIB
 from megatron_eso.simulation.recorder import PartUse
 from megatron_eso.simulation.simulator import Simulation
 from megatron_eso.simulation.stage import StepUse
 
-GIB = 2**30
 SHOWN_BYTES = GIB / 200
 
 

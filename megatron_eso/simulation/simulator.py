@@ -73,12 +73,12 @@ class Simulation:
 
     @property
     def hours(self) -> float:
-        """Of `train.num_steps` steps, without validation and checkpoints."""
+        """Hours of `train.num_steps` steps, without validation and checkpoints."""
         return self.step_seconds * self.num_steps / 3600
 
     @property
     def gpu_hours(self) -> float:
-        """The same for all GPUs together."""
+        """GPU hours of `train.num_steps` steps, over all ranks."""
         return self.hours * self.world_size
 
     @property

@@ -80,12 +80,12 @@ class StepUse:
 
     @property
     def seconds(self) -> float:
-        """Of the kernels of a micro-batch."""
+        """Seconds that the kernels of a micro-batch take."""
         return sum(use.seconds for use in self.parts.values())
 
     @property
     def seconds_once(self) -> float:
-        """Of the kernels that come once in a step."""
+        """Seconds that the kernels take that come once in a step."""
         return sum(use.seconds for use in self.once.values())
 
 

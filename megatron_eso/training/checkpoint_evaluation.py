@@ -35,7 +35,7 @@ def evaluate_checkpoint(
     """Load the weights on this layout and evaluate them; collective over the world.
 
     Args:
-        checkpoint: Of any layout.
+        checkpoint: A checkpoint of any layout.
         config: The model and objective of the checkpoint, and the layout of these ranks.
         validation: The shards to evaluate on.
         weights: `ema` or `raw`; by default EMA if the checkpoint has it.

@@ -109,7 +109,7 @@ class Trainer:
     stop: StopRequests
     watchdog: Watchdog
     _requests: tuple[int, ...] = field(init=False, default=(0, 0))
-    """Of any rank in the last step: the reason to stop, and whether a save is due."""
+    """The reason to stop and whether a save is due, as any rank stated in the last step."""
 
     def train(self) -> str | None:
         """Train from the step of `state` to `train.num_steps`; collective over the world.

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, ProcessGroup  # type: ignore[attr-defined]
 
+from megatron_eso.ranks import choose_gpu, local_rank
 from pretrain.preflight.meeting import World
-from pretrain.preflight.node_facts import choose_gpu, local_rank
 from pretrain.preflight.places import Places
 
 GIGA, TERA = 1e9, 1e12
@@ -32,7 +32,7 @@ class Measurement:
         node: Its node.
         clock_skew_seconds: Its clock minus rank 0's.
         sees_first: Whether it sees what rank 0 wrote into the run directory.
-        gemm_tflops: Of a matrix product on its device.
+        gemm_tflops: TFLOP/s of a matrix product on its device.
         node_bandwidth: Bus bandwidth of an all-reduce of its node.
         received: What arrived from its partner on another node, by that node.
         world_bandwidth: Bus bandwidth of an all-reduce of all ranks.
@@ -129,7 +129,7 @@ class Rank:
         world: The ranks and their store.
         places: The node of every rank.
         stages: Are entered one after the other.
-        device: Of this rank.
+        device: The device of this rank.
         effort: How much to measure.
     """
 

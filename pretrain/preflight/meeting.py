@@ -32,7 +32,7 @@ class World:
         """Return what each rank writes, by rank, on rank 0 and nothing elsewhere; collective.
 
         Args:
-            name: Of the message; used once.
+            name: Name of the message; it is used once.
             mine: What this rank writes; JSON.
             nodes: The node of each rank, for the error.
 
@@ -59,7 +59,7 @@ class World:
         """Return what rank 0 writes, on every rank; collective.
 
         Args:
-            name: Of the message; used once.
+            name: Name of the message; it is used once.
             value: JSON; that of rank 0 counts.
 
         Raises:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_eso.quantities import GIB, MIB
+from megatron_eso.ranks import choose_gpu, local_rank
 from pretrain.preflight.meeting import find_node
 
 PACKAGES = ("torch", "megatron-core")
@@ -90,22 +91,6 @@ def find_node_facts(run: Path) -> NodeFacts:
         free_gib=free,
         disk_error=disk_error,
     )
-
-
-def local_rank() -> int:
-    """Return this rank's number on its node."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def choose_gpu(number: int, num_visible: int) -> int | None:
-    """Return the index of the GPU that a rank takes; None where there is none for it.
-
-    Args:
-        number: Of the rank on its node.
-        num_visible: GPUs that the rank sees; a launcher may show each rank only its own.
-    """
-    index = number if num_visible > 1 else 0
-    return index if index < num_visible else None
 
 
 def count_devices(folder: Path) -> int:

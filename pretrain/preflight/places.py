@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 MAX_ROUNDS = 8
-"""Of pairs of nodes: of up to 8 nodes every two meet; of more nodes, each meets 8 others."""
+"""Rounds in which pairs of nodes meet: each of up to 8 nodes meets all others, else 8 others."""
 
 
 @dataclass(frozen=True, slots=True)

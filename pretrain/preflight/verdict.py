@@ -20,7 +20,7 @@ class Limits:
         clock_skew_seconds: Between a node's clock and the first one's.
         free_gib: Free space where the run directory is.
         bandwidth: Bus bandwidth of the all-reduce over all ranks in GB/s; 0: any.
-        share: Of the fastest GPU, node or pair of nodes, below which another is at fault; 0: never.
+        share: A GPU, node or pair below this share of the fastest one is at fault; 0: none.
         may_idle: Whether GPUs without a rank are right.
     """
 

@@ -67,7 +67,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.runs": ERRORS
     + ("megatron_eso.files", "megatron_eso.locks")
     + (*SECTIONS, "megatron_eso.config.loading"),
-    "megatron_eso.estimates": ERRORS + CONFIG + OBJECTIVES,
+    "megatron_eso.estimates": (*ERRORS, "megatron_eso.quantities", *CONFIG, *OBJECTIVES),
     "megatron_eso.data": (),
     "megatron_eso.data.tokenizers": ERRORS,
     "megatron_eso.data.shards": BASE + RANDOMNESS + FINGERPRINT,
@@ -81,12 +81,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     + (RUNS + SAMPLES + MODEL + OPTIMIZATION),
     "megatron_eso.training.guards": ERRORS + RANKS + SECTIONS + OBJECTIVES + RUNS + STEPS,
     "megatron_eso.training.records": ("megatron_eso.files", "megatron_eso.quantities")
-    + (ERRORS + RANKS + SECTIONS + OBJECTIVES + RUNS + SAMPLES + STEPS + GUARDS),
+    + (ERRORS + RANKS + SECTIONS + OBJECTIVES + ESTIMATES + RUNS + SAMPLES + STEPS + GUARDS),
     "megatron_eso.training.records.tags": (),
     "megatron_eso.training.checkpointing": ("megatron_eso.files", "megatron_eso.retries")
     + (ERRORS + RANKS + CONFIG + RUNS + FINGERPRINT + STEPS + GUARDS + RECORDS),
     "megatron_eso.training": ERRORS + RANKS + CONFIG + OBJECTIVES + RUNS + ESTIMATES + SAMPLES,
-    "megatron_eso.simulation": ERRORS
+    "megatron_eso.simulation": (*ERRORS, "megatron_eso.quantities")
     + CONFIG
     + OBJECTIVES
     + ESTIMATES

@@ -85,7 +85,7 @@ def load_weights(checkpoint: Path, state: TrainState, *, prefix: str = "") -> No
     Args:
         checkpoint: A checkpoint of any layout.
         state: Changed in place.
-        prefix: Of the names of the weights in the checkpoint, such as `ema.`.
+        prefix: Beginning of the names of the weights in the checkpoint, such as `ema.`.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or has another model.

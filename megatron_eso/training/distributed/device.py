@@ -75,11 +75,6 @@ def set_defaults(config: Config) -> None:
         os.environ.setdefault(name, value)
 
 
-def pick_gpu(local_rank: int, num_visible: int) -> int:
-    """Return the index of a rank's GPU: Slurm may show each task its own GPU only, as number 0."""
-    return local_rank if num_visible > 1 else 0
-
-
 def compare_devices(store: Store, rank: int, num_ranks: int, *, has_gpu: bool) -> None:
     """Refuse a world in which some ranks have a GPU and others do not; collective over the world.
 

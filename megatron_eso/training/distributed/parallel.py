@@ -19,8 +19,9 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_eso.config.sections import MAX_SECONDS, ParallelConfig, WatchdogConfig
-from megatron_eso.ranks import launched_world_size, own_rank
-from megatron_eso.training.distributed.device import compare_devices, pick_gpu
+from megatron_eso.errors import ConfigError
+from megatron_eso.ranks import choose_gpu, launched_world_size, local_rank, own_rank
+from megatron_eso.training.distributed.device import compare_devices
 from megatron_eso.training.distributed.failure import end_process, report_failure
 
 TIMEOUT_MARGIN_SECONDS = 300.0
@@ -48,8 +49,7 @@ def process_group(timeout: timedelta) -> Iterator[None]:
     """
     has_gpu = torch.cuda.is_available()
     if has_gpu:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.cuda.set_device(pick_gpu(local_rank, torch.cuda.device_count()))
+        use_gpu(local_rank(), torch.cuda.device_count())
     _raise_file_limit()
     rank, num_ranks = own_rank(), launched_world_size()
     store = _open_store(timeout)
@@ -83,6 +83,25 @@ def _open_store(timeout: timedelta) -> Store:
     # After a restart, torchrun's store still has the addresses of the earlier ranks:
     # https://github.com/pytorch/pytorch/issues/135712
     return PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+
+
+def use_gpu(number: int, num_visible: int) -> None:
+    """Make this rank use a GPU of its own.
+
+    Args:
+        number: The local rank.
+        num_visible: GPUs that torch finds.
+
+    Raises:
+        ConfigError: The node has fewer GPUs than ranks.
+    """
+    index = choose_gpu(number, num_visible)
+    if index is None:
+        raise ConfigError(
+            f"rank {number} of this node has no GPU, as torch finds {num_visible}: start as many "
+            "ranks on each node as it has GPUs"
+        )
+    torch.cuda.set_device(index)
 
 
 def _raise_file_limit() -> None:

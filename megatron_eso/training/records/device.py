@@ -4,19 +4,8 @@ import resource
 
 import torch
 
+from megatron_eso.estimates.gpus import find_peak
 from megatron_eso.quantities import GIB
-
-# Dense bf16 peaks that the vendors publish, in FLOP/s, by a part of the device's name. A name that
-# contains another one comes first.
-PUBLISHED_PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,  # GH200 as well
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-}
 
 
 def used_memory_gib() -> float:
@@ -34,8 +23,3 @@ def reserved_memory_gib() -> float | None:
 def published_peak() -> float | None:
     """Return the published dense bf16 FLOP/s of this rank's GPU; None if unknown."""
     return find_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-
-
-def find_peak(name: str) -> float | None:
-    """Return the published dense bf16 FLOP/s of a GPU by its name; None if unknown."""
-    return next((peak for part, peak in PUBLISHED_PEAKS.items() if part in name), None)

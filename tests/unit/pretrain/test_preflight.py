@@ -13,7 +13,7 @@ from torch.distributed import HashStore
 from megatron_eso.errors import UserError
 from pretrain.preflight.measurement import Measurement, Rank, measure_together
 from pretrain.preflight.meeting import World
-from pretrain.preflight.node_facts import NodeFacts, RankFacts, choose_gpu, count_devices
+from pretrain.preflight.node_facts import NodeFacts, RankFacts, count_devices
 from pretrain.preflight.places import MAX_ROUNDS, Places, pair_up
 from pretrain.preflight.verdict import (
     Limits,
@@ -104,12 +104,6 @@ def test_ranks_and_gpus_fit(of_second: list[RankFacts], faults: list[str]) -> No
 def test_idle_gpus_can_be_allowed() -> None:
     allowed = dataclasses.replace(LIMITS, may_idle=True)
     assert judge_gpus([node("n1")], ranks("n1", 1, 8), allowed) == []
-
-
-def test_a_rank_that_sees_one_gpu_takes_it() -> None:
-    assert [choose_gpu(rank, 8) for rank in (0, 7, 8)] == [0, 7, None]
-    assert [choose_gpu(rank, 1) for rank in (0, 7)] == [0, 0]
-    assert choose_gpu(0, 0) is None
 
 
 def test_gpus_are_counted_by_slurm_or_device_files(

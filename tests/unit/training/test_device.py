@@ -10,16 +10,16 @@ import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from megatron_eso.errors import ConfigError
+from megatron_eso.estimates.gpus import find_peak
+from megatron_eso.ranks import choose_gpu
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.training.distributed import device
 from megatron_eso.training.distributed.device import (
     compare_devices,
     describe_difference,
-    pick_gpu,
     set_defaults,
 )
-from megatron_eso.training.distributed.parallel import find_timeout
-from megatron_eso.training.records.device import find_peak
+from megatron_eso.training.distributed.parallel import find_timeout, use_gpu
 from tests.support.configs import make_config, replace_value
 from tests.support.processes import HANG_SECONDS
 from tests.support.training import tiny_arguments
@@ -90,9 +90,15 @@ def test_the_hosts_without_a_gpu_are_named() -> None:
     assert "node8 and 2 more, while" in describe_difference(many)
 
 
-def test_a_task_that_sees_one_gpu_takes_it() -> None:
-    assert [pick_gpu(local_rank, 8) for local_rank in (0, 3)] == [0, 3]
-    assert pick_gpu(3, 1) == 0
+def test_a_rank_that_finds_one_gpu_uses_it() -> None:
+    assert [choose_gpu(rank, 8) for rank in (0, 7, 8)] == [0, 7, None]
+    assert [choose_gpu(rank, 1) for rank in (0, 7)] == [0, 0]
+    assert choose_gpu(0, 0) is None
+
+
+def test_a_rank_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rank 8 of this node has no GPU, as torch finds 8"):
+        use_gpu(8, 8)
 
 
 VARIABLES = (
