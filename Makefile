@@ -34,20 +34,26 @@ quickstart: $(BASE)
 	@$(BIN)/python -m pretrain.quickstart
 	@echo "run: $$SECONDS s"
 
-# The whole suite runs in two processes: one computes, the other starts launchers and Slurm and mostly
-# waits for them. The output of the first is printed at the end.
+# The whole suite runs in three processes: one computes, two start launchers and Slurm and mostly wait
+# for them. The output of the first two is printed at the end.
 test: $(DEV) $(INTEROP)
 	@export OMP_NUM_THREADS=1
 	if [[ "$(PYTEST)" != tests ]]; then
 		$(BIN)/python -m pytest $(PYTEST)
 	else
-		log=$$(mktemp)
-		$(BIN)/python -m pytest tests/unit tests/parallel &> "$$log" &
+		logs=$$(mktemp -d)
+		$(BIN)/python -m pytest tests/unit tests/parallel &> "$$logs/computing" &
+		computing=$$!
+		$(BIN)/python -m pytest tests --ignore=tests/unit --ignore=tests/parallel --ignore=tests/slurm \
+			&> "$$logs/launching" &
+		launching=$$!
 		failed=0
-		$(BIN)/python -m pytest tests --ignore=tests/unit --ignore=tests/parallel || failed=1
-		wait $$! || failed=1
-		cat "$$log"
-		rm "$$log"
+		$(BIN)/python -m pytest tests/slurm || failed=1
+		wait $$launching || failed=1
+		cat "$$logs/launching"
+		wait $$computing || failed=1
+		cat "$$logs/computing"
+		rm -r "$$logs"
 		(( ! failed ))
 	fi
 	echo "run: $$SECONDS s"
