@@ -14,11 +14,11 @@ from pathlib import Path
 from megatron_eso.config.sections import CheckpointConfig
 from megatron_eso.errors import CheckpointError
 from megatron_eso.files import remove_folder, rename
+from megatron_eso.quantities import GIB
 from megatron_eso.runs.checkpoint_state import CheckpointState, read_checkpoint_state
 from megatron_eso.runs.steps import LATEST, list_checkpoints, step_number, write_latest
 
 LEFTOVERS = ("step_*.tmp", "step_*.deleting")
-GIBI = 2**30
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ def begin(partial: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(partial.parent).free
     if free < num_bytes:
         raise OSError(
-            f"{partial.parent}: a checkpoint takes {num_bytes / GIBI:.3g} GiB, and "
-            f"{free / GIBI:.3g} GiB are free: make room"
+            f"{partial.parent}: a checkpoint takes {num_bytes / GIB:.3g} GiB, and "
+            f"{free / GIB:.3g} GiB are free: make room"
         )
     partial.mkdir()
 

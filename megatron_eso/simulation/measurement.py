@@ -14,6 +14,7 @@ from megatron_eso.config.sections import Config
 from megatron_eso.estimates.flops import training_flops_per_token
 from megatron_eso.simulation.micro_batches import build_run_objective, plan_kinds
 from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
+from megatron_eso.training.distributed.device import prepare_device
 from megatron_eso.training.distributed.parallel import (
     find_timeout,
     model_parallel_groups,
@@ -60,6 +61,7 @@ def measure_steps(config: Config, num_steps: int, trace: Path | None) -> Measure
         num_steps: Steps to time, after two that are not timed.
         trace: Where rank 0 writes a trace of one more step; None: nowhere.
     """
+    prepare_device(config)
     install_cpu_backend()
     train, objective = config.train, build_run_objective(config)
     with ExitStack() as stack:

@@ -65,7 +65,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.randomness": (),
     "megatron_eso.objectives": ERRORS + CONFIG + RANDOMNESS,
     "megatron_eso.runs": ERRORS
-    + ("megatron_eso.files", "megatron_eso.locks")
+    + ("megatron_eso.files", "megatron_eso.locks", "megatron_eso.quantities")
     + (*SECTIONS, "megatron_eso.config.loading"),
     "megatron_eso.estimates": (*ERRORS, "megatron_eso.quantities", *CONFIG, *OBJECTIVES),
     "megatron_eso.data": (),
@@ -79,7 +79,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.training.steps": ERRORS
     + (SECTIONS + ("megatron_eso.config.model",) + RANDOMNESS + OBJECTIVES)
     + (RUNS + SAMPLES + MODEL + OPTIMIZATION),
-    "megatron_eso.training.guards": ERRORS + RANKS + SECTIONS + OBJECTIVES + RUNS + STEPS,
+    "megatron_eso.training.guards": ("megatron_eso.quantities",)
+    + (ERRORS + RANKS + SECTIONS + OBJECTIVES + RUNS + STEPS),
     "megatron_eso.training.records": ("megatron_eso.files", "megatron_eso.quantities")
     + (ERRORS + RANKS + SECTIONS + OBJECTIVES + ESTIMATES + RUNS + SAMPLES + STEPS + GUARDS),
     "megatron_eso.training.records.tags": (),

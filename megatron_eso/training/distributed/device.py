@@ -104,9 +104,7 @@ def describe_difference(devices: list[tuple[bool, str]]) -> str:
         devices: Whether a rank has a GPU, and its host, for every rank.
     """
     without = list(dict.fromkeys(host for has_gpu, host in devices if not has_gpu))
-    if not any(has_gpu for has_gpu, _ in devices):
-        return ""
-    if not without:
+    if not without or not any(has_gpu for has_gpu, _ in devices):
         return ""
     more = f" and {len(without) - MAX_NAMED_HOSTS} more" if without[MAX_NAMED_HOSTS:] else ""
     return (

@@ -11,13 +11,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_eso.config.sections import ParallelConfig, TrainConfig
 from megatron_eso.errors import ConfigError
+from megatron_eso.quantities import GIB
 from megatron_eso.ranks import is_first_rank, own_rank
 from megatron_eso.training.optimization.optimizer import MOMENTS
 from megatron_eso.training.steps.batches import TrainingBatches
 from megatron_eso.training.steps.step import clear_gradients, forward_step, run_schedule
 from megatron_eso.training.steps.train_state import TrainState
-
-GIBI = 2**30
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +56,9 @@ def try_largest_batch(
     used, total = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
     logger.info(
         "the largest micro-batch takes %.1f GiB on rank 0, the allocator holds %.1f of %.1f GiB",
-        used / GIBI,
-        torch.cuda.max_memory_reserved() / GIBI,
-        total / GIBI,
+        used / GIB,
+        torch.cuda.max_memory_reserved() / GIB,
+        total / GIB,
     )
     torch.cuda.empty_cache()
 
@@ -107,7 +106,7 @@ def explain_shortage(
     )
     return ConfigError(
         f"rank {own_rank()}: out of memory before step 1, beyond "
-        f"{used / GIBI:.1f} GiB, at the largest micro-batch: {num_rows} rows of "
+        f"{used / GIB:.1f} GiB, at the largest micro-batch: {num_rows} rows of "
         f"train.micro_batch_size = {train.micro_batch_size} samples of data.sequence_length = "
         f"{batches.data.sequence_length}: lower these,{recompute} or share the model among more "
         f"ranks with parallel.tensor_model_parallel_size = {parallel.tensor_model_parallel_size}, "
