@@ -5,8 +5,13 @@ An order is a uint64 key below 2^63 for every position; positions are generated 
 Shapes: B samples, T positions or slots.
 """
 
+from dataclasses import dataclass
+from typing import Self
+
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_eso.config.objective import ObjectiveConfig, Order
 
 _UPPER_BIT = np.uint64(1 << 63)
 _LARGEST = np.uint64(2**64 - 1)
@@ -21,6 +26,73 @@ def uniform_keys(bits_BT: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def left_to_right_keys(shape: tuple[int, ...]) -> NDArray[np.uint64]:
     """Return the keys of the natural order, in a shape whose last dimension is T."""
     return np.broadcast_to(np.arange(shape[-1], dtype=np.uint64), shape)
+
+
+def staggered_shape(set_size: int, max_set_size: int, length: int) -> tuple[float, float]:
+    """Return the shape k and the width b of the staggered schedule.
+
+    Source: arXiv 2607.01775; `StaggeredNoise` of its repository.
+
+    Args:
+        set_size: Mean number of tokens that are hit together.
+        max_set_size: Largest number of tokens that can be hit together.
+        length: T, the positions of a sample.
+    """
+    area = set_size / (2 * length)
+    if set_size in (1, max_set_size):
+        return 1.0, 2 * area
+    width = max_set_size / (length + max_set_size - 1)
+    return area / (width - area), width
+
+
+def staggered_times(
+    exponential_BT: NDArray[np.float64], set_size: int, max_set_size: int
+) -> NDArray[np.float64]:
+    """Return the time at which each position is masked; the first position is masked last.
+
+    Args:
+        exponential_BT: A draw of the exponential distribution for every position.
+        set_size: Mean number of tokens that are hit together.
+        max_set_size: Largest number of tokens that can be hit together.
+    """
+    length = exponential_BT.shape[-1]
+    shape, width = staggered_shape(set_size, max_set_size, length)
+    offsets_T = np.linspace(0.0, 1.0 - width, length)[::-1]
+    times_BT: NDArray[np.float64] = offsets_T - width * np.expm1(-exponential_BT / shape)
+    return times_BT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrderLaw:
+    """The distribution of the orders of samples.
+
+    Attributes:
+        name: "uniform", "left_to_right" or "staggered".
+        set_size: Mean size of the sets of a staggered order.
+        max_set_size: Largest size of these sets.
+    """
+
+    name: Order
+    set_size: int = 1
+    max_set_size: int = 1
+
+    @classmethod
+    def from_config(cls, config: ObjectiveConfig) -> Self:
+        """Return the law that the section `objective` describes."""
+        return cls(name=config.order, set_size=config.set_size, max_set_size=config.max_set_size)
+
+    def keys(self, bits_BT: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Return the keys of orders, from 64 random bits for every position."""
+        match self.name:
+            case "uniform":
+                return uniform_keys(bits_BT)
+            case "left_to_right":
+                return left_to_right_keys(bits_BT.shape)
+        # Positions are generated in the reverse order of their times.
+        uniform_BT = (bits_BT >> np.uint64(11)) * 2.0**-53
+        times_BT = staggered_times(-np.log1p(-uniform_BT), self.set_size, self.max_set_size)
+        order_BT = np.argsort(-times_BT, axis=-1, kind="stable")
+        return np.argsort(order_BT, axis=-1).astype(np.uint64)
 
 
 def sort_slots(

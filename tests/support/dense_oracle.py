@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_eso.batches.dealing import Dealing
+from megatron_eso.batches.loss import normalize_phases, sum_phases
+from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.model.attention_backend import AttentionBackend
 from megatron_eso.model.row_attention import attend_loss_rows, attend_rows
-from megatron_eso.objectives.dealing import Dealing
-from megatron_eso.objectives.loss import normalize_phases, sum_phases
-from megatron_eso.objectives.noise import Noise
+from megatron_eso.objectives.noise.slots import Noise
 from megatron_eso.objectives.objective import Objective
-from megatron_eso.objectives.rows import MicroBatch
 
 Parameters = dict[str, Tensor]
 

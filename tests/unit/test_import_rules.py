@@ -158,8 +158,8 @@ def test_imports_point_one_way() -> None:
     ("file", "line", "violation"),
     [
         ("megatron_eso/data/shards/x.py", "import megatron.core", "imports megatron.core"),
-        ("megatron_eso/objectives/rows.py", "import megatron_eso.data.samples.blend", "imports"),
-        ("megatron_eso/objectives/rows.py", "from ..data import samples", "imports megatron_eso"),
+        ("megatron_eso/batches/rows.py", "import megatron_eso.data.samples.blend", "imports"),
+        ("megatron_eso/batches/rows.py", "from ..data import samples", "imports megatron_eso"),
         ("megatron_eso/errors.py", "import megatron_eso.config", "imports megatron_eso.config"),
         ("megatron_eso/sampler/model.py", "from megatron_eso.model import x", "imports"),
         ("megatron_eso/model/block.py", "from megatron.core import parallel_state", "parallel_st"),

@@ -17,10 +17,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_eso.batches.loss import normalize_phases, sum_phases
+from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.sections import TrainConfig
-from megatron_eso.objectives.loss import normalize_phases, sum_phases
 from megatron_eso.objectives.objective import Objective
-from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.randomness.bits import random_bits
 from megatron_eso.randomness.purposes import Purpose
 from megatron_eso.training.distributed.parallel import seed_dropout

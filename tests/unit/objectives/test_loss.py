@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eso.objectives.dealing import Dealing
-from megatron_eso.objectives.loss import (
+from megatron_eso.batches.dealing import Dealing
+from megatron_eso.batches.loss import (
     estimate_nelbo,
     normalize_phases,
     sum_phases,
     sum_samples,
     to_perplexity,
 )
-from megatron_eso.objectives.noise import draw_noise, validation_times
-from megatron_eso.objectives.rows import LossRows
+from megatron_eso.batches.rows import LossRows
+from megatron_eso.objectives.noise.slots import draw_noise, validation_times
 from megatron_eso.objectives.schedule import LogLinearSchedule
 from tests.support.planning import eso_lm, plan_noise
 

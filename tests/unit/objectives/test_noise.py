@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from megatron_eso.batches.dealing import Dealing, PhaseSplit
 from megatron_eso.data.samples.lengths import draw_lengths
-from megatron_eso.objectives.dealing import Dealing, PhaseSplit
-from megatron_eso.objectives.noise import (
+from megatron_eso.objectives.noise.slots import (
     SAMPLING_EPSILON,
     Noise,
     diffusion_times,

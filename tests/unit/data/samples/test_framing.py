@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.sections import Config
 from megatron_eso.data.samples.framing import Framing
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError
-from megatron_eso.objectives.rows import MicroBatch
 from tests.ranks.training import open_batches, open_held_out
 from tests.support.training import Overrides, tiny_config
 

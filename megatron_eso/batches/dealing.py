@@ -118,10 +118,10 @@ class Dealing:
         return [np.concatenate(pair) for pair in zip(first, second, strict=True)]
 
     def count_tokens(self, length_N: NDArray[np.int64], num_phases: int) -> tuple[int, ...]:
-        """Return the real tokens of each phase in a step: the denominators of its losses.
+        """Return the tokens of each phase in a step: the denominators of its losses.
 
         Args:
-            length_N: Real tokens of the step's samples, by place.
+            length_N: Tokens of the step's samples that losses are divided by, by place.
             num_phases: Phases of the objective.
 
         Returns:
