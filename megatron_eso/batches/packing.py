@@ -129,41 +129,47 @@ def pack_parts(
     Returns:
         The micro-batch on the CPU, with at least one row and one loss row, which may be padding.
     """
+    # Number the rows, and find what they read.
     parts = [part for part in parts if len(part.tokens_N)]
-    # The rows: where each part starts, and what its rows read.
-    first_row, starts = 0, {}
     spans: list[Span] = []
     loss_spans: list[Span] = []
     reads = [np.empty((4, 0), dtype=np.int64)]
-    is_loss_R = [np.empty(0, dtype=np.bool_)]
+    starts: dict[int, int] = {}
+    first_row = 0
     for part in parts:
         starts[id(part)] = first_row
         first_key = starts.get(id(part.stream), first_row)
-        is_loss_N = np.zeros(len(part.tokens_N), np.bool_)
-        if part.is_loss_N is not None:
-            is_loss_N = part.is_loss_N
-        row = first_row
-        for span in part.spans:
-            if span.num_rows:
-                moved = _move(span, first_key, first_row)
-                of_span = is_loss_N[row - first_row : row - first_row + span.num_rows]
-                spans.append(moved)
-                loss_spans += _find_loss_spans(moved, row, of_span)
-                reads.append(_count_reads(moved, row))
-                row += span.num_rows
-        is_loss_R.append(is_loss_N)
-        first_row = row
+        for span, is_loss_N in _split_losses(part):
+            moved = _move(span, first_key, starts[id(part)])
+            spans.append(moved)
+            loss_spans += _find_loss_spans(moved, first_row, is_loss_N)
+            reads.append(_count_reads(moved, first_row))
+            first_row += span.num_rows
+    # Join what the parts hold.
+    is_loss = [is_loss_N for part in parts for _, is_loss_N in _split_losses(part)]
     rows = Rows(
         tokens_R=_join([part.tokens_N for part in parts], np.int64),
         positions_R=_join([part.positions_N for part in parts], np.int64),
         reads_4R=torch.from_numpy(np.concatenate(reads, axis=1)),
-        loss_rows_E=torch.from_numpy(np.flatnonzero(np.concatenate(is_loss_R))),
+        loss_rows_E=torch.nonzero(_join(is_loss, np.bool_))[:, 0],
         spans=tuple(spans),
         loss_spans=tuple(loss_spans),
     )
     loss = _pack_losses([part for part in parts if part.is_loss_N is not None], phase_B)
     micro_batch = MicroBatch(rows=rows, loss=loss, indices_B=indices_B, phase_B=phase_B)
     return micro_batch.pad(1, mask_token_id)
+
+
+def _split_losses(part: Part) -> Iterator[tuple[Span, NDArray[np.bool_]]]:
+    """Yield each span of a part that has rows, and which of them carry loss."""
+    is_loss_N = part.is_loss_N
+    if is_loss_N is None:
+        is_loss_N = np.zeros(len(part.tokens_N), dtype=np.bool_)
+    row = 0
+    for span in part.spans:
+        if span.num_rows:
+            yield span, is_loss_N[row : row + span.num_rows]
+        row += span.num_rows
 
 
 def _move(span: Span, first_key: int, first_row: int) -> Span:

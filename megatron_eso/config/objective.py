@@ -13,6 +13,9 @@ ObjectiveName = Literal["eso_lm", "mdlm", "ar", "bd3_lm", "set_dlm", "any_order_
 """Objectives that can be trained."""
 Order = Literal["uniform", "staggered", "left_to_right"]
 """Order of generation."""
+FirstToken = Literal["mask", "bos", "none"]
+"""Token before the first one of a sample."""
+BLOCKED = Only("bd3_lm")
 ORDERED = Only("eso_lm", "set_dlm", "any_order_ar")
 TIMED = Only("eso_lm", "mdlm", "bd3_lm")
 DEFAULT_ORDERS: dict[str, Order] = {"set_dlm": "staggered", "any_order_ar": "uniform"}
@@ -36,21 +39,16 @@ class ObjectiveConfig:
     sampling_eps: Annotated[float, Interval(ge=0, lt=1), Logged(), TIMED] = 1e-3
     """Diffusion times are drawn from [sampling_eps, 1]."""
     order: Annotated[Order, Logged(), ORDERED] = DERIVED
-    """Order of the tokens that are predicted one by one, for `eso_lm` in the sequential phase; by
-    default `staggered` for `set_dlm`, `uniform` for `any_order_ar`, else `left_to_right`."""
+    """Order of the tokens that are predicted one by one; the default depends on the objective."""
     set_size: Annotated[int, Gt(0), Largest(MAX_SET), Logged(), ORDERED] = 8
     """Mean size of the sets of a `staggered` order."""
     max_set_size: Annotated[int, Gt(0), Largest(MAX_SET), Logged(), ORDERED] = DERIVED
     """Largest size of the sets of a `staggered` order; by default twice `set_size`."""
-    block_size: Annotated[int, Gt(0), Largest(MAX_SET), Frozen("run"), Logged(), Only("bd3_lm")] = (
-        16
-    )
+    block_size: Annotated[int, Gt(0), Largest(MAX_SET), Frozen("run"), Logged(), BLOCKED] = 16
     """Tokens of a block, which are generated together."""
-    clip: Annotated[tuple[float, ...] | None, Interval(ge=0, le=1), Logged(), Only("bd3_lm")] = None
+    clip: Annotated[tuple[float, ...] | None, Largest(1), Logged(), BLOCKED] = None
     """`[low, high]`: times, and the masked share of each block, lie between; left out: [0, 1]."""
-    prepend_token: Annotated[
-        Literal["mask", "bos", "none"], Frozen("run"), Logged(), Only("ar")
-    ] = "mask"
+    prepend_token: Annotated[FirstToken, Frozen("run"), Logged(), Only("ar")] = "mask"
     """The token that predicts the first one of a sample; `none`: the first one is not predicted."""
     warm_start_steps: Annotated[int, Ge(0), Logged()] = 0
     """Steps over which the share of samples that train next-token prediction falls from 1 to 0."""

@@ -5,9 +5,9 @@ rotary embedding do not. Counted are the rows that exist, the causal half of att
 rows in the last layer and the head. Padding and recomputation are not counted.
 """
 
-from megatron_eso.batches.row_counts import RowCounts
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.objectives.objective import Objective
+from megatron_eso.objectives.row_counts import RowCounts
 
 BACKWARD_AND_FORWARD = 3
 """A backward pass costs twice its forward pass."""

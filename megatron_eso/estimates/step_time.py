@@ -6,13 +6,13 @@ attention, per row and channel, per pair of a query and a key, and per logit.
 
 from dataclasses import dataclass
 
-from megatron_eso.batches.row_counts import RowCounts
 from megatron_eso.config.sections import Config
 from megatron_eso.estimates.activations import COMPUTE_BYTES, FLOAT32_BYTES
 from megatron_eso.estimates.flops import BACKWARD_AND_FORWARD, forward_flops
 from megatron_eso.estimates.gpus import EFFICIENCY, GPUS_PER_NODE, Gpu
 from megatron_eso.estimates.parameters import count_rank_parameters
 from megatron_eso.objectives.objective import Objective
+from megatron_eso.objectives.row_counts import RowCounts
 
 ELEMENTWISE_BYTES = 530
 """Moved for a row and channel of a layer, forward and backward, by all but matrix products."""

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from megatron_eso.batches.packing import Part, pack_parts
 from megatron_eso.batches.parts import plan_clean, plan_queries, read_causally
-from megatron_eso.batches.row_counts import RowCounts, count_sequential_rows
 from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import Vocabulary
+from megatron_eso.objectives.noise.orders import OrderLaw, sort_slots
 from megatron_eso.objectives.objective import VALIDATION_SEED, Phase, Samples, Step
-from megatron_eso.objectives.orders import OrderLaw, sort_slots
+from megatron_eso.objectives.row_counts import RowCounts, count_sequential_rows
 from megatron_eso.randomness.bits import random_bits
 from megatron_eso.randomness.purposes import Purpose
 

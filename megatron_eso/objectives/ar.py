@@ -17,12 +17,12 @@ from torch import Tensor
 
 from megatron_eso.batches.packing import pack_parts
 from megatron_eso.batches.parts import plan_shifted
-from megatron_eso.batches.row_counts import RowCounts
 from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import Vocabulary
 from megatron_eso.errors import ConfigError
 from megatron_eso.objectives.objective import Phase, Samples, Step
+from megatron_eso.objectives.row_counts import RowCounts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from megatron_eso.batches.packing import Part, Stream, pack_parts
 from megatron_eso.batches.parts import plan_blocks
-from megatron_eso.batches.row_counts import RowCounts, expect_block_rows
 from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import Vocabulary
 from megatron_eso.errors import ConfigError
 from megatron_eso.objectives.noise.blocks import BlockNoise, Clip, draw_blocks, measure_masks
 from megatron_eso.objectives.objective import VALIDATION_SEED, Phase, Samples, Step
+from megatron_eso.objectives.row_counts import RowCounts, expect_block_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

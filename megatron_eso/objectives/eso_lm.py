@@ -24,14 +24,11 @@ from megatron_eso.batches.parts import (
     read_causally,
     read_prefix_fully,
 )
-from megatron_eso.batches.row_counts import (
-    RowCounts,
-    expect_diffusion_rows,
-    expect_sequential_rows,
-)
 from megatron_eso.batches.rows import MicroBatch, Span
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import Vocabulary
+from megatron_eso.objectives.noise.orders import OrderLaw
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
 from megatron_eso.objectives.noise.slots import (
     Noise,
     diffusion_times,
@@ -40,8 +37,11 @@ from megatron_eso.objectives.noise.slots import (
     validation_times,
 )
 from megatron_eso.objectives.objective import VALIDATION_SEED, Phase, Samples, Step
-from megatron_eso.objectives.orders import OrderLaw
-from megatron_eso.objectives.schedule import LogLinearSchedule
+from megatron_eso.objectives.row_counts import (
+    RowCounts,
+    expect_diffusion_rows,
+    expect_sequential_rows,
+)
 
 DIFFUSION, SEQUENTIAL = 0, 1
 
@@ -194,6 +194,7 @@ class EsoLmObjective:
 
     def plan_noise(self, samples: Samples, noise: Noise, *, for_nelbo: bool = False) -> MicroBatch:
         """Plan rows with the weights of the objective, or of the NELBO."""
+        # The weights of the samples.
         elbo_weight_B = np.ones(len(noise.length_B))
         is_diffusion_B = ~noise.is_sequential_B
         elbo_weight_B[is_diffusion_B] = self.schedule.elbo_weight(noise.t_B[is_diffusion_B])

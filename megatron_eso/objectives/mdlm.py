@@ -17,14 +17,14 @@ from torch import Tensor
 from megatron_eso.batches.dealing import PhaseSplit
 from megatron_eso.batches.packing import pack_parts
 from megatron_eso.batches.parts import plan_mixed, read_fully
-from megatron_eso.batches.row_counts import RowCounts, expect_full_rows
 from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import Vocabulary
 from megatron_eso.errors import ConfigError
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
 from megatron_eso.objectives.noise.slots import Noise, diffusion_times, draw_noise, validation_times
 from megatron_eso.objectives.objective import VALIDATION_SEED, Phase, Samples, Step
-from megatron_eso.objectives.schedule import LogLinearSchedule
+from megatron_eso.objectives.row_counts import RowCounts, expect_full_rows
 
 SCHEDULE = LogLinearSchedule(1.0)
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_eso.batches.packing import Stream, split_streams
-from megatron_eso.batches.row_counts import RowCounts
 from megatron_eso.batches.rows import MicroBatch
+from megatron_eso.objectives.row_counts import RowCounts
 
 # The noise of validation does not depend on the run's seed, so runs are compared on the same noise.
 VALIDATION_SEED = 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..objectives.schedule import LogLinearSchedule
+from ..objectives.noise.schedule import LogLinearSchedule
 from ..randomness.bits import random_bits, uniform
 from ..randomness.purposes import Purpose
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_eso.batches.dealing import Dealing
-from megatron_eso.batches.row_counts import RowCounts
 from megatron_eso.batches.rows import LossRows, MicroBatch, Rows
 from megatron_eso.config.sections import Config
 from megatron_eso.objectives.build import build_objective
 from megatron_eso.objectives.objective import Objective, Samples, Step
+from megatron_eso.objectives.row_counts import RowCounts
 
 Part = TypeVar("Part", Rows, LossRows)
 

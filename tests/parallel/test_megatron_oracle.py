@@ -12,8 +12,8 @@ from megatron_eso.batches.dealing import Dealing
 from megatron_eso.data.samples.lengths import draw_lengths
 from megatron_eso.data.samples.order import SampleOrder
 from megatron_eso.data.shards.reader import TokenDataset
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
 from megatron_eso.objectives.noise.slots import diffusion_times, draw_noise
-from megatron_eso.objectives.schedule import LogLinearSchedule
 from tests.ranks.network import compute_gradients
 from tests.support.dense_oracle import (
     OracleConfig,

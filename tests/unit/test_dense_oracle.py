@@ -15,9 +15,9 @@ from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import Vocabulary
 from megatron_eso.model.attention_backend import BACKENDS
 from megatron_eso.objectives.build import build_objective
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
 from megatron_eso.objectives.noise.slots import Noise, diffusion_times, draw_noise
 from megatron_eso.objectives.objective import Samples, Step
-from megatron_eso.objectives.schedule import LogLinearSchedule
 from tests.support.dense_oracle import (
     OracleConfig,
     Parameters,

@@ -33,7 +33,8 @@ CONFIG = ("megatron_eso.config",)
 SECTIONS = ("megatron_eso.config.sections",)
 RANKS = ("megatron_eso.ranks",)
 RANDOMNESS = ("megatron_eso.randomness",)
-OBJECTIVES = ("megatron_eso.objectives",)
+BATCHES = ("megatron_eso.batches",)
+OBJECTIVES = ("megatron_eso.objectives", *BATCHES)
 RUNS = ("megatron_eso.runs",)
 ESTIMATES = ("megatron_eso.estimates",)
 TOKENIZERS = ("megatron_eso.data.tokenizers",)
@@ -63,7 +64,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.progress": ("megatron_eso.quantities",),
     "megatron_eso.config": ERRORS,
     "megatron_eso.randomness": (),
-    "megatron_eso.objectives": ERRORS + CONFIG + RANDOMNESS,
+    "megatron_eso.batches": CONFIG,
+    "megatron_eso.objectives": ERRORS + CONFIG + RANDOMNESS + BATCHES,
+    "megatron_eso.objectives.noise": CONFIG + RANDOMNESS + ("megatron_eso.batches.dealing",),
     "megatron_eso.runs": ERRORS
     + ("megatron_eso.files", "megatron_eso.locks", "megatron_eso.quantities")
     + (*SECTIONS, "megatron_eso.config.loading"),
@@ -73,7 +76,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.data.shards": BASE + RANDOMNESS + FINGERPRINT,
     "megatron_eso.data.remote": BASE + SHARDS,
     "megatron_eso.data.samples": ERRORS + SECTIONS + RANDOMNESS + REMOTE,
-    "megatron_eso.model": ERRORS + CONFIG + RANDOMNESS + OBJECTIVES,
+    "megatron_eso.model": ERRORS + CONFIG + RANDOMNESS + BATCHES,
     "megatron_eso.training.distributed": ERRORS + RANKS + SECTIONS,
     "megatron_eso.training.optimization": SECTIONS + MODEL + DISTRIBUTED,
     "megatron_eso.training.steps": ERRORS
@@ -95,7 +98,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     + DISTRIBUTED
     + OPTIMIZATION
     + STEPS,
-    "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.schedule",),
+    "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.noise.schedule",),
     "megatron_eso.sampler.__main__": ERRORS + COMMAND_LINE + SAMPLER,
     "megatron_eso.sampler.texts": ERRORS + COMMAND_LINE + COMPRESSION + SAMPLER + TOKENIZERS,
     "data_tools": BASE + REMOTE + TOKENIZERS,

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_eso.batches.dealing import PhaseSplit
-from megatron_eso.objectives.orders import (
+from megatron_eso.objectives.noise.orders import (
     OrderLaw,
     sort_slots,
     uniform_keys,
 )
-from megatron_eso.objectives.schedule import LogLinearSchedule
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
 from megatron_eso.randomness.bits import random_bits, uniform
 from megatron_eso.randomness.purposes import Purpose
 

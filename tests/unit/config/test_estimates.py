@@ -6,13 +6,6 @@ import math
 import numpy as np
 import pytest
 
-from megatron_eso.batches.row_counts import (
-    RowCounts,
-    count_diffusion_rows,
-    count_sequential_rows,
-    expect_diffusion_rows,
-    expect_sequential_rows,
-)
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import (
@@ -28,7 +21,14 @@ from megatron_eso.estimates.flops import forward_flops, training_flops_per_token
 from megatron_eso.estimates.memory import MemoryEstimate, estimate_checkpoint, estimate_memory
 from megatron_eso.estimates.parameters import count_parameters, count_rank_parameters
 from megatron_eso.objectives.build import build_objective
-from megatron_eso.objectives.schedule import LogLinearSchedule
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
+from megatron_eso.objectives.row_counts import (
+    RowCounts,
+    count_diffusion_rows,
+    count_sequential_rows,
+    expect_diffusion_rows,
+    expect_sequential_rows,
+)
 
 NUM_TOKENS = 12
 VOCAB_SIZE = 50258

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from megatron_eso.batches.row_counts import RowCounts
 from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import Vocabulary
 from megatron_eso.objectives.build import build_objective
 from megatron_eso.objectives.objective import Samples, Step
+from megatron_eso.objectives.row_counts import RowCounts
 from tests.support.planning import FAMILY, family_objective
 
 MASK, LENGTH, NUM_SAMPLES = 9, 24, 600

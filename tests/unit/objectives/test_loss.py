@@ -15,8 +15,8 @@ from megatron_eso.batches.loss import (
     to_perplexity,
 )
 from megatron_eso.batches.rows import LossRows
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
 from megatron_eso.objectives.noise.slots import draw_noise, validation_times
-from megatron_eso.objectives.schedule import LogLinearSchedule
 from tests.support.planning import eso_lm, plan_noise
 
 SEED, MASK, LENGTH = 5, 50, 32

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_eso.batches.dealing import Dealing, PhaseSplit
 from megatron_eso.data.samples.lengths import draw_lengths
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
 from megatron_eso.objectives.noise.slots import (
     SAMPLING_EPSILON,
     Noise,
@@ -20,7 +21,6 @@ from megatron_eso.objectives.noise.slots import (
     draw_noise,
     validation_times,
 )
-from megatron_eso.objectives.schedule import LogLinearSchedule
 from megatron_eso.randomness.bits import random_bits, uniform
 from megatron_eso.randomness.purposes import NOISE_VERSION, Purpose
 

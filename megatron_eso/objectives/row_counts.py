@@ -8,7 +8,7 @@ Symbols: T tokens of a sample, m masked tokens of it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_eso.objectives.schedule import EPSILON
+from megatron_eso.objectives.noise.schedule import EPSILON
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
