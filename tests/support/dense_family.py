@@ -7,12 +7,16 @@ Sources: arXiv 2506.01928 and models/dit.py of its repository (Eso-LM), 2406.075
 Shapes: T tokens of a stream, L rows of the dense network.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_eso.batches.rows import MicroBatch
+from megatron_eso.objectives.objective import Samples
 from tests.support.dense_oracle import OracleConfig, Parameters, dense_logits, token_losses
 
 
@@ -136,3 +140,96 @@ def split_texts(
             )
         )
     return texts
+
+
+def read_texts(batch: MicroBatch, samples: Samples) -> list[list[Text]]:
+    """Return the streams of each sample; masks and orders are read from the loss rows."""
+    positions = batch.rows.positions_R[batch.rows.loss_rows_E].numpy()
+    texts = []
+    for b, length in enumerate(samples.length_B.tolist()):
+        of_sample = (batch.loss.sample_E.numpy() == b)[: batch.loss.num_real]
+        masked = positions[: batch.loss.num_real][of_sample]
+        is_masked = np.isin(np.arange(length), masked)
+        documents = None if samples.documents_BT is None else samples.documents_BT[b, :length]
+        # The clean tokens' order, from the rows before the first loss row of the sample's stream.
+        clean = [p for p in read_order(batch, b) if not is_masked[p]]
+        slots = np.concatenate([clean, masked]).astype(np.int64)
+        texts.append(split_texts(samples.tokens_BT[b, :length], slots, is_masked, documents))
+    return texts
+
+
+def read_order(batch: MicroBatch, sample: int) -> list[int]:
+    """Return the positions of the rows that a sample's loss rows read, in the order of the rows."""
+    rows, loss = batch.rows, batch.loss
+    own = rows.loss_rows_E[: loss.num_real][loss.sample_E[: loss.num_real] == sample]
+    read = {
+        row
+        for first_key, num_keys, first_own, num_own in rows.reads_4R[:, own].T.tolist()
+        for row in (*range(first_key, first_key + num_keys), *range(first_own, first_own + num_own))
+    }
+    return list(dict.fromkeys(rows.positions_R[sorted(read)].tolist()))
+
+
+def text_losses(
+    settings: Mapping[str, Any],
+    parameters: Parameters,
+    config: OracleConfig,
+    text: Text,
+    *,
+    is_sequential: bool,
+) -> Tensor:
+    """`-log p` of the predicted tokens of a stream in natural order, by its objective."""
+    match settings.get("name", "eso_lm"):
+        case "ar":
+            first = None if settings.get("prepend_token") == "none" else config.mask_token_id
+            return ar_losses(parameters, config, text, first)
+        case "mdlm":
+            return mdlm_losses(parameters, config, text)
+        case "bd3_lm":
+            return block_losses(parameters, config, text, settings["block_size"])
+        case "eso_lm" if not is_sequential:
+            both_ways = settings.get("variant") == "a"
+            return diffusion_losses(parameters, config, text, both_ways=both_ways)
+        case _:
+            both_ways = settings.get("variant") == "a"
+            return sequential_losses(parameters, config, text, both_ways=both_ways)
+
+
+def dense_losses(
+    settings: Mapping[str, Any],
+    parameters: Parameters,
+    config: OracleConfig,
+    batch: MicroBatch,
+    samples: Samples,
+) -> Tensor:
+    """`-log p` of each loss row of a plan, without padding; no token is left out by the plan.
+
+    Args:
+        settings: Keys of the section `objective`.
+        parameters: Of the network.
+        config: Of the network.
+        batch: The plan, from which masks and orders are read.
+        samples: What was planned.
+    """
+    keys = positions_of(batch)
+    expected: dict[tuple[int, int], Tensor] = {}
+    for b, texts in enumerate(read_texts(batch, samples)):
+        is_sequential = settings.get("name", "eso_lm") == "eso_lm" and bool(batch.phase_B[b])
+        for text in texts:
+            if text.is_masked_T.any():
+                losses = text_losses(
+                    settings, parameters, config, text, is_sequential=is_sequential
+                )
+                expected |= {
+                    (b, int(p)): loss for p, loss in zip(text.positions_T, losses, strict=True)
+                }
+    assert len(set(keys)) == len(keys) > 0
+    assert all(loss == 0 for key, loss in expected.items() if key not in set(keys))
+    return torch.stack([expected[key] for key in keys])
+
+
+def positions_of(batch: MicroBatch) -> list[tuple[int, int]]:
+    """Return sample and position of each predicted token."""
+    real = slice(batch.loss.num_real)
+    positions = batch.rows.positions_R[batch.rows.loss_rows_E][real].tolist()
+    return list(zip(batch.loss.sample_E[real].tolist(), positions, strict=True))

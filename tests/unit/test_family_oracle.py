@@ -19,15 +19,7 @@ from megatron_eso.objectives.mdlm import MdlmObjective
 from megatron_eso.objectives.noise.blocks import BlockNoise
 from megatron_eso.objectives.noise.slots import Noise
 from megatron_eso.objectives.objective import Objective, Samples, Step
-from tests.support.dense_family import (
-    Text,
-    ar_losses,
-    block_losses,
-    diffusion_losses,
-    mdlm_losses,
-    sequential_losses,
-    split_texts,
-)
+from tests.support.dense_family import dense_losses, positions_of
 from tests.support.dense_oracle import OracleConfig, Parameters, draw_parameters, row_losses
 from tests.support.planning import FAMILY, family_objective
 
@@ -60,54 +52,6 @@ def draw_samples(length: int, *, cut: bool, documents: bool) -> Samples:
     )
 
 
-def read_texts(batch: MicroBatch, samples: Samples) -> list[list[Text]]:
-    """Return the streams of each sample; masks and orders are read from the loss rows."""
-    positions = batch.rows.positions_R[batch.rows.loss_rows_E].numpy()
-    texts = []
-    for b, length in enumerate(samples.length_B.tolist()):
-        of_sample = (batch.loss.sample_E.numpy() == b)[: batch.loss.num_real]
-        masked = positions[: batch.loss.num_real][of_sample]
-        is_masked = np.isin(np.arange(length), masked)
-        documents = None if samples.documents_BT is None else samples.documents_BT[b, :length]
-        # The clean tokens' order, from the rows before the first loss row of the sample's stream.
-        clean = [p for p in read_order(batch, b) if not is_masked[p]]
-        slots = np.concatenate([clean, masked]).astype(np.int64)
-        texts.append(split_texts(samples.tokens_BT[b, :length], slots, is_masked, documents))
-    return texts
-
-
-def read_order(batch: MicroBatch, sample: int) -> list[int]:
-    """Return the positions of the rows that a sample's loss rows read, in the order of the rows."""
-    rows, loss = batch.rows, batch.loss
-    own = rows.loss_rows_E[: loss.num_real][loss.sample_E[: loss.num_real] == sample]
-    read = {
-        row
-        for first_key, num_keys, first_own, num_own in rows.reads_4R[:, own].T.tolist()
-        for row in (*range(first_key, first_key + num_keys), *range(first_own, first_own + num_own))
-    }
-    return list(dict.fromkeys(rows.positions_R[sorted(read)].tolist()))
-
-
-def dense_losses(
-    name: str, parameters: Parameters, config: OracleConfig, text: Text, *, is_sequential: bool
-) -> Tensor:
-    settings = FAMILY[name]
-    match settings.get("name", "eso_lm"):
-        case "ar":
-            first = None if settings.get("prepend_token") == "none" else MASK
-            return ar_losses(parameters, config, text, first)
-        case "mdlm":
-            return mdlm_losses(parameters, config, text)
-        case "bd3_lm":
-            return block_losses(parameters, config, text, settings["block_size"])
-        case "eso_lm" if not is_sequential:
-            both_ways = settings.get("variant") == "a"
-            return diffusion_losses(parameters, config, text, both_ways=both_ways)
-        case _:
-            both_ways = settings.get("variant") == "a"
-            return sequential_losses(parameters, config, text, both_ways=both_ways)
-
-
 def gradients(loss: Tensor, parameters: Parameters) -> dict[str, Tensor]:
     found = torch.autograd.grad(
         loss, list(parameters.values()), allow_unused=True, materialize_grads=True
@@ -120,23 +64,8 @@ def assert_agrees(name: str, batch: MicroBatch, samples: Samples, **model: Any) 
     config, parameters = build_model(**model)
     loss_rows, real = batch.loss, slice(batch.loss.num_real)
     nll = row_losses(parameters, config, batch, BACKENDS["torch"]())[real]
-    positions = batch.rows.positions_R[batch.rows.loss_rows_E][real]
-    # The losses of the dense model, by sample and position.
-    expected: dict[tuple[int, int], Tensor] = {}
-    for b, texts in enumerate(read_texts(batch, samples)):
-        is_sequential = name.startswith("eso_lm") and bool(batch.phase_B[b])
-        for text in texts:
-            if text.is_masked_T.any():
-                losses = dense_losses(name, parameters, config, text, is_sequential=is_sequential)
-                expected |= {
-                    (b, int(p)): loss for p, loss in zip(text.positions_T, losses, strict=True)
-                }
-    keys = list(zip(loss_rows.sample_E[real].tolist(), positions.tolist(), strict=True))
-    assert len(set(keys)) == len(keys) > 0
-    chosen = torch.stack([expected[key] for key in keys])
+    chosen = dense_losses(FAMILY[name], parameters, config, batch, samples)
     assert (nll - chosen).abs().max() < TOLERANCE
-    # No loss is left out: every other one is zero.
-    assert all(loss == 0 for key, loss in expected.items() if key not in set(keys))
     # The gradients.
     weights = loss_rows.weights_E[real].double()
     found, dense = (gradients((weights * x).sum(), parameters) for x in (nll, chosen))
@@ -277,10 +206,3 @@ def test_unclipped_blocks_of_one_token_have_the_exact_likelihood_in_the_mean() -
         )
     error = (sum(x**2 for x in exact.values()) * np.log(1e3) / num_draws) ** 0.5
     assert abs(total / num_draws - sum(exact.values())) < 5 * error
-
-
-def positions_of(batch: MicroBatch) -> list[tuple[int, int]]:
-    """Return sample and position of each predicted token."""
-    real = slice(batch.loss.num_real)
-    positions = batch.rows.positions_R[batch.rows.loss_rows_E][real].tolist()
-    return list(zip(batch.loss.sample_E[real].tolist(), positions, strict=True))

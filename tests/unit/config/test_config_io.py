@@ -197,5 +197,5 @@ def test_version_1_had_no_order_of_the_sequential_phase() -> None:
     values = config_to_dict(make_config()) | {"format_version": 1}
     values["objective"] |= {"order": "uniform"}
     assert config_from_dict(values, "config.json").objective.order == "left_to_right"
-    values["objective"] |= {"name": "any_order_ar"}
+    values["objective"] |= {"name": "any_order_ar", "batch_split": 1.0}
     assert config_from_dict(values, "config.json").objective.order == "uniform"
