@@ -33,6 +33,8 @@ class Part:
         targets_N: int64, the tokens to predict; ignored at rows without loss.
         weight: Weight of each row in the objective, one number or `[N]`.
         elbo_weight: Weight of each row in the NELBO, one number or `[N]`.
+        is_dense: Whether each row carries loss in every plan of the objective. The last layer then
+            has the spans of the others, which are faster.
     """
 
     sample: int
@@ -44,6 +46,7 @@ class Part:
     targets_N: NDArray[np.int64] | None = None
     weight: float | NDArray[np.float64] = 1.0
     elbo_weight: float | NDArray[np.float64] = 1.0
+    is_dense: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -142,7 +145,8 @@ def pack_parts(
         for span, is_loss_N in _split_losses(part):
             moved = _move(span, first_key, starts[id(part)])
             spans.append(moved)
-            loss_spans += _find_loss_spans(moved, first_row, is_loss_N)
+            found = _find_loss_spans(moved, first_row, is_loss_N)
+            loss_spans += [moved] if part.is_dense else found
             reads.append(_count_reads(moved, first_row))
             first_row += span.num_rows
     # Join what the parts hold.
@@ -202,9 +206,6 @@ def _find_loss_spans(span: Span, first_row: int, is_loss_N: NDArray[np.bool_]) -
     """Yield the spans of the loss rows of a span, each of consecutive rows where reads grow."""
     loss_N = np.flatnonzero(is_loss_N)
     if len(loss_N) == 0:
-        return
-    if len(loss_N) == span.num_rows:
-        yield span
         return
     match span.reading:
         case Reading.FULL:

@@ -107,6 +107,7 @@ def plan_shifted(stream: Stream, first_token: int | None) -> Part:
         spans=read_causally(num_targets),
         is_loss_N=np.ones(num_targets, dtype=np.bool_),
         targets_N=stream.tokens_N[stream.length - num_targets :],
+        is_dense=True,
     )
 
 
