@@ -164,6 +164,75 @@ def pack_parts(
     return micro_batch.pad(1, mask_token_id)
 
 
+def join_batches(
+    planned: Sequence[tuple[NDArray[np.int64], MicroBatch]],
+    *,
+    indices_B: NDArray[np.int64],
+    phase_B: NDArray[np.int64],
+    mask_token_id: int,
+) -> MicroBatch:
+    """Join micro-batches that were planned for some samples each.
+
+    Args:
+        planned: Numbers of the samples, and their micro-batch without padding between rows.
+        indices_B: Indices of all samples.
+        phase_B: Phases of all samples.
+        mask_token_id: The mask token, which padding holds.
+    """
+    rows: list[Rows] = []
+    losses: list[LossRows] = []
+    first_row = 0
+    for numbers, batch in planned:
+        rows.append(_shift(batch.rows, first_row))
+        losses.append(_renumber(batch.loss, numbers, phase_B))
+        first_row += batch.rows.num_rows
+    joined = Rows(
+        **{
+            name: torch.cat([getattr(each, name) for each in rows], dim=-1)
+            for name in ("tokens_R", "positions_R", "reads_4R", "loss_rows_E")
+        },
+        spans=tuple(span for each in rows for span in each.spans),
+        loss_spans=tuple(span for each in rows for span in each.loss_spans),
+    )
+    loss = LossRows(
+        **{
+            name: torch.cat([getattr(each, name) for each in losses])
+            for name in ("targets_E", "weights_E", "elbo_weights_E", "phase_E", "sample_E")
+        },
+        lengths=tuple(length for each in losses for length in each.lengths),
+    )
+    micro_batch = MicroBatch(rows=joined, loss=loss, indices_B=indices_B, phase_B=phase_B)
+    return micro_batch.pad(1, mask_token_id)
+
+
+def _shift(rows: Rows, first_row: int) -> Rows:
+    """Return rows without padding, numbered from `first_row` on."""
+    num_rows, num_loss_rows = rows.num_rows, rows.num_loss_rows
+    moves_41 = torch.tensor([[first_row], [0], [first_row], [0]])
+    return Rows(
+        tokens_R=rows.tokens_R[:num_rows],
+        positions_R=rows.positions_R[:num_rows],
+        reads_4R=rows.reads_4R[:, :num_rows] + moves_41,
+        loss_rows_E=rows.loss_rows_E[:num_loss_rows] + first_row,
+        spans=tuple(_move(span, first_row, first_row) for span in rows.spans),
+        loss_spans=tuple(_move(span, first_row, first_row) for span in rows.loss_spans),
+    )
+
+
+def _renumber(loss: LossRows, numbers: NDArray[np.int64], phase_B: NDArray[np.int64]) -> LossRows:
+    """Return loss rows without padding, with the numbers and phases of the whole micro-batch."""
+    real = slice(loss.num_real)
+    sample_E = torch.from_numpy(numbers)[loss.sample_E[real]]
+    return LossRows(
+        targets_E=loss.targets_E[real],
+        weights_E=loss.weights_E[real],
+        elbo_weights_E=loss.elbo_weights_E[real],
+        phase_E=torch.from_numpy(phase_B)[sample_E],
+        sample_E=sample_E,
+        lengths=loss.lengths,
+    )
+
+
 def _split_losses(part: Part) -> Iterator[tuple[Span, NDArray[np.bool_]]]:
     """Yield each span of a part that has rows, and which of them carry loss."""
     is_loss_N = part.is_loss_N

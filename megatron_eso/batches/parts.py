@@ -88,7 +88,7 @@ def plan_queries(stream: Stream, clean: Part, mask_token_id: int) -> Part:
     )
 
 
-def plan_shifted(stream: Stream, first_token: int | None) -> Part:
+def plan_shifted(stream: Stream, first_token: int | None, elbo_weight: float = 1.0) -> Part:
     """Plan a causal stream in natural order, each of whose rows predicts the next token.
 
     A row has the position of its target, so a stream reads the same relative positions with or
@@ -97,6 +97,7 @@ def plan_shifted(stream: Stream, first_token: int | None) -> Part:
     Args:
         stream: The tokens of the stream.
         first_token: The token that predicts the first one; None: no row predicts it.
+        elbo_weight: Weight of the tokens in the NELBO.
     """
     num_targets = stream.length if first_token is not None else stream.length - 1
     tokens_N = np.concatenate([[] if first_token is None else [first_token], stream.tokens_N[:-1]])
@@ -107,6 +108,7 @@ def plan_shifted(stream: Stream, first_token: int | None) -> Part:
         spans=read_causally(num_targets),
         is_loss_N=np.ones(num_targets, dtype=np.bool_),
         targets_N=stream.tokens_N[stream.length - num_targets :],
+        elbo_weight=elbo_weight,
         is_dense=True,
     )
 

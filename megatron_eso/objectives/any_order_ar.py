@@ -53,6 +53,10 @@ class AnyOrderArObjective:
         """The sequential phase alone."""
         return (Phase(name="sequential", share=1.0),)
 
+    def assign_phases(self, step: Step) -> NDArray[np.int64]:
+        """Return zeros: there is one phase."""
+        return np.zeros(step.batch_size, dtype=np.int64)
+
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch, each sample in the order of its index."""
         return self._plan(samples, self.seed, Purpose.SEQUENTIAL_ORDER)

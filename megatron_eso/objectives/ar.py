@@ -57,6 +57,10 @@ class ArObjective:
         """One phase."""
         return (Phase(name="ar", share=1.0),)
 
+    def assign_phases(self, step: Step) -> NDArray[np.int64]:
+        """Return zeros: there is one phase."""
+        return np.zeros(step.batch_size, dtype=np.int64)
+
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch."""
         return self.plan_texts(samples)
@@ -91,13 +95,18 @@ class ArObjective:
         """Return the loss of the one phase."""
         return losses_P.sum()
 
-    def plan_texts(self, samples: Samples) -> MicroBatch:
-        """Plan every text from left to right."""
+    def plan_texts(self, samples: Samples, *, elbo_weight: float = 1.0) -> MicroBatch:
+        """Plan every text from left to right.
+
+        Args:
+            samples: The texts.
+            elbo_weight: Weight of the tokens in the NELBO.
+        """
         shape = samples.tokens_BT.shape
         natural_BT = np.tile(np.arange(shape[1]), (shape[0], 1))
         streams = samples.split(natural_BT, np.ones(shape, dtype=np.bool_))
         return pack_parts(
-            [plan_shifted(stream, self.first_token) for stream in streams],
+            [plan_shifted(stream, self.first_token, elbo_weight) for stream in streams],
             indices_B=samples.indices_B,
             phase_B=np.zeros(shape[0], dtype=np.int64),
             mask_token_id=self.mask_token_id,

@@ -67,6 +67,10 @@ class Bd3LmObjective:
         """The diffusion phase alone."""
         return (Phase(name="diffusion", share=1.0),)
 
+    def assign_phases(self, step: Step) -> NDArray[np.int64]:
+        """Return zeros: there is one phase."""
+        return np.zeros(step.batch_size, dtype=np.int64)
+
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch; times are stratified over all blocks of the step."""
         noise = draw_blocks(

@@ -11,6 +11,7 @@ from megatron_eso.objectives.eso_lm import EsoLmObjective
 from megatron_eso.objectives.mdlm import MdlmObjective
 from megatron_eso.objectives.objective import Objective
 from megatron_eso.objectives.set_dlm import SetDlmObjective
+from megatron_eso.objectives.warm_start import WarmStart
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "eso_lm": EsoLmObjective.from_config,
@@ -36,5 +37,12 @@ def build_objective(config: ObjectiveConfig, vocabulary: Vocabulary, *, seed: in
     Raises:
         ConfigError: The vocabulary lacks a token that the objective needs.
     """
-    build = OBJECTIVES[config.name]
-    return build(config, vocabulary, seed=seed)
+    objective = OBJECTIVES[config.name](config, vocabulary, seed=seed)
+    if config.warm_start_steps == 0:
+        return objective
+    mask_token_id = vocabulary.mask_token_id
+    return WarmStart(
+        objective=objective,
+        ar=ArObjective(mask_token_id=mask_token_id, first_token=mask_token_id),
+        num_steps=config.warm_start_steps,
+    )

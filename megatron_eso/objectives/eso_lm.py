@@ -93,6 +93,11 @@ class EsoLmObjective:
             Phase(name="sequential", share=1 - self.batch_split),
         )
 
+    def assign_phases(self, step: Step) -> NDArray[np.int64]:
+        """Return the phase of each place, spread evenly over the step."""
+        split = PhaseSplit(step.batch_size, self.batch_split)
+        return split.phases(np.arange(step.batch_size))
+
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch, each sample in the phase of its place."""
         # The place of a sample in its step decides its phase and its stratum of times.

@@ -61,6 +61,10 @@ class MdlmObjective:
         """The diffusion phase alone."""
         return (Phase(name="diffusion", share=1.0),)
 
+    def assign_phases(self, step: Step) -> NDArray[np.int64]:
+        """Return zeros: there is one phase."""
+        return np.zeros(step.batch_size, dtype=np.int64)
+
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch; times are stratified over the step."""
         places_B = samples.indices_B - step.first_index

@@ -85,6 +85,16 @@ class Samples:
             self.tokens_BT, self.length_B, permutation_BT, is_masked_BT, self.documents_BT
         )
 
+    def choose(self, numbers: NDArray[np.int64]) -> "Samples":
+        """Return the samples of these numbers in the micro-batch."""
+        documents_BT = self.documents_BT
+        return Samples(
+            tokens_BT=self.tokens_BT[numbers],
+            indices_B=self.indices_B[numbers],
+            length_B=self.length_B[numbers],
+            documents_BT=None if documents_BT is None else documents_BT[numbers],
+        )
+
     def repeat(self, times: int) -> "Samples":
         """Return all samples `times` times, one repetition after another."""
         documents_BT = self.documents_BT
@@ -110,13 +120,18 @@ class Objective(Protocol):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The phases in the order of their numbers; one or two."""
+        """The phases in the order of their numbers.
+
+        The share of the first one deals the samples to ranks and micro-batches.
+        """
+
+    def assign_phases(self, step: Step) -> NDArray[np.int64]:
+        """Return `[N]`: the phase of each of the step's N samples, by its place."""
 
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch of a training step.
 
-        `dealing.PhaseSplit` gives the phase of a sample from its place. The same rule deals batches
-        to ranks.
+        The phase of a sample is that of `assign_phases`.
 
         Args:
             samples: The samples of the micro-batch.

@@ -41,6 +41,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "set_dlm": {"name": "set_dlm", "set_size": 4},
     "any_order_ar": {"name": "any_order_ar"},
 }
+WARM: dict[str, Any] = {"warm_start_steps": 10}
 """Settings of the section `objective` that every test of the family runs with."""
 
 

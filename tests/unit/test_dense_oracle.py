@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from checkpoints_conversion.official import fold_official, read_official
-from megatron_eso.batches.dealing import Dealing
+from megatron_eso.batches.dealing import Dealing, count_tokens
 from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import Vocabulary
@@ -144,7 +144,8 @@ def assert_agree(
     assert loss_difference < LOSS_TOLERANCE
 
     expected_loss = dense_objective(losses, noise, dealing)
-    tokens = dealing.count_tokens(noise.length_B, 2)
+    phases = dealing.split.phases(np.arange(dealing.global_batch_size))
+    tokens = count_tokens(noise.length_B, phases, 2)
     planned = [plan(places) for places in batches]
     loss = row_objective(parameters, config, planned, objective, tokens, backend)
     assert abs((loss - expected_loss).item()) < LOSS_TOLERANCE

@@ -10,7 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_eso.batches.dealing import Dealing
+from megatron_eso.batches.dealing import Dealing, count_tokens
 from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.sections import TrainConfig, ValidationConfig
 from megatron_eso.data.samples.training_data import TrainingData
@@ -127,7 +127,8 @@ class TrainingBatches:
             )
             micro_batches.append(self._pad(self.objective.plan(samples, step)))
         targets_N = self.objective.count_targets(length_N)
-        tokens = self.dealing.count_tokens(targets_N, len(self.objective.phases))
+        phase_N = self.objective.assign_phases(step)
+        tokens = count_tokens(targets_N, phase_N, len(self.objective.phases))
         return StepPlan(micro_batches=micro_batches, tokens=tokens)
 
     def plan_largest(self) -> MicroBatch:
