@@ -133,6 +133,7 @@ def read_official(
 
 def _read_backbone(path: Path, options: OfficialOptions) -> OfficialCheckpoint:
     """Read a backbone of the reference or of Set Diffusion, which states nothing but tensors."""
+    # The options that say what no tensor does.
     for option, value in {
         "--objective": options.objective,
         "--num-heads": options.num_heads,
@@ -140,6 +141,7 @@ def _read_backbone(path: Path, options: OfficialOptions) -> OfficialCheckpoint:
     }.items():
         if value is None:
             raise ConfigError(f"{path}: is a bare backbone, which needs {option}")
+    # The tensors; the rotary frequencies are no parameter.
     try:
         state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
@@ -234,6 +236,7 @@ def infer_config(
     up_weight = tensors.get("blocks.0.mlp.0.weight")
     if up_weight is None:
         raise CheckpointError(f"{path}: has no tensor {PREFIX}blocks.0.mlp.0.weight; {_REMEDY}")
+    # The length, which is in no shape.
     max_length = checkpoint.section("model").get("length") if length is None else length
     if not isinstance(max_length, int):
         max_length = 1024

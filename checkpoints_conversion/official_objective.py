@@ -42,7 +42,7 @@ def describe_official(
     return {
         **asdict(config),
         "objective": objective,
-        **_describe_objective(objective, checkpoint, config, options),
+        **DESCRIPTIONS[objective](checkpoint, config, options),
         "source": {
             "kind": "official",
             "step": checkpoint.step,
@@ -73,61 +73,6 @@ def recognize_objective(checkpoint: OfficialCheckpoint) -> str:
     return ALGORITHMS[name] if checkpoint.has_adaln else "ar"
 
 
-def _describe_objective(
-    objective: str,
-    checkpoint: OfficialCheckpoint,
-    config: NetworkConfig,
-    options: OfficialOptions,
-) -> dict[str, Any]:
-    """Return the fields of the objective; what neither side states is chosen with a warning."""
-    if objective == "eso_lm":
-        alpha_0 = checkpoint.section("algo").get("alpha_0")
-        if not isinstance(alpha_0, int | float):
-            # Without a schedule the network is that of pure diffusion.
-            alpha_0 = 1.0
-            logger.warning("%s: states no algo.alpha_0; alpha_0 is set to 1", checkpoint.path)
-        variant = options.variant or recognize_variant(checkpoint, alpha_0)
-        return {"alpha_0": float(alpha_0), "variant": variant, "order": "left_to_right"}
-    if objective == "ar":
-        return _describe_ar(checkpoint, options)
-    if objective == "bd3_lm":
-        if options.block_size is None:
-            logger.warning(
-                "%s: states no block size; block_size is set to the length, %d: see --block-size",
-                checkpoint.path,
-                config.max_length,
-            )
-        return {"block_size": options.block_size or config.max_length}
-    if objective == "any_order_ar":
-        return {"order": "uniform"}
-    if objective == "set_dlm":
-        sizes = {"set_size": options.set_size, "max_set_size": options.max_set_size}
-        if None not in sizes.values():
-            return {"order": "staggered", **sizes}
-        logger.warning(
-            "%s: states no set sizes; the order is left to right, which is that of set size 1: see "
-            "--set-size and --max-set-size",
-            checkpoint.path,
-        )
-        return {"order": "left_to_right"}
-    return {}
-
-
-def _describe_ar(checkpoint: OfficialCheckpoint, options: OfficialOptions) -> dict[str, Any]:
-    """Return what predicts the first token, as the reference's `algo.prepend_token` states it."""
-    kind = checkpoint.section("algo").get("prepend_token")
-    if kind not in ("mask", "bos", "none"):
-        kind = "none"
-        logger.warning(
-            "%s: states no algo.prepend_token; prepend_token is set to none", checkpoint.path
-        )
-    if kind == "bos" and options.bos_token_id is None:
-        raise ConfigError(
-            f"{checkpoint.path}: its algo.prepend_token is bos; give --tokenizer with a bos token"
-        )
-    return {"prepend_token": kind, "bos_token_id": options.bos_token_id}
-
-
 def recognize_variant(checkpoint: OfficialCheckpoint, alpha_0: float) -> str:
     """Return the variant of an Eso-LM by the attention modes of the phases that it has.
 
@@ -145,3 +90,81 @@ def recognize_variant(checkpoint: OfficialCheckpoint, alpha_0: float) -> str:
     raise CheckpointError(
         f"{checkpoint.path}: its {stated} are of no variant of Eso-LM; name it by --variant"
     )
+
+
+def _describe_eso_lm(
+    checkpoint: OfficialCheckpoint, config: NetworkConfig, options: OfficialOptions
+) -> dict[str, Any]:
+    alpha_0 = checkpoint.section("algo").get("alpha_0")
+    if not isinstance(alpha_0, int | float):
+        # Without a schedule the network is that of pure diffusion.
+        alpha_0 = 1.0
+        logger.warning("%s: states no algo.alpha_0; alpha_0 is set to 1", checkpoint.path)
+    variant = options.variant or recognize_variant(checkpoint, alpha_0)
+    return {"alpha_0": float(alpha_0), "variant": variant, "order": "left_to_right"}
+
+
+def _describe_mdlm(
+    checkpoint: OfficialCheckpoint, config: NetworkConfig, options: OfficialOptions
+) -> dict[str, Any]:
+    return {}
+
+
+def _describe_ar(
+    checkpoint: OfficialCheckpoint, config: NetworkConfig, options: OfficialOptions
+) -> dict[str, Any]:
+    """Return what predicts the first token, as the reference's `algo.prepend_token` states it."""
+    kind = checkpoint.section("algo").get("prepend_token")
+    if kind not in ("mask", "bos", "none"):
+        kind = "none"
+        logger.warning(
+            "%s: states no algo.prepend_token; prepend_token is set to none", checkpoint.path
+        )
+    if kind == "bos" and options.bos_token_id is None:
+        raise ConfigError(
+            f"{checkpoint.path}: its algo.prepend_token is bos; give --tokenizer with a bos token"
+        )
+    return {"prepend_token": kind, "bos_token_id": options.bos_token_id}
+
+
+def _describe_bd3_lm(
+    checkpoint: OfficialCheckpoint, config: NetworkConfig, options: OfficialOptions
+) -> dict[str, Any]:
+    if options.block_size is None:
+        logger.warning(
+            "%s: states no block size; block_size is set to the length, %d: see --block-size",
+            checkpoint.path,
+            config.max_length,
+        )
+    return {"block_size": options.block_size or config.max_length}
+
+
+def _describe_set_dlm(
+    checkpoint: OfficialCheckpoint, config: NetworkConfig, options: OfficialOptions
+) -> dict[str, Any]:
+    sizes = {"set_size": options.set_size, "max_set_size": options.max_set_size}
+    if None not in sizes.values():
+        return {"order": "staggered", **sizes}
+    logger.warning(
+        "%s: states no set sizes; the order is left to right, which is that of set size 1: see "
+        "--set-size and --max-set-size",
+        checkpoint.path,
+    )
+    return {"order": "left_to_right"}
+
+
+def _describe_any_order_ar(
+    checkpoint: OfficialCheckpoint, config: NetworkConfig, options: OfficialOptions
+) -> dict[str, Any]:
+    return {"order": "uniform"}
+
+
+DESCRIPTIONS = {
+    "eso_lm": _describe_eso_lm,
+    "mdlm": _describe_mdlm,
+    "ar": _describe_ar,
+    "bd3_lm": _describe_bd3_lm,
+    "set_dlm": _describe_set_dlm,
+    "any_order_ar": _describe_any_order_ar,
+}
+"""Returns the fields of each objective; what no side states is chosen with a warning."""

@@ -109,6 +109,10 @@ def load_any(
     """
     path = Path(path)
     # A file is an official checkpoint.
+    if path.suffix == ".safetensors" and path.is_file():
+        raise CheckpointError(
+            f"{path}: is a bare backbone; convert it by from-official and name the result"
+        )
     if path.is_file():
         official = read_official(path, weights or "ema")
         config = infer_config(official, mask_token_id)

@@ -143,6 +143,11 @@ def test_options_that_are_missing_or_do_not_fit_are_one_line_errors(
         assert not (tmp_path / "out").exists()
 
 
+def test_verify_names_what_to_do_with_a_bare_backbone(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="bare backbone; convert it by from-official"):
+        main(["verify", str(BARE), str(tmp_path)])
+
+
 def test_a_missing_option_exits_with_2_and_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "checkpoints_conversion", "from-official", str(BARE)]
     for options in ([], ["--objective", "gpt"]):

@@ -95,6 +95,7 @@ def test_transformers_gives_the_logits_of_each_objective(
         "bd3_lm": (BARE, ["--objective", "bd3_lm", *SHAPE, "--block-size", "4"]),
         "set_dlm": (BARE, ["--objective", "set_dlm", *SHAPE]),
     }
+    # The directories, with the tensors of each call.
     calls: dict[str, list[str | None]] = {}
     z, x_0 = golden["b.sequential.z_0"], golden["b.diffusion.x0"]
     for name, (source, options) in sources.items():
@@ -105,6 +106,7 @@ def test_transformers_gives_the_logits_of_each_objective(
             stored = {key: tensor.contiguous() for key, tensor in tensors.items()}
             save_file(stored, directory / f"call_{number}.safetensors")
             calls[str(directory)].append(message)
+    # Another process makes the calls.
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
