@@ -86,5 +86,7 @@ def _build_mask(clean_N: Int64, reading: SlotReading, device: torch.device) -> M
     if reading.by_sets:
         known_N = torch.from_numpy(clean_N).to(device)
         return lambda rows_NR, num_keys: set_mask(rows_NR, num_keys, known_N)
+    if not reading.prefix_N.any():
+        return slot_mask
     prefix_N = torch.from_numpy(np.minimum(clean_N, reading.prefix_N)).to(device)
     return lambda rows_NR, num_keys: slot_mask(rows_NR, num_keys, prefix_N)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_eso.objectives.schedule import LogLinearSchedule
 from megatron_eso.sampler.objectives.model import SamplerModel
+from megatron_eso.sampler.steps.ordering import plan_ancestral
 from tests.support.recomputed_logits import make_sampler, recompute
 
 LEVEL = 1e-3
@@ -125,6 +126,28 @@ def test_samples_have_the_exact_distribution(name: str) -> None:
     assert chi_square(out.sequences, expected) < CRITICAL[26]
     # The test has power: the uniform distribution is refused.
     assert chi_square(out.sequences, torch.full((27,), 1 / 27, dtype=torch.float64)) > 100
+
+
+@pytest.mark.parametrize("case", ["eso_lm_a", "eso_lm_b"])
+def test_samples_of_the_ancestral_schedule_have_the_exact_distribution(case: str) -> None:
+    """The samples of a batch share the schedule of its seed, so batches are many."""
+    model: Any = make_small(case)
+    known: dict[tuple[int, ...], Tensor] = {}
+    expected = torch.zeros(len(TEXTS), dtype=torch.float64)
+    sequences, num_batches = [], 60
+    for seed in range(num_batches):
+        schedule, num_random = plan_ancestral(seed, T, 0, model.alpha_0, 2)
+        key = (*schedule, num_random)
+        if key not in known:
+            ways = (
+                (1 / len(ORDERS), [*order[:num_random], *sorted(order[num_random:])], schedule)
+                for order in ORDERS
+            )
+            known[key] = enumerate_texts(model, ways, num_random)
+        expected += known[key] / num_batches
+        sequences.append(model.generate(N // num_batches, length=T, steps=2, seed=seed).sequences)
+    assert len(known) > 4
+    assert chi_square(torch.cat(sequences), expected) < CRITICAL[26]
 
 
 def test_ar_without_a_prepended_token_continues_a_prompt_by_the_exact_distribution() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_eso.sampler.objectives.model import SamplerModel
+from megatron_eso.sampler.steps.ordering import plan_ancestral
 from tests.support.recomputed_logits import CASES, make_sampler, recompute
 
 CACHE_TOLERANCE = 1e-10
@@ -182,6 +183,38 @@ def test_sets_are_the_tokens_whose_times_fall_into_an_interval() -> None:
             intervals = ((1 - times) * steps).long()
             expected = torch.unique_consecutive(intervals, return_counts=True)[1]
             assert counts == expected.tolist()
+
+
+def test_the_sequential_phase_of_an_eso_lm_has_the_order_of_training() -> None:
+    model: Any = make_sampler("eso_lm_b", max_length=64)
+    ascending = torch.arange(64)
+    # One model with several orders.
+    orders = {}
+    for name, sizes in {
+        "left_to_right": (None, None),
+        "uniform": (None, None),
+        "staggered": (4, 8),
+        "one": (1, 1),
+    }.items():
+        law = {"order": name if name != "one" else "staggered"}
+        model.description |= law | dict(zip(("set_size", "max_set_size"), sizes, strict=True))
+        orders[name] = model.generate(1, alpha_0=0.0, seed=2).permutation[0]
+        # The order of the diffusion phase does not depend on it.
+        both = model.generate(1, alpha_0=0.5, seed=2).permutation[0]
+        _, num_random = plan_ancestral(2, 64, 0, 0.5, 64)
+        orders[f"{name}, random part"] = both[:num_random]
+        assert sorted(both.tolist()) == ascending.tolist()
+    assert torch.equal(orders["left_to_right"], ascending)
+    assert torch.equal(orders["one"], ascending)
+    # How far a position is from its slot.
+    lag = {
+        name: float((orders[name] - ascending).abs().float().mean())
+        for name in orders
+        if "," not in name
+    }
+    assert 0 < lag["staggered"] < 8 < lag["uniform"]
+    parts = [orders[name] for name in orders if "," in name]
+    assert all(torch.equal(part, parts[0]) for part in parts)
 
 
 def test_a_step_of_mdlm_that_reveals_nothing_needs_no_forward_pass() -> None:
