@@ -98,7 +98,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     + DISTRIBUTED
     + OPTIMIZATION
     + STEPS,
-    "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.noise.schedule",),
+    "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.noise",),
     "megatron_eso.sampler.__main__": ERRORS + COMMAND_LINE + SAMPLER,
     "megatron_eso.sampler.texts": ERRORS + COMMAND_LINE + COMPRESSION + SAMPLER + TOKENIZERS,
     "data_tools": BASE + REMOTE + TOKENIZERS,
@@ -114,9 +114,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     + ("megatron_eso.files",)
     + (CONFIG + RANDOMNESS + RUNS + TOKENIZERS + SAMPLER),
     "checkpoints_conversion.parameter_map": ERRORS + SAMPLER,
-    "checkpoints_conversion.network_fields": ERRORS
-    + CONFIG
-    + ("megatron_eso.sampler.layers_eso_lm",),
+    "checkpoints_conversion.network_fields": ERRORS + CONFIG + ("megatron_eso.sampler.network",),
     "pretrain": ("megatron_eso", "checkpoints_conversion"),
 }
 USES_MEGATRON = (
