@@ -30,6 +30,8 @@ class Phase:
     """Name of the phase, as in the tag `train/loss_NAME`."""
     share: float
     """Share of the samples of a training step, in [0, 1]; the shares of all phases add up to 1."""
+    is_temporary: bool = False
+    """Whether only the first steps of a run have the phase, and no validation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -42,7 +42,7 @@ class WarmStart:
 
         Shares are those after the warm start.
         """
-        return (*self.objective.phases, Phase(name="ar", share=0.0))
+        return (*self.objective.phases, Phase(name="ar", share=0.0, is_temporary=True))
 
     def assign_phases(self, step: Step) -> NDArray[np.int64]:
         """Return the phase of each place; in every phase the same share is taken for AR."""

@@ -38,12 +38,13 @@ def evaluate(
     micro_batches = batches.plan(groups.dp.rank(), groups.dp.size())
     with average or nullcontext():
         sums_PN = sum_over_samples(state, micro_batches, batches, groups).numpy()
-    length, names = batches.num_targets, [phase.name for phase in batches.objective.phases]
+    length, phases = batches.num_targets, batches.objective.phases
+    names = [phase.name for phase in phases if not phase.is_temporary]
     times = batches.objective.validation_times(batches.num_samples)
     by_time = {
         name: mean_by_time(sums_PN[names.index(name)] / length, times[name]) for name in times
     }
-    return replace(estimate_nelbo(sums_PN, names, length), by_time=by_time)
+    return replace(estimate_nelbo(sums_PN[: len(names)], names, length), by_time=by_time)
 
 
 def evaluate_orders(

@@ -108,11 +108,11 @@ def train_step(
     applied = is_finite and deviations <= (config.skip_deviations or math.inf)
     if applied:
         apply_gradients(state.optimizer, grad_norm)
-    names = [phase.name for phase in objective.phases]
+    losses_of = zip(objective.phases, losses_P.tolist(), plan.tokens, strict=True)
     result = StepResult(
         loss=loss,
         nelbo=nelbo,
-        losses=dict(zip(names, losses_P.tolist(), strict=True)),
+        losses={phase.name: x for phase, x, n in losses_of if n or not phase.is_temporary},
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         skipped=not applied,
