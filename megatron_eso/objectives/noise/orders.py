@@ -62,6 +62,12 @@ def staggered_times(
     return times_BT
 
 
+def falling_keys(times_BT: NDArray[np.float64]) -> NDArray[np.uint64]:
+    """Return the keys of the order in which times fall."""
+    order_BT = np.argsort(-times_BT, axis=-1, kind="stable")
+    return np.argsort(order_BT, axis=-1).astype(np.uint64)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OrderLaw:
     """The distribution of the orders of samples.
@@ -87,12 +93,13 @@ class OrderLaw:
         Where the time of generation falls from 1 to 0 in steps, the positions whose times lie
         within a step are a set.
         """
-        uniform_BT = (bits_BT >> np.uint64(11)) * 2.0**-53
+        uniform_BT = ((bits_BT >> np.uint64(11)) * 2.0**-53).astype(np.float64)
         match self.name:
             case "uniform":
-                return 1.0 - uniform_BT
+                return np.subtract(1.0, uniform_BT)
             case "left_to_right":
-                return 1.0 - left_to_right_keys(bits_BT.shape) / bits_BT.shape[-1]
+                falling_T = 1.0 - np.arange(bits_BT.shape[-1]) / bits_BT.shape[-1]
+                return np.broadcast_to(falling_T, bits_BT.shape)
         return staggered_times(-np.log1p(-uniform_BT), self.set_size, self.max_set_size)
 
     def keys(self, bits_BT: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -102,8 +109,7 @@ class OrderLaw:
                 return uniform_keys(bits_BT)
             case "left_to_right":
                 return left_to_right_keys(bits_BT.shape)
-        order_BT = np.argsort(-self.times(bits_BT), axis=-1, kind="stable")
-        return np.argsort(order_BT, axis=-1).astype(np.uint64)
+        return falling_keys(self.times(bits_BT))
 
 
 def sort_slots(
