@@ -87,12 +87,14 @@ class OrderLaw:
         Where the time of generation falls from 1 to 0 in steps, the positions whose times lie
         within a step are a set.
         """
-        uniform_BT = (bits_BT >> np.uint64(11)) * 2.0**-53
+        length = bits_BT.shape[-1]
+        uniform_BT = (bits_BT >> np.uint64(11)).astype(np.float64) * 2.0**-53
         match self.name:
             case "uniform":
                 return 1.0 - uniform_BT
             case "left_to_right":
-                return 1.0 - left_to_right_keys(bits_BT.shape) / bits_BT.shape[-1]
+                times_BT: NDArray[np.float64] = 1.0 - left_to_right_keys(bits_BT.shape) / length
+                return times_BT
         return staggered_times(-np.log1p(-uniform_BT), self.set_size, self.max_set_size)
 
     def keys(self, bits_BT: NDArray[np.uint64]) -> NDArray[np.uint64]:

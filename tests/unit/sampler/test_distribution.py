@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_eso.objectives.schedule import LogLinearSchedule
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
 from megatron_eso.sampler.objectives.model import SamplerModel
 from megatron_eso.sampler.steps.ordering import plan_ancestral
 from tests.support.recomputed_logits import make_sampler, recompute
