@@ -103,10 +103,13 @@ def list_objective_keys(name: str) -> list[str]:
     ]
 
 
-def describe_objective(objective: ObjectiveConfig) -> dict[str, Any]:
+def describe_objective(config: Config) -> dict[str, Any]:
     """Return the entries of `config.json` that describe a run's objective."""
-    values = {field: getattr(objective, field) for field in list_objective_keys(objective.name)}
-    return {"objective": objective.name, **values}
+    name = config.objective.name
+    values = {field: getattr(config.objective, field) for field in list_objective_keys(name)}
+    if values.get("prepend_token") == "bos":
+        values["bos_token_id"] = config.data.bos_token_id
+    return {"objective": name, **values}
 
 
 def build_run_config(
@@ -133,12 +136,14 @@ def build_run_config(
             section, _, name = shared.path.partition(".")
             values[section][name] = shared.to_run(getattr(network, shared.field))
     name = description.get("objective", "eso_lm")
-    objective = {key: description[key] for key in list_objective_keys(name) if key in description}
+    keys = list_objective_keys(name)
+    objective = {key: description[key] for key in keys if description.get(key) is not None}
+    bos_token_id = description.get("bos_token_id")
     return Config(
         run=RunConfig(directory=directory),
         objective=ObjectiveConfig(name=name, **objective),
         model=ModelConfig(**values["model"]),
-        data=DataConfig(train="", **values["data"]),
+        data=DataConfig(train="", bos_token_id=bos_token_id, **values["data"]),
         train=TrainConfig(num_steps=1, global_batch_size=2, micro_batch_size=1),
         optimizer=OptimizerConfig(learning_rate=1e-4),
     )

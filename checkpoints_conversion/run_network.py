@@ -20,7 +20,6 @@ from checkpoints_conversion.sampler_directory import (
     write_sorted_json,
 )
 from megatron_eso.config.loading import config_to_dict
-from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import CheckpointError
 from megatron_eso.runs.checkpoint import EMA_PREFIX, Checkpoint
 from megatron_eso.runs.checkpoint_state import STATE_FILE, CheckpointState
@@ -68,7 +67,7 @@ def read_network(
     tensors = {key: found[name] for key, name in stored.items()}
     description = {
         **asdict(config),
-        **describe_objective(checkpoint.config.objective),
+        **describe_objective(checkpoint.config),
         "source": {
             "kind": "megatron",
             "step": checkpoint.step,
@@ -76,8 +75,6 @@ def read_network(
             "sha256": hash_tensors(tensors),
         },
     }
-    if description.get("prepend_token") == "bos" and checkpoint.tokenizer is not None:
-        description["bos_token_id"] = Tokenizer.load(checkpoint.tokenizer).bos_token_id
     mapped = map_to_sampler(
         config, tensors, residual_gates=residual_gates, source=checkpoint.directory
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_eso.sampler.objectives.model import SamplerModel
-from megatron_eso.sampler.steps.ordering import plan_ancestral
+from megatron_eso.sampler.steps.ordering import draw_times, plan_ancestral
 from tests.support.recomputed_logits import CASES, make_sampler, recompute
 
 CACHE_TOLERANCE = 1e-10
@@ -178,7 +178,7 @@ def test_sets_are_the_tokens_whose_times_fall_into_an_interval() -> None:
         for row, (order, counts) in enumerate(
             zip(out.permutation, as_rows(out.schedule, 2), strict=True)
         ):
-            times = torch.from_numpy(model.law.draw_times(3, row, 64))[order]
+            times = torch.from_numpy(draw_times(model.law, 3, row, 64))[order]
             assert bool((times.diff() <= 0).all())
             intervals = ((1 - times) * steps).long()
             expected = torch.unique_consecutive(intervals, return_counts=True)[1]
