@@ -20,9 +20,10 @@ class AR(SamplerModel):
     with that token comes before the text: the rows are `[prepended, x_0 .. x_{T-1}]`, the row
     number is the position for the rotary angles (token i has i + 1), and row i predicts token i.
     With `none` token i has the position i, row i predicts token i + 1, and the first token has no
-    distribution. So in training the rows are `[prepended, x_0 .. x_{T-2}]` at the positions
-    0 .. T-1, with the targets `x_0 .. x_{T-1}`; with `none` they are `x_0 .. x_{T-2}`, with the
-    targets `x_1 .. x_{T-1}`. Source: `AR._process_model_input` in `algo.py` of
+    distribution. Training has the rows `[prepended, x_0 .. x_{T-2}]` at the positions 0 .. T-1,
+    with the targets `x_0 .. x_{T-1}`; with `none` the row of the first target is left out. It gives
+    rows the positions of their targets in both cases, which is the same network, since rotary
+    angles are relative. Source: `AR._process_model_input` in `algo.py` of
     github.com/s-sahoo/Eso-LMs.
     """
 
