@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eso.batches.dealing import Dealing
+from megatron_eso.batches.dealing import count_tokens
 from megatron_eso.batches.loss import normalize_phases, sum_phases
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import load_config
@@ -73,8 +73,7 @@ def test_the_first_loss_is_that_of_uniform_predictions(line: Line) -> None:
     assert math.isclose(line.loss, line.factor * math.log(VOCAB_SIZE - 1), abs_tol=6e-3)
     # The factors of several steps: the loss where each predicted token has a loss of 1.
     objective = build(line.keys)
-    dealing = Dealing(BATCH_SIZE, BATCH_SIZE, 1, objective.phases[0].share)
-    factors = [plan_factor(objective, dealing, number) for number in range(NUM_STEPS)]
+    factors = [plan_factor(objective, number) for number in range(NUM_STEPS)]
     # Five standard errors, and the rounding of the table. Without random weights both are equal.
     error = float(np.std(factors, ddof=1)) / math.sqrt(NUM_STEPS)
     print(f"{line.keys}: {np.mean(factors):.4f} +- {error:.4f}")
@@ -82,7 +81,7 @@ def test_the_first_loss_is_that_of_uniform_predictions(line: Line) -> None:
     assert error < 0.02
 
 
-def plan_factor(objective: Objective, dealing: Dealing, number: int) -> float:
+def plan_factor(objective: Objective, number: int) -> float:
     """Return the loss of a step in which each predicted token has a loss of 1."""
     length = 64
     first_index = number * BATCH_SIZE
@@ -96,5 +95,6 @@ def plan_factor(objective: Objective, dealing: Dealing, number: int) -> float:
     ones_E = torch.ones(loss.num_real, dtype=torch.float64)
     num_phases = len(objective.phases)
     sums_P = sum_phases(ones_E, loss.weights_E[: loss.num_real].double(), loss, num_phases)
-    tokens = dealing.count_tokens(objective.count_targets(samples.length_B), num_phases)
+    targets_B = objective.count_targets(samples.length_B)
+    tokens = count_tokens(targets_B, objective.assign_phases(step), num_phases)
     return objective.combine(normalize_phases(sums_P, tokens)).item()
