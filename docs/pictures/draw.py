@@ -1,16 +1,28 @@
 """Draw the pictures of the documentation: `python docs/pictures/draw.py` writes the SVG files.
 
-A picture has a ground of its own, so that it is legible on light and on dark pages. A test compares
-the committed files with the output of this script.
+`objectives.py` has the pictures of the objectives. A test compares the committed files with the
+output of this script.
 """
 
 from collections.abc import Callable, Mapping
-from html import escape
 from pathlib import Path
 
-GROUND, BORDER, INK, PALE = "#fbfbf9", "#c9c9c4", "#1f2328", "#5b626a"
-BLUE, ORANGE, GREEN, UNUSED, EMPTY = "#3b78c2", "#dd8230", "#3d9a6b", "#c4c4c0", "#eeeeea"
-SANS, MONO = "Helvetica, Arial, sans-serif", "Menlo, Consolas, monospace"
+from objectives import OBJECTIVE_PICTURES
+from svg import (
+    BLUE,
+    EMPTY,
+    GREEN,
+    INK,
+    MONO,
+    ORANGE,
+    PALE,
+    UNUSED,
+    draw_arrow,
+    draw_box,
+    draw_square,
+    draw_text,
+    write_svg,
+)
 
 # An example in slot order: the tokens of the text, and how many of them are clean.
 SLOTS = ("sat", "The", "cat", "on", "a", "mat")
@@ -20,6 +32,7 @@ CELL = 22
 
 def draw_data() -> str:
     """Return the picture of the way of the data, from text to text."""
+    # Two lines of boxes: a title, two lines of text and a command each.
     stages = (
         (
             ("text", ".jsonl  .parquet  .txt", "also .gz and .zst", "files, folders, globs"),
@@ -55,24 +68,25 @@ def draw_data() -> str:
         ),
     )
     width, height, gap, left, tops = 196, 92, 26, 22, (22, 158)
+    # The boxes, with an arrow from each to the next one.
     parts = []
     for line, (boxes, top) in enumerate(zip(stages, tops, strict=True)):
         for number, (title, first, second, command) in enumerate(boxes):
             x = left + number * (width + gap)
-            parts.append(_box(x, top, width, height))
-            parts.append(_text(x + 12, top + 23, title, size=15, weight="bold"))
-            parts.append(_text(x + 12, top + 43, first, size=12.5))
-            parts.append(_text(x + 12, top + 59, second, size=12.5))
-            parts.append(_text(x + 12, top + 80, command, size=11, color=BLUE, font=MONO))
+            parts.append(draw_box(x, top, width, height))
+            parts.append(draw_text(x + 12, top + 23, title, size=15, weight="bold"))
+            parts.append(draw_text(x + 12, top + 43, first, size=12.5))
+            parts.append(draw_text(x + 12, top + 59, second, size=12.5))
+            parts.append(draw_text(x + 12, top + 80, command, size=11, color=BLUE, font=MONO))
             if number:
                 middle = top + height / 2
-                parts.append(_arrow([(x - gap + 3, middle), (x - 4, middle)]))
+                parts.append(draw_arrow([(x - gap + 3, middle), (x - 4, middle)]))
         if line == 0:
             turn, last = (tops[0] + height + tops[1]) / 2, left + 3.5 * width + 3 * gap
             start, down = left + width / 2, tops[1] - 4
             corners = [(last, top + height + 3), (last, turn), (start, turn), (start, down)]
-            parts.append(_arrow(corners))
-    return _svg(2 * left + 4 * width + 3 * gap, tops[1] + height + 22, parts)
+            parts.append(draw_arrow(corners))
+    return write_svg(2 * left + 4 * width + 3 * gap, tops[1] + height + 22, parts)
 
 
 def draw_rows() -> str:
@@ -82,19 +96,21 @@ def draw_rows() -> str:
     clean = [(slot, False) for slot in range(size)]
     copies = [(slot, True) for slot in range(size)]
     plan = clean[:-1] + copies[NUM_CLEAN:]
+    # The captions and both grids.
     top, first, second = 118, 84, 478
     num_scores = sum(_reads(row, key) for row in plan for key in plan)
     parts = [
-        _text(
+        draw_text(
             22, 34, "Sequential phase of one sample: which row (left) reads which (top)", 15, "bold"
         ),
-        _text(first - 62, 62, "Reference: a dense mask over 2T rows", weight="bold"),
-        _text(first - 62, 80, f"{2 * size} rows, {(2 * size) ** 2} scores"),
+        draw_text(first - 62, 62, "Reference: a dense mask over 2T rows", weight="bold"),
+        draw_text(first - 62, 80, f"{2 * size} rows, {(2 * size) ** 2} scores"),
         *_matrix(first, top, clean + copies, set(plan)),
-        _text(second - 62, 62, "Row plan: T - 1 clean rows and m mask queries", weight="bold"),
-        _text(second - 62, 80, f"{len(plan)} rows, {num_scores} scores"),
+        draw_text(second - 62, 62, "Row plan: T - 1 clean rows and m mask queries", weight="bold"),
+        draw_text(second - 62, 80, f"{len(plan)} rows, {num_scores} scores"),
         *_matrix(second, top, plan, set(plan)),
     ]
+    # The legend, and the example in words.
     legend = (
         (BLUE, "a clean row reads clean rows up to its own slot"),
         (ORANGE, "a mask query reads clean rows strictly before its slot ..."),
@@ -103,14 +119,14 @@ def draw_rows() -> str:
     )
     for number, (color, text) in enumerate(legend):
         y = top + 9 * CELL + 18 + 21 * number
-        parts.append(_square(second - 62, y, color, 13))
-        parts.append(_text(second - 42, y + 11, text, size=12.5))
+        parts.append(draw_square(second - 62, y, color, 13))
+        parts.append(draw_text(second - 42, y + 11, text, size=12.5))
     example = (
         'T = 6: "The cat sat on a mat". Slots 0 and 1 (sat, The) are clean, in random order; '
         "m = 4 masked slots follow, left to right."
     )
-    parts.append(_text(22, top + 12 * CELL + 52, example, size=12.5, color=PALE))
-    return _svg(846, top + 12 * CELL + 70, parts)
+    parts.append(draw_text(22, top + 12 * CELL + 52, example, size=12.5, color=PALE))
+    return write_svg(846, top + 12 * CELL + 70, parts)
 
 
 def _matrix(
@@ -123,12 +139,12 @@ def _matrix(
         label = "[mask]" if is_copy and slot >= NUM_CLEAN else SLOTS[slot]
         color = INK if row in used else PALE
         middle = y + i * CELL + CELL / 2 + 4
-        parts.append(_text(x - 9, middle, label, size=12, color=color, anchor="end"))
+        parts.append(draw_text(x - 9, middle, label, size=12, color=color, anchor="end"))
         column = x + i * CELL + CELL / 2 - 1
-        parts.append(_text(column, y - 8, str(slot), size=11, color=color, anchor="middle"))
+        parts.append(draw_text(column, y - 8, str(slot), size=11, color=color, anchor="middle"))
         for j, key in enumerate(rows):
             shade = _shade(row, key, used) if _reads(row, key) else EMPTY
-            parts.append(_square(x + j * CELL, y + i * CELL, shade, CELL - 2))
+            parts.append(draw_square(x + j * CELL, y + i * CELL, shade, CELL - 2))
     return parts
 
 
@@ -147,59 +163,11 @@ def _shade(row: tuple[int, bool], key: tuple[int, bool], used: set[tuple[int, bo
     return GREEN if row == key else ORANGE
 
 
-def _text(
-    x: float,
-    y: float,
-    text: str,
-    size: float = 13,
-    weight: str = "normal",
-    *,
-    color: str = INK,
-    font: str = SANS,
-    anchor: str = "start",
-) -> str:
-    font_style = f'font-family="{font}" font-size="{size:g}" font-weight="{weight}"'
-    place = f'x="{x:g}" y="{y:g}" text-anchor="{anchor}"'
-    return f'<text {place} {font_style} fill="{color}">{escape(text, quote=False)}</text>'
-
-
-def _square(x: float, y: float, color: str, size: float) -> str:
-    return f'<rect x="{x:g}" y="{y:g}" width="{size:g}" height="{size:g}" rx="2" fill="{color}"/>'
-
-
-def _box(x: float, y: float, width: float, height: float) -> str:
-    return (
-        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" '
-        f'fill="white" stroke="{BLUE}" stroke-width="1.5"/>'
-    )
-
-
-def _arrow(points: list[tuple[float, float]]) -> str:
-    corners = " ".join(f"{x:g},{y:g}" for x, y in points)
-    return (
-        f'<polyline points="{corners}" fill="none" stroke="{PALE}" stroke-width="2" '
-        'marker-end="url(#head)"/>'
-    )
-
-
-def _svg(width: float, height: float, parts: list[str]) -> str:
-    """Return a whole SVG file with the parts on the picture's own ground."""
-    head = (
-        '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="5" '
-        f'markerHeight="5" orient="auto"><path d="M0 0 8 4 0 8z" fill="{PALE}"/></marker></defs>'
-    )
-    ground = (
-        f'<rect x="0.5" y="0.5" width="{width - 1:g}" height="{height - 1:g}" rx="10" '
-        f'fill="{GROUND}" stroke="{BORDER}"/>'
-    )
-    start = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
-        f'viewBox="0 0 {width:g} {height:g}">'
-    )
-    return "\n".join([start, head, ground, *parts, "</svg>\n"])
-
-
-PICTURES: Mapping[str, Callable[[], str]] = {"data.svg": draw_data, "rows.svg": draw_rows}
+PICTURES: Mapping[str, Callable[[], str]] = {
+    "data.svg": draw_data,
+    "rows.svg": draw_rows,
+    **OBJECTIVE_PICTURES,
+}
 
 
 def main() -> None:

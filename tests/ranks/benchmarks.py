@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_eso.config.combinations import with_vocabulary
+from megatron_eso.config.loading import load_config
+from megatron_eso.estimates.flops import training_flops_per_token
 from megatron_eso.training.checkpointing.restore import restore
 from megatron_eso.training.checkpointing.staleness import refuse_stale, take_sample
 from megatron_eso.training.checkpointing.state import list_parts
@@ -14,7 +17,8 @@ from megatron_eso.training.distributed.parallel import model_parallel_groups
 from megatron_eso.training.steps.train_state import build_train_state
 from tests.ranks.checkpoints import build
 from tests.ranks.training import open_batches, take_step
-from tests.support.training import Overrides, tiny_config
+from tests.support.planning import objective_of
+from tests.support.training import Overrides, tiny_arguments, tiny_config
 
 NUM_REPEATS = 3
 NUM_STEPS = 5
@@ -82,3 +86,31 @@ def time_steps(run: Path, data: Path, overrides: Overrides) -> float:
             take_step(config, state, batches, groups)
             seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])
+
+
+def compare_objectives(
+    run: Path, data: Path, overrides: Overrides, family: dict[str, Overrides], vocab_size: int
+) -> dict[str, tuple[float, float]]:
+    """Measure the CPU seconds of a step (median) and its FLOPs; the objectives alternate."""
+    objectives, seconds = {}, {name: [] for name in family}
+    flops = {}
+    for name, settings in family.items():
+        loaded = load_config(tiny_arguments(run, data, overrides | settings)).config
+        config = with_vocabulary(
+            loaded, vocab_size=vocab_size, mask_token_id=vocab_size - 1, source="benchmark"
+        )
+        objectives[name] = config
+        length = config.data.sequence_length
+        per_token = training_flops_per_token(config.model, vocab_size, objective_of(config), length)
+        flops[name] = per_token * length * config.train.global_batch_size
+    with model_parallel_groups(config.parallel) as groups:
+        states = {name: build_train_state(config, groups) for name, config in objectives.items()}
+        batches = {
+            name: open_batches(config, groups.dp.size()) for name, config in objectives.items()
+        }
+        for _ in range(NUM_STEPS + 1):
+            for name, config in objectives.items():
+                began = time.process_time()
+                take_step(config, states[name], batches[name], groups)
+                seconds[name].append(time.process_time() - began)
+    return {name: (statistics.median(seconds[name][1:]), flops[name]) for name in family}
