@@ -1,41 +1,114 @@
 """Shows where the time and the memory of a training step go.
 
-`--simulate GPU` needs no GPU: the real step of one rank runs on tensors without values, and stated
-constants of the GPU and its links give the time.
+Under torchrun or alone, real steps are measured on the ranks that were launched. `--simulate GPU`
+needs no GPU: the real step of one rank runs on tensors without values, and stated constants of the
+GPU and its links give the time.
 """
 
 import argparse
 import json
 import os
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
-from megatron_eso.command_line import CommandLine, count
+from megatron_eso.command_line import CommandLine, count, new_path
 from megatron_eso.config.combinations import check_layout, with_vocabulary
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import LoadedConfig, load_config
 from megatron_eso.config.sections import Config
-from megatron_eso.errors import ConfigError, run_command
+from megatron_eso.data.remote.staging import stage_shards
+from megatron_eso.errors import ConfigError, UserError, run_command
 from megatron_eso.estimates.gpus import GPUS
+from megatron_eso.ranks import is_first_rank, launched_world_size
+
+WARMUP_STEPS, STEPS = 3, 10
+REPORT_SECONDS = 10.0
+"""Time that rank 0 has to report an error which all ranks meet."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table; returns the exit code."""
     arguments = parse_arguments(argv)
-    loaded = load_config(arguments.layers, folder=SHIPPED_CONFIGS)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of the fake groups
+    try:
+        loaded = load_config(arguments.layers, folder=SHIPPED_CONFIGS)
+        if arguments.simulate is None:
+            print_measurement(loaded, arguments)
+        else:
+            print_simulation(loaded, arguments)
+    except UserError:
+        if not is_first_rank():
+            # A launcher ends all ranks when one has ended: first rank 0 reports the error.
+            time.sleep(REPORT_SECONDS)
+        raise
+    return 0
+
+
+def print_simulation(loaded: LoadedConfig, arguments: argparse.Namespace) -> None:
+    """Simulate a step and print what it takes."""
     config = fill_vocabulary(loaded)
     world_size = arguments.world_size or config.parallel.model_parallel_size
     check_layout(config, world_size, loaded.origins)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of the fake groups
     # Imported once the configuration is known to be sound: importing takes seconds.
     from megatron_eso.simulation.report import describe_simulation, format_simulation
     from megatron_eso.simulation.simulator import simulate
 
     simulation = simulate(config, GPUS[arguments.simulate], world_size)
     if arguments.json:
-        sys.stdout.write(json.dumps(describe_simulation(simulation), indent=2) + "\n")
+        print_json(describe_simulation(simulation))
     else:
         sys.stdout.write(format_simulation(simulation))
-    return 0
+
+
+def print_measurement(loaded: LoadedConfig, arguments: argparse.Namespace) -> None:
+    """Measure steps and print what they take; collective over the ranks that were launched."""
+    check_layout(loaded.config, launched_world_size(), loaded.origins)
+    if arguments.profile is not None:
+        make_folder(arguments.profile)
+    if arguments.real_data:
+        # Imported once the configuration is known to be sound: importing takes seconds.
+        from pretrain.start import open_inputs
+
+        inputs = open_inputs(loaded)
+        config, data = inputs.config, inputs.train
+        stage_shards(data.sources)
+    else:
+        config, data = fill_vocabulary(loaded), None
+    from megatron_eso.benchmark.measurement import Request, measure
+    from megatron_eso.benchmark.report import describe_measurement, format_measurement
+
+    request = Request(
+        num_warmup_steps=arguments.warmup_steps or WARMUP_STEPS,
+        num_steps=arguments.steps or STEPS,
+        trace_folder=arguments.profile,
+        data=data,
+    )
+    measurement = measure(config, request)
+    if not is_first_rank():
+        return
+    if arguments.json:
+        print_json(describe_measurement(measurement))
+    else:
+        sys.stdout.write(format_measurement(measurement))
+
+
+def print_json(figures: dict[str, Any]) -> None:
+    """Print figures by name."""
+    sys.stdout.write(json.dumps(figures, indent=2) + "\n")
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of the traces.
+
+    Raises:
+        ConfigError: It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--profile {path}: {error.strerror}; name another folder") from error
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -47,12 +120,46 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="CONFIG.toml|section.key=value",
         help="configuration layers in order; the later value of a key wins",
     )
-    parser.add_argument(
-        "--simulate", choices=sorted(GPUS), required=True, help="the GPU to simulate"
-    )
-    parser.add_argument("--world-size", type=count(1), help="ranks of the run")
+    parser.add_argument("--simulate", choices=sorted(GPUS), help="the GPU to simulate")
+    parser.add_argument("--world-size", type=count(1), help="ranks of the run (with --simulate)")
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
-    return parser.parse_intermixed_args(argv)
+    measured = parser.add_argument_group("without --simulate")
+    measured.add_argument(
+        "--warmup-steps",
+        type=count(1),
+        metavar="N",
+        help=f"steps before the clock starts (default: {WARMUP_STEPS})",
+    )
+    measured.add_argument(
+        "--steps", type=count(1), metavar="N", help=f"steps that are timed (default: {STEPS})"
+    )
+    measured.add_argument(
+        "--real-data", action="store_true", help="read data.train; by default tokens are drawn"
+    )
+    measured.add_argument(
+        "--profile",
+        type=new_path,
+        metavar="DIR",
+        help="write the trace of a step of each rank, for Perfetto and TensorBoard",
+    )
+    arguments = parser.parse_intermixed_args(argv)
+    check_arguments(parser, arguments)
+    return arguments
+
+
+def check_arguments(parser: CommandLine, arguments: argparse.Namespace) -> None:
+    """Refuse an argument of a simulation without one, and an argument of a measurement with one."""
+    if arguments.simulate is None:
+        if arguments.world_size is not None:
+            parser.error(
+                "--world-size needs --simulate; to measure on several ranks, start them: torchrun "
+                "--nproc-per-node=N -m pretrain.bench"
+            )
+        return
+    for name in ("warmup_steps", "steps", "real_data", "profile"):
+        if getattr(arguments, name):
+            option = f"--{name.replace('_', '-')}"
+            parser.error(f"{option} measures real steps: leave it out, or --simulate")
 
 
 def fill_vocabulary(loaded: LoadedConfig) -> Config:
