@@ -38,7 +38,7 @@ def test_arguments_that_do_not_go_together(
     ("overrides", "said"),
     [
         (["parallel.tensor_model_parallel_size=2"], "tensor_model_parallel_size"),
-        (["--real-data"], "data.train = nowhere"),
+        (["--real-data"], "there is no folder nowhere"),
     ],
 )
 def test_runs_that_cannot_be_measured(overrides: list[str], said: str) -> None:
