@@ -13,6 +13,7 @@ from checkpoints_conversion.conversions import (
     convert_to_sampler,
     verify_checkpoints,
 )
+from checkpoints_conversion.official import OfficialOptions
 from checkpoints_conversion.verify import Comparison
 from megatron_eso.command_line import (
     CommandLine,
@@ -22,8 +23,13 @@ from megatron_eso.command_line import (
     real_from_0,
 )
 from megatron_eso.errors import run_command
+from megatron_eso.sampler.network.objective_fields import OBJECTIVE_FIELDS
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+OFFICIAL_OPTIONS = (
+    *("objective", "variant", "num_heads", "length"),
+    *("block_size", "set_size", "max_set_size"),
+)
 
 
 def run_to_sampler(args: argparse.Namespace) -> None:
@@ -42,18 +48,17 @@ def run_to_sampler(args: argparse.Namespace) -> None:
 
 
 def run_from_official(args: argparse.Namespace) -> None:
-    """Convert an official Lightning checkpoint to a sampler directory."""
+    """Convert an official checkpoint to a sampler directory."""
     done = convert_from_official(
         args.ckpt,
         args.out_dir,
         weights=args.weights,
         tokenizer=args.tokenizer,
         mask_token_id=args.mask_token_id,
+        options=OfficialOptions(**{name: getattr(args, name) for name in OFFICIAL_OPTIONS}),
     )
-    _say(
-        f"{done.directory}: step {done.step}, {done.weights} weights, "
-        f"{done.num_parameters} parameters"
-    )
+    step = "" if done.step is None else f"step {done.step}, "
+    _say(f"{done.directory}: {step}{done.weights} weights, {done.num_parameters} parameters")
 
 
 def run_to_megatron(args: argparse.Namespace) -> None:
@@ -119,23 +124,7 @@ def build_command_line() -> CommandLine:
     command.add_argument("--dtype", choices=DTYPES, default="float32")
     command.set_defaults(run=run_to_sampler)
 
-    command = commands.add_parser("from-official", help=run_from_official.__doc__)
-    command.add_argument("ckpt", type=existing_path, metavar="CKPT")
-    command.add_argument("out_dir", type=new_path, metavar="OUT_DIR")
-    command.add_argument("--weights", choices=kinds, default="ema")
-    command.add_argument(
-        "--tokenizer",
-        type=existing_path,
-        metavar="PATH",
-        help="tokenizer's file or directory to copy (default: none)",
-    )
-    command.add_argument(
-        "--mask-token-id",
-        type=count(),
-        metavar="N",
-        help="default: the tokenizer's, else the last row of the embedding",
-    )
-    command.set_defaults(run=run_from_official)
+    _add_from_official(commands.add_parser("from-official", help=run_from_official.__doc__))
 
     # To a run directory.
     command = commands.add_parser("to-megatron", help=run_to_megatron.__doc__)
@@ -164,6 +153,39 @@ def build_command_line() -> CommandLine:
     )
     command.set_defaults(run=run_verify)
     return parser
+
+
+def _add_from_official(command: CommandLine) -> None:
+    # The checkpoint and its weights.
+    command.add_argument("ckpt", type=existing_path, metavar="CKPT")
+    command.add_argument("out_dir", type=new_path, metavar="OUT_DIR")
+    command.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    command.add_argument(
+        "--tokenizer",
+        type=existing_path,
+        metavar="PATH",
+        help="tokenizer's file or directory to copy (default: none)",
+    )
+    command.add_argument(
+        "--mask-token-id",
+        type=count(),
+        metavar="N",
+        help="default: the tokenizer's, else the last row of the embedding",
+    )
+    # What the checkpoint may not state.
+    command.add_argument(
+        "--objective", choices=OBJECTIVE_FIELDS, help="default: that of the checkpoint"
+    )
+    command.add_argument("--variant", choices=("a", "b"), help="default: that of the checkpoint")
+    for option, meaning in {
+        "--num-heads": "attention heads; needed for a bare backbone (.safetensors)",
+        "--length": "largest number of positions; needed for a bare backbone",
+        "--block-size": "positions in a block of bd3_lm (default: the length)",
+        "--set-size": "mean number of tokens in a set of set_dlm",
+        "--max-set-size": "largest number of tokens in a set of set_dlm",
+    }.items():
+        command.add_argument(option, type=count(1), metavar="N", help=meaning)
+    command.set_defaults(run=run_from_official)
 
 
 def main(argv: list[str] | None = None) -> int | None:

@@ -1,23 +1,25 @@
 """The commands as functions: they take paths and return what was written or found."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from checkpoints_conversion.official import (
-    describe_official,
+    EMBEDDING,
+    OfficialOptions,
     fold_official,
     infer_config,
     read_official,
 )
+from checkpoints_conversion.official_objective import describe_official
 from checkpoints_conversion.run_network import read_network, write_run_directory
 from checkpoints_conversion.sampler_directory import write_sampler_directory
 from checkpoints_conversion.verify import Comparison, compare, load_any, recorded_weights
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
 from megatron_eso.runs.checkpoint import open_checkpoint
-from megatron_eso.sampler.directory import (
+from megatron_eso.sampler.network.directory import (
     build_network,
     read_description,
     read_network_config,
@@ -84,25 +86,33 @@ def convert_from_official(
     weights: Weights = "ema",
     tokenizer: Path | None = None,
     mask_token_id: int | None = None,
+    options: OfficialOptions | None = None,
 ) -> Conversion:
-    """Convert a Lightning checkpoint of the reference to a sampler directory.
+    """Convert an official checkpoint to a sampler directory.
 
     Args:
-        ckpt: The checkpoint's file.
+        ckpt: The file: a Lightning checkpoint, or a bare backbone in `.safetensors`.
         out_dir: The directory to write: a new one, an empty one or a sampler directory.
         weights: The weights to take.
         tokenizer: A tokenizer's file or directory, to be copied.
         mask_token_id: By default that of the tokenizer, or else the last row of the embedding.
+        options: What the user states about the checkpoint; this overrides what it states.
 
     Raises:
         CheckpointError: The file is no checkpoint of the reference, is damaged, or is of another
             model.
+        ConfigError: An option is missing, or does not fit.
         DataError: The tokenizer is damaged.
     """
-    official = read_official(ckpt, weights)
-    vocab_size = len(official.tensors["vocab_embed.embedding"])
-    config = infer_config(official, choose_mask_token(mask_token_id, tokenizer, vocab_size))
-    description = describe_official(official, config)
+    options = options or OfficialOptions()
+    official = read_official(ckpt, weights, options)
+    vocab_size = len(official.tensors[EMBEDDING])
+    mask_token_id = choose_mask_token(mask_token_id, tokenizer, vocab_size)
+    config = infer_config(official, mask_token_id, options.length)
+    if tokenizer is not None and has_tokenizer(tokenizer):
+        bos_token_id = Tokenizer.load(tokenizer).bos_token_id
+        options = replace(options, bos_token_id=bos_token_id)
+    description = describe_official(official, config, options)
     tensors = fold_official(official)
     # Shapes that do not fit are refused.
     build_network(config, tensors, torch.float32, "cpu", source=ckpt)
@@ -110,7 +120,7 @@ def convert_from_official(
     return Conversion(
         directory=out_dir,
         step=official.step,
-        weights=weights,
+        weights=official.weights,
         num_parameters=_count(tensors),
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_eso.config.keys import describe_keys
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import (
@@ -19,7 +20,8 @@ from megatron_eso.config.sections import (
     TrainConfig,
 )
 from megatron_eso.errors import CheckpointError
-from megatron_eso.sampler.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler.network.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler.network.objective_fields import OBJECTIVE_FIELDS
 
 
 def keep(value: Any) -> Any:
@@ -93,6 +95,23 @@ def describe_network(config: Config, source: object) -> NetworkConfig:
     )
 
 
+def list_objective_keys(name: str) -> list[str]:
+    """List the fields of an objective in `config.json` that are keys of a run too."""
+    keys = {key.name: key for key in describe_keys("objective", ObjectiveConfig)}
+    return [
+        field for field in OBJECTIVE_FIELDS[name] if field in keys and keys[field].belongs_to(name)
+    ]
+
+
+def describe_objective(config: Config) -> dict[str, Any]:
+    """Return the entries of `config.json` that describe a run's objective."""
+    name = config.objective.name
+    values = {field: getattr(config.objective, field) for field in list_objective_keys(name)}
+    if values.get("prepend_token") == "bos":
+        values["bos_token_id"] = config.data.bos_token_id
+    return {"objective": name, **values}
+
+
 def build_run_config(
     network: NetworkConfig, description: Mapping[str, Any], directory: str
 ) -> Config:
@@ -100,7 +119,7 @@ def build_run_config(
 
     Args:
         network: The network to describe.
-        description: The content of a sampler's `config.json`, which states `alpha_0`.
+        description: The content of a sampler's `config.json`, which states the objective.
         directory: The run directory.
 
     Raises:
@@ -116,11 +135,15 @@ def build_run_config(
         if shared.path in KEYS:  # a property is not set
             section, _, name = shared.path.partition(".")
             values[section][name] = shared.to_run(getattr(network, shared.field))
+    name = description.get("objective", "eso_lm")
+    keys = list_objective_keys(name)
+    objective = {key: description[key] for key in keys if description.get(key) is not None}
+    bos_token_id = description.get("bos_token_id")
     return Config(
         run=RunConfig(directory=directory),
-        objective=ObjectiveConfig(alpha_0=float(description["alpha_0"])),
+        objective=ObjectiveConfig(name=name, **objective),
         model=ModelConfig(**values["model"]),
-        data=DataConfig(train="", **values["data"]),
+        data=DataConfig(train="", bos_token_id=bos_token_id, **values["data"]),
         train=TrainConfig(num_steps=1, global_batch_size=2, micro_batch_size=1),
         optimizer=OptimizerConfig(learning_rate=1e-4),
     )

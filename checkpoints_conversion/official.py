@@ -1,8 +1,9 @@
-"""Reads the reference's Lightning checkpoints, folds their adaLN and renames their tensors.
+"""Reads official checkpoints, folds their adaLN and renames their tensors.
 
-Reference: github.com/s-sahoo/Eso-LMs, `models/dit.py`, `models/ema.py`, `trainer_base.py`. Its
-    denoiser does not depend on time, so its adaLN is one constant vector, which folds exactly into
-    the norms' weights and biases and into the two output projections. The result is a plain pre-LN
+Reference: github.com/s-sahoo/Eso-LMs, `models/dit.py`, `models/ema.py`, `trainer_base.py`; Set
+    Diffusion: github.com/kuleshov-group/setdlms, `src/backbone/dit.py`. The reference's denoiser
+    does not depend on time, so its adaLN is one constant vector, which folds exactly into the
+    norms' weights and biases and into the two output projections. The result is a plain pre-LN
     transformer; the fold is one way.
 """
 
@@ -10,37 +11,48 @@ import hashlib
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_eso.errors import CheckpointError
+from megatron_eso.errors import CheckpointError, ConfigError
 from megatron_eso.runs.unpickling import load_torch_file, plain_value
-from megatron_eso.sampler.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler.network.layers_eso_lm import NetworkConfig
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "backbone."
+EMBEDDING = "vocab_embed.embedding"
 ROTARY = "rotary_emb.inv_freq"
 NORM_EPSILON = 1e-5
 _REMEDY = "give a whole checkpoint of the reference"
 ROTARY_BASE = 10000.0
-ESO_LM_B = {
-    "name": "esolm",
-    "time_conditioning": False,
-    "diffusion_attn_mode": "causal",
-    "sequential_attn_mode": "causal",
-}
-"""Settings that the network depends on. Without time conditioning adaLN is constant."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfficialOptions:
+    """What the user states about an official checkpoint; None: the checkpoint states it."""
+
+    objective: str | None = None
+    variant: str | None = None
+    num_heads: int | None = None
+    length: int | None = None
+    block_size: int | None = None
+    set_size: int | None = None
+    max_set_size: int | None = None
+    bos_token_id: int | None = None
+    """That of the tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OfficialCheckpoint:
-    """The part of a Lightning checkpoint of the reference that the conversion uses."""
+    """The part of an official checkpoint that the conversion uses."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -51,23 +63,37 @@ class OfficialCheckpoint:
     head_dim: int
     weights: str
     sha256: str
+    is_bare: bool
+    """Whether the file has a backbone's tensors only."""
 
     @property
     def has_adaln(self) -> bool:
         """Whether the network has adaLN; the reference's AR model has none."""
         return any("adaLN_modulation" in name for name in self.tensors)
 
+    def section(self, name: str) -> dict[str, Any]:
+        """Return a section of the hyper-parameters; an empty one if it is missing."""
+        section = self.hyper_parameters.get(name)
+        return section if isinstance(section, dict) else {}
 
-def read_official(path: str | Path, weights: str = "ema") -> OfficialCheckpoint:
+
+def read_official(
+    path: str | Path, weights: str = "ema", options: OfficialOptions | None = None
+) -> OfficialCheckpoint:
     """Read a checkpoint without executing anything that its pickle names.
 
     Args:
-        path: A Lightning checkpoint in zip format.
-        weights: `ema` or `raw`.
+        path: A Lightning checkpoint in zip format, or a bare backbone in `.safetensors`.
+        weights: `ema` or `raw`; a bare backbone has one kind.
+        options: What the user states about the checkpoint.
 
     Raises:
         CheckpointError: The file is no checkpoint of the reference, or lacks these weights.
+        ConfigError: An option is missing for a bare backbone.
     """
+    options = options or OfficialOptions()
+    if Path(path).suffix == ".safetensors":
+        return _read_backbone(Path(path), options)
     # The state dict of the transformer, without the prefix.
     content = load_torch_file(path)
     if not isinstance(content, Mapping) or not isinstance(content.get("state_dict"), Mapping):
@@ -79,13 +105,15 @@ def read_official(path: str | Path, weights: str = "ema") -> OfficialCheckpoint:
         for name, tensor in content["state_dict"].items()
         if isinstance(name, str) and name.startswith(PREFIX) and isinstance(tensor, Tensor)
     }
-    if "vocab_embed.embedding" not in state or ROTARY not in state:
+    if EMBEDDING not in state or ROTARY not in state:
         raise CheckpointError(
-            f"{path}: state_dict has no {PREFIX}vocab_embed.embedding or {PREFIX}{ROTARY}; give a "
+            f"{path}: state_dict has no {PREFIX}{EMBEDDING} or {PREFIX}{ROTARY}; give a "
             "checkpoint of the reference's transformer"
         )
     # The rotary frequencies state the head dimension; they are no parameter.
     head_dim = 2 * state.pop(ROTARY).numel()
+    if options.num_heads is not None:
+        head_dim = _divide_width(path, state, options.num_heads)
     if weights == "ema":
         state = _ema_weights(path, content.get("ema"), state)
     hyper_parameters = plain_value(content.get("hyper_parameters"))
@@ -99,7 +127,53 @@ def read_official(path: str | Path, weights: str = "ema") -> OfficialCheckpoint:
         head_dim=head_dim,
         weights=weights,
         sha256=file_sha256(path),
+        is_bare=False,
     )
+
+
+def _read_backbone(path: Path, options: OfficialOptions) -> OfficialCheckpoint:
+    """Read a backbone of the reference or of Set Diffusion, which states nothing but tensors."""
+    # The options that say what no tensor does.
+    for option, value in {
+        "--objective": options.objective,
+        "--num-heads": options.num_heads,
+        "--length": options.length,
+    }.items():
+        if value is None:
+            raise ConfigError(f"{path}: is a bare backbone, which needs {option}")
+    # The tensors; the rotary frequencies are no parameter.
+    try:
+        state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); {_REMEDY}") from None
+    if EMBEDDING not in state:
+        raise CheckpointError(
+            f"{path}: has no tensor {EMBEDDING}; give a backbone of the reference or of Set "
+            "Diffusion"
+        )
+    state.pop(ROTARY, None)
+    return OfficialCheckpoint(
+        path=path,
+        tensors=state,
+        hyper_parameters={},
+        step=None,
+        head_dim=_divide_width(path, state, options.num_heads or 1),
+        weights="raw",
+        sha256=file_sha256(path),
+        is_bare=True,
+    )
+
+
+def _divide_width(path: str | Path, state: Mapping[str, Tensor], num_heads: int) -> int:
+    """Return the head dimension for a number of heads.
+
+    Raises:
+        ConfigError: The width is no multiple of it.
+    """
+    width = state[EMBEDDING].shape[-1]
+    if width % num_heads:
+        raise ConfigError(f"{path}: --num-heads {num_heads} does not divide its width {width}")
+    return width // num_heads
 
 
 def file_sha256(path: str | Path) -> str:
@@ -127,12 +201,15 @@ def _ema_weights(path: str | Path, ema: Any, raw: dict[str, Tensor]) -> dict[str
     return named
 
 
-def infer_config(checkpoint: OfficialCheckpoint, mask_token_id: int | None) -> NetworkConfig:
-    """Derive the network from the shapes; the length alone comes from `hyper_parameters`.
+def infer_config(
+    checkpoint: OfficialCheckpoint, mask_token_id: int | None, length: int | None = None
+) -> NetworkConfig:
+    """Derive the network from the shapes; the length alone is in none of them.
 
     Args:
         checkpoint: The checkpoint that was read.
         mask_token_id: None: the last row of the embedding.
+        length: Largest number of positions; None: that of `hyper_parameters`.
 
     Raises:
         CheckpointError: Blocks are missing, shapes do not fit each other, or the mask token is not
@@ -140,7 +217,7 @@ def infer_config(checkpoint: OfficialCheckpoint, mask_token_id: int | None) -> N
     """
     # Sizes, by the shapes of the tensors.
     path, tensors = checkpoint.path, checkpoint.tensors
-    embedding = tensors["vocab_embed.embedding"]
+    embedding = tensors[EMBEDDING]
     if embedding.dim() != 2:
         raise CheckpointError(
             f"{path}: its tensors do not fit each other in shape ({PREFIX}vocab_embed.embedding "
@@ -159,8 +236,8 @@ def infer_config(checkpoint: OfficialCheckpoint, mask_token_id: int | None) -> N
     up_weight = tensors.get("blocks.0.mlp.0.weight")
     if up_weight is None:
         raise CheckpointError(f"{path}: has no tensor {PREFIX}blocks.0.mlp.0.weight; {_REMEDY}")
-    # The length is in no shape.
-    max_length = _section(checkpoint, "model").get("length")
+    # The length, which is in no shape.
+    max_length = checkpoint.section("model").get("length") if length is None else length
     if not isinstance(max_length, int):
         max_length = 1024
         logger.warning("%s: states no model.length; max_length is set to %d", path, max_length)
@@ -200,49 +277,6 @@ def _choose_mask_token(path: Path, chosen: int | None, vocab_size: int) -> int:
             f"{chosen}; give one from 0 to {vocab_size - 1}"
         )
     return chosen
-
-
-def _section(checkpoint: OfficialCheckpoint, name: str) -> dict[str, Any]:
-    section = checkpoint.hyper_parameters.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def describe_official(checkpoint: OfficialCheckpoint, config: NetworkConfig) -> dict[str, Any]:
-    """Return the entries of a sampler's `config.json` that describe network and source.
-
-    Raises:
-        CheckpointError: The checkpoint is of the reference's AR model, of another algorithm or of
-            variant A.
-    """
-    # Other models are refused.
-    path = checkpoint.path
-    if not checkpoint.has_adaln:
-        raise CheckpointError(
-            f"{path}: has no adaLN: it is of the reference's AR model; give one of an Eso-LM"
-        )
-    algorithm = _section(checkpoint, "algo")
-    for key, wanted in ESO_LM_B.items():
-        if algorithm.get(key, wanted) != wanted:
-            raise CheckpointError(
-                f"{path}: its algo.{key} is {algorithm[key]!r}, not {wanted!r}; give a checkpoint "
-                "of Eso-LM (B)"
-            )
-    # Without a schedule the network is that of pure diffusion.
-    alpha_0 = algorithm.get("alpha_0")
-    if not isinstance(alpha_0, int | float):
-        alpha_0 = 1.0
-        logger.warning("%s: states no algo.alpha_0; alpha_0 is set to 1", path)
-    return {
-        **asdict(config),
-        "alpha_0": float(alpha_0),
-        "variant": "b",
-        "source": {
-            "kind": "official",
-            "step": checkpoint.step,
-            "weights": checkpoint.weights,
-            "sha256": checkpoint.sha256,
-        },
-    }
 
 
 def fold_official(checkpoint: OfficialCheckpoint) -> dict[str, Tensor]:
@@ -294,7 +328,7 @@ def _fold(source: dict[str, Tensor], has_adaln: bool) -> dict[str, Tensor]:
         return list((weight @ condition + bias).chunk(chunks))
 
     # The embedding, then the layers: norms with scale and shift, output projections with gates.
-    tensors = {"embed_tokens.weight": take("vocab_embed.embedding")}
+    tensors = {"embed_tokens.weight": take(EMBEDDING)}
     num_layers = sum(name.endswith("norm1.weight") for name in source)
     for layer in range(num_layers):
         old, new = f"blocks.{layer}.", f"layers.{layer}."

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_eso.errors import CheckpointError
-from megatron_eso.sampler.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler.network.layers_eso_lm import NetworkConfig
 
 
 class Layout(Enum):

@@ -7,7 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints_conversion.network_fields import build_run_config, describe_network
+from checkpoints_conversion.network_fields import (
+    build_run_config,
+    describe_network,
+    describe_objective,
+)
 from checkpoints_conversion.parameter_map import list_keys, map_to_megatron, map_to_sampler
 from checkpoints_conversion.sampler_directory import (
     copy_tokenizer,
@@ -24,27 +28,10 @@ from megatron_eso.runs.file_index import describe_file, write_file_index
 from megatron_eso.runs.run_directory import CONFIG_FILE, RunDirectory
 from megatron_eso.runs.steps import step_name, write_latest
 from megatron_eso.runs.torch_dist import list_shapes, read_tensors, write_tensors
-from megatron_eso.sampler.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler.network.layers_eso_lm import NetworkConfig
 
 MAIN_PREFIXES = ("optimizer.state.fp32_param.", "optimizer.state.param.", "")
 """Prefixes of the float32 main parameters; the model's own tensors come last."""
-SAMPLER_OBJECTIVES = ("eso_lm",)
-"""Objectives whose network the sampler implements."""
-
-
-def refuse_objective(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose objective is none of `SAMPLER_OBJECTIVES`.
-
-    Raises:
-        CheckpointError: The sampler does not know `objective.name`.
-    """
-    name = checkpoint.config.objective.name
-    if name not in SAMPLER_OBJECTIVES:
-        raise CheckpointError(
-            f"{checkpoint.directory / 'config.json'}: objective.name = {name}: the sampler knows "
-            f"{', '.join(SAMPLER_OBJECTIVES)} only; evaluate this run with python -m "
-            f"pretrain.evaluate"
-        )
 
 
 def read_network(
@@ -60,10 +47,9 @@ def read_network(
 
     Raises:
         CheckpointError: The checkpoint lacks these weights, a tensor is missing, damaged or of
-            another shape, or the sampler does not know the run's objective.
+            another shape.
     """
     # Which network, and which weights of it.
-    refuse_objective(checkpoint)
     config = describe_network(checkpoint.config, checkpoint.directory / CONFIG_FILE)
     if weights is None:
         weights = "ema" if checkpoint.has_ema else "raw"
@@ -81,8 +67,7 @@ def read_network(
     tensors = {key: found[name] for key, name in stored.items()}
     description = {
         **asdict(config),
-        "alpha_0": checkpoint.config.objective.alpha_0,
-        "variant": checkpoint.config.objective.variant,
+        **describe_objective(checkpoint.config),
         "source": {
             "kind": "megatron",
             "step": checkpoint.step,

@@ -16,8 +16,8 @@ from torch import Tensor
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
 from megatron_eso.errors import CheckpointError, ConfigError
 from megatron_eso.files import is_wrong_place, new_folder, write_json
-from megatron_eso.sampler import network_eso_lm
-from megatron_eso.sampler.directory import FORMAT_VERSION, INDEX_FILE, WEIGHTS_FILE
+from megatron_eso.sampler.network import network_eso_lm
+from megatron_eso.sampler.network.directory import FORMAT_VERSION, INDEX_FILE, WEIGHTS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ CODE_FILES = (
     "configuration_eso_lm.py",
     "network_eso_lm.py",
     "layers_eso_lm.py",
+    "masks_eso_lm.py",
 )
 OWN_FILES = {"config.json", "generation_config.json", WEIGHTS_FILE, INDEX_FILE, *CODE_FILES}
 MODEL_CLASS = "modeling_eso_lm.EsoLMModel"
@@ -45,7 +46,7 @@ def write_sampler_directory(
 
     Args:
         directory: The directory to write: a new one, an empty one or a sampler directory.
-        description: The network's fields, `alpha_0`, `variant` and `source`.
+        description: The network's fields, `objective` with its fields, and `source`.
         tensors: The network's tensors by the sampler's names.
         dtype: Dtype in which the weights are stored.
         tokenizer: A tokenizer's file or directory, or None.
@@ -69,12 +70,7 @@ def write_sampler_directory(
         **description,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    generation = {
-        "alpha_0": description["alpha_0"],
-        "steps": description["max_length"],
-        "temperature": 1.0,
-        "top_p": 1.0,
-    }
+    generation = {**default_schedule(description), "temperature": 1.0, "top_p": 1.0}
     # All files, below another name until they are complete.
     if is_sampler_directory(directory):
         logger.warning("%s: is a sampler directory already, and is replaced", directory)
@@ -89,8 +85,18 @@ def write_sampler_directory(
             shutil.copyfile(code / name, partial / name)
 
 
+def default_schedule(description: Mapping[str, Any]) -> dict[str, float]:
+    """Return the entries of `generation_config.json` that state the objective's schedule."""
+    objective = description.get("objective", "eso_lm")
+    if objective == "eso_lm":
+        return {"alpha_0": description["alpha_0"], "steps": description["max_length"]}
+    if objective == "mdlm":
+        return {"steps": description["max_length"]}
+    return {"steps": description["block_size"]} if objective == "bd3_lm" else {}
+
+
 def is_sampler_directory(directory: Path) -> bool:
-    """Return whether the `config.json` of a directory is that of an Eso-LM sampler."""
+    """Return whether the `config.json` of a directory is that of a sampler directory."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

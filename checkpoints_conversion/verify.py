@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from checkpoints_conversion.official import (
-    describe_official,
+    OfficialOptions,
     fold_official,
     infer_config,
     read_official,
 )
+from checkpoints_conversion.official_objective import describe_official
 from checkpoints_conversion.run_network import read_network
 from checkpoints_conversion.sampler_directory import is_sampler_directory
 from megatron_eso.errors import CheckpointError
@@ -25,13 +26,13 @@ from megatron_eso.randomness.purposes import Purpose
 from megatron_eso.runs.checkpoint import open_checkpoint
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.torch_dist import is_torch_dist
-from megatron_eso.sampler.directory import (
+from megatron_eso.sampler.network.directory import (
     build_network,
     read_description,
     read_network_config,
     read_weights,
 )
-from megatron_eso.sampler.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler.network.layers_eso_lm import NetworkConfig
 
 MAX_TEST_LENGTH = 32
 
@@ -108,10 +109,14 @@ def load_any(
     """
     path = Path(path)
     # A file is an official checkpoint.
+    if path.suffix == ".safetensors" and path.is_file():
+        raise CheckpointError(
+            f"{path}: is a bare backbone; convert it by from-official and name the result"
+        )
     if path.is_file():
         official = read_official(path, weights or "ema")
         config = infer_config(official, mask_token_id)
-        describe_official(official, config)  # refuses other models
+        describe_official(official, config, OfficialOptions())  # refuses other models
         return Loaded(
             path=path,
             kind="official checkpoint",

@@ -171,8 +171,7 @@ def print_plan(config: Config, world_size: int, gpu: Gpu) -> int:
     from megatron_eso.estimates.planner import format_plan, plan_layout
     from megatron_eso.objectives.build import build_objective
 
-    mask_token_id = config.data.vocabulary.mask_token_id
-    objective = build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id)
+    objective = build_objective(config.objective, config.data.vocabulary, seed=config.run.seed)
     plan = plan_layout(config, objective, world_size, gpu)
     sys.stdout.write(format_plan(plan, world_size, gpu))
     return 0 if plan.candidates else 2

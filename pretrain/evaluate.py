@@ -143,6 +143,7 @@ def configure(
         dataclasses.replace(config, model=written.model),
         vocab_size=validation.vocabulary.size,
         mask_token_id=validation.vocabulary.mask_token_id,
+        bos_token_id=validation.vocabulary.bos_token_id,
         source=str(config.data.validation),
     )
     return config, validation

@@ -72,6 +72,7 @@ def open_inputs(loaded: LoadedConfig) -> Inputs:
         traced.config,
         vocab_size=train.vocabulary.size,
         mask_token_id=train.vocabulary.mask_token_id,
+        bos_token_id=train.vocabulary.bos_token_id,
         source=data.train_corpora[0],
         origins=loaded.origins,
     )

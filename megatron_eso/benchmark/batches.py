@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_eso.batches.dealing import Dealing, count_tokens
+from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.sections import Config
 from megatron_eso.data.samples.training_data import TrainingData
-from megatron_eso.objectives.dealing import Dealing
 from megatron_eso.objectives.objective import Objective, Samples, Step
-from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.simulation.micro_batches import build_run_objective
 from megatron_eso.training.steps.batches import StepPlan, TrainingBatches
 from megatron_eso.training.steps.prefetch import StepPrefetcher
@@ -77,8 +77,10 @@ def _draw_plan(
         planned = objective.plan(samples, step)
         return planned.pad(config.parallel.row_multiple, vocabulary.mask_token_id)
 
+    # The denominators of the losses, as in training.
+    targets_N = objective.count_targets(np.full(size, length))
     plans = StepPlan(
         micro_batches=[plan(step.first_index + places) for places in dealing.micro_batches(rank)],
-        tokens=dealing.count_tokens(np.full(size, length), len(objective.phases)),
+        tokens=count_tokens(targets_N, objective.assign_phases(step), len(objective.phases)),
     )
     return plans.pin_memory() if torch.cuda.is_available() else plans

@@ -81,6 +81,7 @@ def with_vocabulary(
     *,
     vocab_size: int,
     mask_token_id: int,
+    bos_token_id: int | None = None,
     source: str,
     origins: Origins | None = None,
 ) -> Config:
@@ -90,17 +91,20 @@ def with_vocabulary(
         config: The configuration; where it states a vocabulary, this must be the data's.
         vocab_size: Tokens of the data's tokenizer, the mask token included.
         mask_token_id: The mask token of that tokenizer.
+        bos_token_id: Its BOS token; None: it has none.
         source: Name of the data in errors.
         origins: Where the configuration's keys were set.
 
     Returns:
-        The configuration with `data.vocab_size` and `data.mask_token_id`.
+        The configuration with `data.vocab_size`, `data.mask_token_id` and `data.bos_token_id`.
 
     Raises:
         ConfigError: The configuration states another vocabulary.
     """
     traced = TracedConfig(config=config, origins=origins or {})
     found = {"data.vocab_size": vocab_size, "data.mask_token_id": mask_token_id}
+    if bos_token_id is not None:
+        found["data.bos_token_id"] = bos_token_id
     for key, value in found.items():
         traced.require(
             config.get(key) in (None, value),
@@ -112,7 +116,12 @@ def with_vocabulary(
             f"{source}: mask token {mask_token_id} is outside the vocabulary of {vocab_size}: "
             f"build the shards with a tokenizer that has a mask token"
         )
-    data = dataclasses.replace(config.data, vocab_size=vocab_size, mask_token_id=mask_token_id)
+    data = dataclasses.replace(
+        config.data,
+        vocab_size=vocab_size,
+        mask_token_id=mask_token_id,
+        bos_token_id=bos_token_id if bos_token_id is not None else config.data.bos_token_id,
+    )
     return dataclasses.replace(config, data=data)
 
 

@@ -139,12 +139,17 @@ def unwrap_config(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         ConfigError: The file has another format version.
     """
     version = values.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise ConfigError(
-            f"{source}: format_version = {version}: this version of megatron-eso reads "
+            f"{source}: format_version = {version}: this version of megatron-eso reads 1 and "
             f"{FORMAT_VERSION}; use the version that wrote the file"
         )
-    return {name: section for name, section in values.items() if name != "format_version"}
+    sections = {name: section for name, section in values.items() if name != "format_version"}
+    objective = sections.get("objective")
+    if version == 1 and isinstance(objective, dict) and objective.get("name") != "any_order_ar":
+        # Version 1 wrote an order for objectives that had none.
+        sections["objective"] = {key: objective[key] for key in objective if key != "order"}
+    return sections
 
 
 def flatten(sections: Mapping[str, Any], origin: str) -> dict[str, Any]:

@@ -3,40 +3,67 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Interval
+from annotated_types import Ge, Gt, Interval
 
-from megatron_eso.config.keys import DERIVED, Frozen, Logged, Only, describe_keys
+from megatron_eso.config.keys import DERIVED, Frozen, Largest, Logged, Only, describe_keys
 
-Order = Literal["uniform", "left_to_right"]
+MAX_SET = 2**20
+
+ObjectiveName = Literal["eso_lm", "mdlm", "ar", "bd3_lm", "set_dlm", "any_order_ar"]
+"""Objectives that can be trained."""
+Order = Literal["uniform", "staggered", "left_to_right"]
 """Order of generation."""
+FirstToken = Literal["mask", "bos", "none"]
+"""Token before the first one of a sample."""
+BLOCKED = Only("bd3_lm")
+ORDERED = Only("eso_lm", "set_dlm", "any_order_ar")
+TIMED = Only("eso_lm", "mdlm", "bd3_lm")
+DEFAULT_ORDERS: dict[str, Order] = {"set_dlm": "staggered", "any_order_ar": "uniform"}
+"""Orders by objective; every other one generates from left to right."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
     """The training objective."""
 
-    name: Annotated[Literal["eso_lm", "any_order_ar"], Frozen("run"), Logged()] = "eso_lm"
-    """What is trained: diffusion and sequential generation, or the tokens in any order."""
-    variant: Annotated[Literal["b"], Frozen("run"), Logged(), Only("eso_lm")] = "b"
-    """Eso-LM variant: `b` has causal attention over slots."""
+    name: Annotated[ObjectiveName, Frozen("run"), Logged()] = "eso_lm"
+    """What is trained; docs/objectives.md describes each."""
+    variant: Annotated[Literal["a", "b"], Frozen("run"), Logged(), Only("eso_lm")] = "b"
+    """Eso-LM variant: `b` is causal over slots; in `a` clean tokens read each other both ways."""
     alpha_0: Annotated[float, Interval(ge=0, le=1), Logged(), Only("eso_lm")] = 0.125
     """Share of tokens that the diffusion phase reveals: 1 is pure diffusion, 0 pure AR."""
     batch_split: Annotated[float, Interval(ge=0, le=1), Logged(), Only("eso_lm")] = DERIVED
     """Share of samples for the diffusion phase; by default 1 at alpha_0 = 1, 0 at 0, else 0.5."""
-    loss_type: Annotated[Literal["elbo", "low_var"], Logged(), Only("eso_lm")] = "elbo"
+    loss_type: Annotated[Literal["elbo", "low_var"], Logged(), Only("eso_lm", "mdlm")] = "elbo"
     """Weight of a masked token in the diffusion phase: of the bound, or 1."""
-    sampling_eps: Annotated[float, Interval(ge=0, lt=1), Logged(), Only("eso_lm")] = 1e-3
+    sampling_eps: Annotated[float, Interval(ge=0, lt=1), Logged(), TIMED] = 1e-3
     """Diffusion times are drawn from [sampling_eps, 1]."""
-    order: Annotated[Order, Logged(), Only("any_order_ar")] = "uniform"
-    """Order of generation: of each sample its own, uniformly random, or left to right."""
+    order: Annotated[Order, Logged(), ORDERED] = DERIVED
+    """Order of the tokens that are predicted one by one; the default depends on the objective."""
+    set_size: Annotated[int, Gt(0), Largest(MAX_SET), Logged(), ORDERED] = 8
+    """Mean size of the sets of a `staggered` order."""
+    max_set_size: Annotated[int, Gt(0), Largest(MAX_SET), Logged(), ORDERED] = DERIVED
+    """Largest size of the sets of a `staggered` order; by default twice `set_size`."""
+    block_size: Annotated[int, Gt(0), Largest(MAX_SET), Frozen("run"), Logged(), BLOCKED] = 16
+    """Tokens of a block, which are generated together."""
+    clip: Annotated[tuple[float, ...] | None, Largest(1), Logged(), BLOCKED] = None
+    """`[low, high]`: times, and the masked share of each block, lie between; left out: [0, 1]."""
+    prepend_token: Annotated[FirstToken, Frozen("run"), Logged(), Only("ar")] = "mask"
+    """The token that predicts the first one of a sample; `none`: the first one is not predicted."""
+    warm_start_steps: Annotated[int, Ge(0), Logged()] = 0
+    """Steps over which the share of samples that train next-token prediction falls from 1 to 0."""
 
     def __post_init__(self) -> None:
-        """Derive the split; an objective of one phase takes all samples for it."""
+        """Derive the keys that are left out; an objective of one phase takes all samples for it."""
         if self.batch_split is None:
             split = 1.0
             if self.has_key("batch_split"):
                 split = self.alpha_0 if self.alpha_0 in (0, 1) else 0.5
             object.__setattr__(self, "batch_split", float(split))
+        if self.order is None:
+            object.__setattr__(self, "order", DEFAULT_ORDERS.get(self.name, "left_to_right"))
+        if self.max_set_size is None:
+            object.__setattr__(self, "max_set_size", 2 * self.set_size)
 
     def has_key(self, name: str) -> bool:
         """Return whether the configured objective has this key."""

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from megatron_eso.config.divisibility import list_divisors
 from megatron_eso.config.keys import describe_keys
 from megatron_eso.config.origins import TracedConfig
 
@@ -18,6 +19,19 @@ def check_objective_keys(traced: TracedConfig) -> None:
         )
     if objective.has_key("batch_split"):
         check_split(traced)
+    check_order(traced)
+    check_blocks(traced)
+    traced.require(
+        objective.prepend_token != "none" or not traced.config.data.document_attention,
+        "objective.prepend_token",
+        "leaves the first token of each document without a prediction under "
+        'data.document_attention = true; use "mask" or "bos"',
+    )
+    traced.require(
+        objective.name != "ar" or objective.warm_start_steps == 0,
+        "objective.warm_start_steps",
+        'objective.name = "ar" trains next-token prediction from the start; leave it out',
+    )
 
 
 def find_foreign_keys(objective: Any) -> list[str]:
@@ -48,6 +62,60 @@ def check_split(traced: TracedConfig) -> None:
     else:
         remedy = f"objective.alpha_0 = {json.dumps(alpha_0)} needs both phases; use 0.5"
         traced.require(0 < split < 1, key, remedy)
+
+
+def check_order(traced: TracedConfig) -> None:
+    """Refuse sizes of sets that no staggered order has."""
+    objective, length = traced.config.objective, traced.config.data.sequence_length
+    if objective.order != "staggered":
+        default = type(objective)(name=objective.name, set_size=objective.set_size)
+        for name in ("set_size", "max_set_size"):
+            traced.require(
+                getattr(objective, name) == getattr(default, name)
+                and objective.set_size == type(objective)().set_size,
+                f"objective.{name}",
+                f"objective.order = {json.dumps(objective.order)} has no sets; leave it out",
+            )
+        return
+    size, largest = objective.set_size, objective.max_set_size
+    traced.require(
+        size <= length,
+        "objective.set_size",
+        f"is more than data.sequence_length = {length}; use at most {length}",
+    )
+    # The mean area of the schedule must lie below its width.
+    traced.require(
+        size in (1, largest) or size < 2 * length * largest / (length + largest - 1),
+        "objective.max_set_size",
+        f"is too small for objective.set_size = {size}; use {2 * size}",
+    )
+
+
+def check_blocks(traced: TracedConfig) -> None:
+    """Refuse blocks that do not divide a sample, and clips that no number of masks lies in."""
+    objective, length = traced.config.objective, traced.config.data.sequence_length
+    if not objective.has_key("block_size"):
+        return
+    size = objective.block_size
+    below = [divisor for divisor in list_divisors(length) if divisor <= size]
+    traced.require(
+        length % size == 0,
+        "objective.block_size",
+        f"does not divide data.sequence_length = {length}; use {below[-1]}",
+    )
+    clip = objective.clip
+    if clip is None:
+        return
+    traced.require(
+        len(clip) == 2 and 0 <= clip[0] <= clip[1] <= 1,
+        "objective.clip",
+        "must be two numbers, 0 <= low <= high <= 1; use [0.3, 0.8]",
+    )
+    traced.require(
+        any(clip[0] <= number / size <= clip[1] for number in range(size + 1)),
+        "objective.clip",
+        f"holds no multiple of 1/{size}, the masked shares of a block; use a wider interval",
+    )
 
 
 def list_objective_warnings(traced: TracedConfig) -> list[str]:

@@ -18,7 +18,7 @@ from megatron_eso.config.keys import DERIVED, Frozen, Key, Largest, Location, Lo
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.objective import ObjectiveConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # The largest values: beyond any machine or use, and small enough that nothing overflows.
 MAX_BATCH = 2**31 - 1
@@ -52,6 +52,10 @@ class Vocabulary:
     """Ids of the tokenizer, the mask token included; the embedding of a model is padded beyond."""
     mask_token_id: int
     """The mask token; it never occurs in a text and is never predicted."""
+    bos_token_id: int | None = None
+    """The token at the start of a text; None: the tokenizer has none."""
+    eos_token_id: int | None = None
+    """The token that ends a document; None: not known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +80,10 @@ class DataConfig:
     """Tokens of the vocabulary, the mask token included; left out: that of the shards."""
     mask_token_id: Annotated[int | None, Ge(0), Frozen("weights")] = None
     """The mask token; left out: that of the shards."""
+    bos_token_id: Annotated[int | None, Ge(0)] = None
+    """The token at the start of a text, if any; left out: that of the shards."""
+    document_attention: bool = False
+    """Whether rows read their own document only; the EOS token belongs to the one that it ends."""
     quarantine: Annotated[str | None, Location()] = None
     """JSON file that lists damaged records; data rows of other records replace their data rows."""
     cache_directory: Annotated[str | None, Location()] = None
@@ -97,7 +105,11 @@ class DataConfig:
         """The vocabulary of the shards, which must be open."""
         assert self.vocab_size is not None, "the shards are not open yet"
         assert self.mask_token_id is not None, "the shards are not open yet"
-        return Vocabulary(size=self.vocab_size, mask_token_id=self.mask_token_id)
+        return Vocabulary(
+            size=self.vocab_size,
+            mask_token_id=self.mask_token_id,
+            bos_token_id=self.bos_token_id,
+        )
 
     @property
     def row_tokens(self) -> int:

@@ -24,7 +24,6 @@ class RowBytes:
         norm: Input and output of a norm.
         keys: Packed queries, keys and values, and the rotated keys: of all rows in every layer.
         queries: Rotated queries, attention output and its copy in the order of the rows.
-        own: Copies of the loss rows' own keys and values in the last layer.
         branch: What a residual branch keeps of its output: for the gate and for dropout.
         mlp: Input and output of the MLP's activation function.
         rotary: Table of the rotary angles, once for all layers.
@@ -40,7 +39,6 @@ class RowBytes:
     norm: float
     keys: float
     queries: float
-    own: float
     branch: float
     mlp: float
     rotary: float
@@ -70,7 +68,6 @@ class RowBytes:
             norm=hidden * (FLOAT32_BYTES + compute),
             keys=query + 3 * key + qk_norm,
             queries=3 * query,
-            own=2 * key,
             branch=hidden * (compute * model.residual_gates + (model.hidden_dropout > 0)),
             mlp=widths * model.ffn_hidden_size * compute / ranks,
             rotary=model.head_dim * FLOAT32_BYTES,
@@ -114,4 +111,4 @@ class RowBytes:
     @property
     def last_loss_row(self) -> float:
         """A loss row of the last layer, with the final norm."""
-        return self.queries + self.own + 2 * (self.norm + self.branch) + self.mlp
+        return self.queries + 2 * (self.norm + self.branch) + self.mlp

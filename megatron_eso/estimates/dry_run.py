@@ -5,7 +5,7 @@ The text is a TOML file, the estimates its comments.
 
 from megatron_eso.config.combinations import check_layout
 from megatron_eso.config.loading import LoadedConfig, config_to_toml
-from megatron_eso.config.sections import Config
+from megatron_eso.config.sections import Config, Vocabulary
 from megatron_eso.errors import ConfigError
 from megatron_eso.estimates.fit import find_cure, measure_fit
 from megatron_eso.estimates.flops import (
@@ -47,8 +47,7 @@ def format_dry_run(
         world_size = config.parallel.model_parallel_size
     data_parallel_size = check_layout(config, world_size, loaded.origins)
     vocab_size = config.data.vocab_size or 0
-    mask_token_id = config.data.mask_token_id or 0
-    objective = build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id)
+    objective = build_planned_objective(config)
     # The estimates, a comment each, under the configuration.
     lines = [f"warning: {warning}" for warning in loaded.warnings]
     lines += describe_layout(config, objective, world_size, data_parallel_size)
@@ -90,6 +89,17 @@ def describe_layout(
         f"{num_micro_batches} {batches} of {train.micro_batch_size}, {mix}",
         f"run: {train.num_steps:,} steps, {float(tokens * train.num_steps):.4g} tokens",
     ]
+
+
+def build_planned_objective(config: Config) -> Objective:
+    """Build the objective; tokens that are not known without the shards have the number 0."""
+    data = config.data
+    vocabulary = Vocabulary(
+        size=data.vocab_size or 0,
+        mask_token_id=data.mask_token_id or 0,
+        bos_token_id=data.bos_token_id or 0,
+    )
+    return build_objective(config.objective, vocabulary, seed=config.run.seed)
 
 
 def describe_mix(objective: Objective, size: int) -> str:
@@ -157,9 +167,7 @@ def check_fit(config: Config, world_size: int | None, gpu: Gpu) -> None:
         ConfigError: Names the first cure that makes it fit.
     """
     world_size = world_size or config.parallel.model_parallel_size
-    objective = build_objective(
-        config.objective, seed=config.run.seed, mask_token_id=config.data.mask_token_id or 0
-    )
+    objective = build_planned_objective(config)
     fit = measure_fit(config, objective, world_size, gpu)
     if fit.is_enough or config.data.vocab_size is None:
         return

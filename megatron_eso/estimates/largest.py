@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_eso.batches.dealing import Dealing
+from megatron_eso.batches.rows import STREAMS, MicroBatch
 from megatron_eso.config.sections import Config
-from megatron_eso.objectives.dealing import Dealing
 from megatron_eso.objectives.objective import Objective
-from megatron_eso.objectives.rows import MicroBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class LargestBatch:
     Attributes:
         rows: Rows, with padding.
         loss_rows: Rows that carry loss, with padding.
-        queries: Rows that are strict queries in every layer.
+        queries: Rows that read more than the rows of their own stream, in every layer.
         num_micro_batches: Micro-batches of a step on each rank.
     """
 
@@ -44,7 +44,7 @@ def find_largest(config: Config, objective: Objective, data_parallel_size: int) 
     return LargestBatch(
         rows=len(rows.tokens_R),
         loss_rows=len(rows.loss_rows_E),
-        queries=sum(rows.query_lengths),
+        queries=sum(span.num_rows for span in rows.spans if span.reading not in STREAMS),
         num_micro_batches=dealing.num_micro_batches,
     )
 

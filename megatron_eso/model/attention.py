@@ -18,9 +18,9 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from megatron_eso.batches.rows import Rows
 from megatron_eso.model.attention_backend import choose_backend
 from megatron_eso.model.row_attention import attend_loss_rows, attend_rows
-from megatron_eso.objectives.rows import Rows
 
 
 def rotary_table(positions_R: Tensor, head_size: int, base: float) -> Tensor:

@@ -1,52 +1,57 @@
 """The interface of attention backends, and their table.
 
-Shapes: R rows of all streams, Q strict queries, N keys, H heads, G key/value groups, D head
-dimension. Head h reads group `h // (H / G)`; the scale is `D ** -0.5`.
+Shapes: R rows, Q queries, H heads, G key/value groups, D head dimension. Head h reads group
+`h // (H / G)`; the scale is `D ** -0.5`.
 """
 
 from typing import Protocol
 
 from torch import Tensor
 
-from megatron_eso.model.spans import QuerySpan
+from megatron_eso.batches.rows import Span
 from megatron_eso.model.torch_attention import TorchAttention
 
 
 class AttentionBackend(Protocol):
-    """A backend that computes attention over query spans, with gradients, without communication."""
+    """A backend that computes attention over spans, with gradients, without communication."""
 
-    def attend_causally(
-        self, q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor, lengths: tuple[int, ...]
-    ) -> Tensor:
-        """Return causal attention within each stream, `[R, H, D]`.
-
-        Args:
-            q_RHD: Rotated queries, one stream after another.
-            k_RGD: Rotated keys.
-            v_RGD: Values.
-            lengths: Rows of each stream; they add up to R.
-        """
-
-    def attend_strictly(
+    def attend_streams(
         self,
         q_QHD: Tensor,
-        k_NGD: Tensor,
-        v_NGD: Tensor,
-        own_k_QGD: Tensor,
-        own_v_QGD: Tensor,
-        spans: tuple[QuerySpan, ...],
+        k_QGD: Tensor,
+        v_QGD: Tensor,
+        lengths: tuple[int, ...],
+        *,
+        is_causal: bool,
     ) -> Tensor:
-        """Return the attention of strict queries, `[Q, H, D]`.
-
-        A query without keys returns its own value.
+        """Return the attention within each stream, `[Q, H, D]`.
 
         Args:
-            q_QHD: Rotated queries, one query span after another.
-            k_NGD: Rotated keys of the streams.
-            v_NGD: Values of the streams.
-            own_k_QGD: The own key of each query, rotated.
-            own_v_QGD: The own value of each query.
-            spans: The query spans, with the keys that they read.
+            q_QHD: Rotated queries, one stream after another.
+            k_QGD: Rotated keys.
+            v_QGD: Values.
+            lengths: Rows of each stream; they add up to Q.
+            is_causal: Whether a row reads the rows up to itself, or all rows of its stream.
+        """
+
+    def attend_prefixes(
+        self,
+        q_QHD: Tensor,
+        k_RGD: Tensor,
+        v_RGD: Tensor,
+        reads_4Q: Tensor,
+        spans: tuple[Span, ...],
+    ) -> Tensor:
+        """Return the attention of queries that read the first keys of a stream, `[Q, H, D]`.
+
+        Each query also reads a run of rows of its own: itself, or its block.
+
+        Args:
+            q_QHD: Rotated queries, one span after another.
+            k_RGD: Rotated keys of all rows.
+            v_RGD: Values of all rows.
+            reads_4Q: int64, the keys and the own rows of each query, as in `Rows`.
+            spans: The spans of the queries, all STRICT or all BLOCK.
         """
 
 

@@ -15,11 +15,11 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor
 
+from megatron_eso.batches.rows import Rows
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.sections import Vocabulary
 from megatron_eso.model.attention import rotary_table
 from megatron_eso.model.layer_specs import build_block_submodules
-from megatron_eso.objectives.rows import Rows
 
 
 class EsoModel(LanguageModule):

@@ -1,14 +1,17 @@
 """Attention of a layer over the rows of a micro-batch, split into calls of a backend.
 
-Shapes: R rows, E loss rows, H heads, G key/value groups, D head dimension.
+Shapes: R rows, E loss rows, Q queries (all rows or the loss rows), H heads, G key/value groups,
+D head dimension.
 """
+
+from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from megatron_eso.batches.rows import STREAMS, Reading, Rows, Span
 from megatron_eso.model.attention_backend import AttentionBackend
-from megatron_eso.model.spans import find_body_spans, find_loss_spans
-from megatron_eso.objectives.rows import Rows
 
 
 def attend_rows(
@@ -26,25 +29,7 @@ def attend_rows(
     Returns:
         `[R, H, D]`; zeros at padding.
     """
-    if rows.num_rows == 0:
-        return _attend_nothing(q_RHD, k_RGD, v_RGD)
-    # Split the rows: mixed streams, clean streams, queries, padding.
-    spans = find_body_spans(rows)
-    sizes = [*spans.sizes, q_RHD.shape[0] - sum(spans.sizes)]
-    q_parts, k_parts, v_parts = (torch.split(tensor, sizes) for tensor in (q_RHD, k_RGD, v_RGD))
-    # Streams attend causally; queries read the clean streams; padding stays zero.
-    lengths = (spans.mixed_lengths, spans.clean_lengths)
-    outputs = [
-        backend.attend_causally(q_parts[i], k_parts[i], v_parts[i], lengths[i]) for i in (0, 1)
-    ]
-    if spans.sizes[2]:
-        outputs.append(
-            backend.attend_strictly(
-                q_parts[2], k_parts[1], v_parts[1], k_parts[2], v_parts[2], spans.queries
-            )
-        )
-    outputs.append(torch.zeros_like(q_parts[3]))
-    return torch.cat(outputs)
+    return _attend(q_RHD, k_RGD, v_RGD, rows.reads_4R, rows.spans, backend)
 
 
 def attend_loss_rows(
@@ -54,7 +39,7 @@ def attend_loss_rows(
 
     Args:
         q_EHD: Rotated queries of the loss rows, padding included.
-        k_RGD: Rotated keys of all rows; the own key of a loss row is `k_RGD[loss_rows_E]`.
+        k_RGD: Rotated keys of all rows.
         v_RGD: Values of all rows.
         rows: The rows.
         backend: The attention backend.
@@ -62,23 +47,56 @@ def attend_loss_rows(
     Returns:
         `[E, H, D]`; zeros at padding.
     """
-    num_queries = rows.num_loss_rows
-    if num_queries == 0:
-        return _attend_nothing(q_EHD, k_RGD, v_RGD)
-    # Each loss row is a strict query with its own key and value, besides those of its stream.
-    q_QHD, q_padding = torch.split(q_EHD, [num_queries, q_EHD.shape[0] - num_queries])
-    own_rows = rows.loss_rows_E[:num_queries]
-    out_QHD = backend.attend_strictly(
-        q_QHD,
-        k_RGD,
-        v_RGD,
-        k_RGD.index_select(0, own_rows),
-        v_RGD.index_select(0, own_rows),
-        find_loss_spans(rows),
-    )
-    return torch.cat([out_QHD, torch.zeros_like(q_padding)])
+    reads_4E = rows.reads_4R.index_select(1, rows.loss_rows_E)
+    return _attend(q_EHD, k_RGD, v_RGD, reads_4E, rows.loss_spans, backend)
 
 
-def _attend_nothing(q_RHD: Tensor, k_RGD: Tensor, v_RGD: Tensor) -> Tensor:
-    """Return zeros that depend on the inputs, so that parameters get a gradient of zero."""
-    return torch.zeros_like(q_RHD) + q_RHD[:0].sum() + k_RGD[:0].sum() + v_RGD[:0].sum()
+def _attend(
+    q_QHD: Tensor,
+    k_RGD: Tensor,
+    v_RGD: Tensor,
+    reads_4Q: Tensor,
+    spans: Sequence[Span],
+    backend: AttentionBackend,
+) -> Tensor:
+    """Return `[Q, H, D]`: one call of the backend for each kind of spans."""
+    if not spans:
+        # The output depends on the inputs, so that parameters get a gradient of zero.
+        return torch.zeros_like(q_QHD) + q_QHD[:0].sum() + k_RGD[:0].sum() + v_RGD[:0].sum()
+    # Consecutive spans of one kind are a group; the queries are split by group.
+    groups = [list(group) for _, group in groupby(spans, key=lambda span: span.reading)]
+    sizes = [sum(span.num_rows for span in group) for group in groups]
+    sizes.append(q_QHD.shape[0] - sum(sizes))
+    queries, reads = torch.split(q_QHD, sizes), torch.split(reads_4Q, sizes, dim=1)
+    outputs: dict[int, Tensor] = {}
+    # Streams read their own rows, which are consecutive keys.
+    numbers = range(len(groups))
+    for number in (number for number in numbers if groups[number][0].reading in STREAMS):
+        group = groups[number]
+        keys = slice(group[0].first_key, group[-1].first_key + group[-1].num_keys)
+        outputs[number] = backend.attend_streams(
+            queries[number],
+            k_RGD[keys],
+            v_RGD[keys],
+            tuple(span.num_rows for span in group),
+            is_causal=group[0].reading is Reading.CAUSAL,
+        )
+    # All other rows read a part of a stream and some rows more.
+    for reading in (Reading.STRICT, Reading.BLOCK):
+        chosen = [number for number in numbers if groups[number][0].reading is reading]
+        if chosen:
+            out_QHD = backend.attend_prefixes(
+                _join([queries[number] for number in chosen]),
+                k_RGD,
+                v_RGD,
+                _join([reads[number] for number in chosen], dim=1),
+                tuple(span for number in chosen for span in groups[number]),
+            )
+            parts = torch.split(out_QHD, [sizes[number] for number in chosen])
+            outputs.update(zip(chosen, parts, strict=True))
+    return torch.cat([*(outputs[number] for number in numbers), torch.zeros_like(queries[-1])])
+
+
+def _join(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Concatenate tensors; a single one is not copied."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors), dim)

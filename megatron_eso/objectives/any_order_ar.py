@@ -1,8 +1,8 @@
 """Any-order AR: every token is masked, and predicted from the tokens before it in a drawn order.
 
 The rows are those of Eso-LM's sequential phase at alpha_0 = 0, with another distribution of orders.
-The loss of a sample is its exact negative log-likelihood in its order. Set Diffusion, arXiv
-2607.01775, trains on the same rows.
+The loss of a sample is its exact negative log-likelihood in its order. `set_dlm.py` trains on the
+same rows.
 
 Shapes: B samples of a micro-batch, T positions, N samples of a validation set.
 """
@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_eso.batches.packing import Part, pack_parts
+from megatron_eso.batches.parts import plan_clean, plan_queries, read_causally
+from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.objective import ObjectiveConfig
-from megatron_eso.objectives.noise import Noise
+from megatron_eso.config.sections import Vocabulary
+from megatron_eso.objectives.noise.orders import OrderLaw, sort_slots
 from megatron_eso.objectives.objective import VALIDATION_SEED, Phase, Samples, Step
-from megatron_eso.objectives.orders import left_to_right_keys, sort_slots, uniform_keys
 from megatron_eso.objectives.row_counts import RowCounts, count_sequential_rows
-from megatron_eso.objectives.rows import MicroBatch, plan_rows
 from megatron_eso.randomness.bits import random_bits
 from megatron_eso.randomness.purposes import Purpose
 
@@ -32,26 +34,36 @@ class AnyOrderArObjective:
     Attributes:
         seed: The run's seed.
         mask_token_id: Token of the queries.
-        is_random: Whether the order of each sample is drawn; otherwise it is left to right.
+        order: The distribution of the orders.
     """
 
     seed: int
     mask_token_id: int
-    is_random: bool
+    order: OrderLaw
 
     @classmethod
-    def from_config(cls, config: ObjectiveConfig, *, seed: int, mask_token_id: int) -> Self:
+    def from_config(cls, config: ObjectiveConfig, vocabulary: Vocabulary, *, seed: int) -> Self:
         """Build the objective from its section."""
-        return cls(seed=seed, mask_token_id=mask_token_id, is_random=config.order == "uniform")
+        return cls(
+            seed=seed, mask_token_id=vocabulary.mask_token_id, order=OrderLaw.from_config(config)
+        )
 
     @property
     def phases(self) -> tuple[Phase]:
         """The sequential phase alone."""
         return (Phase(name="sequential", share=1.0),)
 
+    def assign_phases(self, step: Step) -> NDArray[np.int64]:
+        """Return zeros: there is one phase."""
+        return np.zeros(step.batch_size, dtype=np.int64)
+
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch, each sample in the order of its index."""
         return self._plan(samples, self.seed, Purpose.SEQUENTIAL_ORDER)
+
+    def count_targets(self, length_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the lengths: every token is predicted."""
+        return length_B
 
     def plan_validation(self, samples: Samples, num_samples: int) -> MicroBatch:
         """Plan samples once each, in the order of their index in the set."""
@@ -63,13 +75,7 @@ class AnyOrderArObjective:
 
     def plan_largest(self, phase_B: NDArray[np.int64], sequence_length: int) -> MicroBatch:
         """Plan whole samples: T - 1 clean rows and T queries each."""
-        shape = (len(phase_B), sequence_length)
-        samples = Samples(
-            # Any token except the mask can be a target.
-            tokens_BT=np.full(shape, int(self.mask_token_id == 0)),
-            indices_B=np.arange(shape[0]),
-            length_B=np.full(shape[0], sequence_length),
-        )
+        samples = Samples.blank(len(phase_B), sequence_length, self.mask_token_id)
         return self._plan(samples, self.seed, Purpose.SEQUENTIAL_ORDER)
 
     def validation_times(self, num_samples: int) -> Mapping[str, NDArray[np.float64]]:
@@ -85,30 +91,31 @@ class AnyOrderArObjective:
         return losses_P.sum()
 
     def _plan(self, samples: Samples, seed: int, purpose: Purpose, number: int = 0) -> MicroBatch:
-        """Plan samples with every token masked, in orders of (seed, purpose, index, number)."""
-        # Draw the orders: sort keys for every position.
-        shape = samples.tokens_BT.shape
-        is_real_BT = np.arange(shape[1]) < samples.length_B[:, None]
-        keys_BT = left_to_right_keys(shape)
-        if self.is_random:
-            bits = [random_bits(seed, purpose, int(i), shape[1], number) for i in samples.indices_B]
-            keys_BT = uniform_keys(np.stack(bits))
-        # Mask every token of a sample, and sort its slots by the keys.
-        noise = Noise(
-            length_B=samples.length_B,
-            is_masked_BT=is_real_BT,
-            permutation_BT=sort_slots(
-                is_real_BT, is_real_BT, clean_keys_BT=keys_BT, masked_keys_BT=keys_BT
-            ),
-            t_B=np.full(shape[0], np.nan),
-            is_sequential_B=np.ones(shape[0], dtype=np.bool_),
+        """Plan samples in orders of (seed, purpose, index, number)."""
+        num_tokens = samples.tokens_BT.shape[1]
+        bits = [random_bits(seed, purpose, int(i), num_tokens, number) for i in samples.indices_B]
+        keys_BT = self.order.keys(np.stack(bits))
+        is_real_BT = np.arange(num_tokens) < samples.length_B[:, None]
+        permutation_BT = sort_slots(
+            is_real_BT, is_real_BT, clean_keys_BT=keys_BT, masked_keys_BT=keys_BT
         )
-        return plan_rows(
-            samples.tokens_BT,
-            noise,
+        return self.plan_orders(samples, permutation_BT)
+
+    def plan_orders(self, samples: Samples, permutation_BT: NDArray[np.int64]) -> MicroBatch:
+        """Plan samples in given orders.
+
+        Args:
+            samples: The samples.
+            permutation_BT: `permutation[b, slot] = position`.
+        """
+        clean: list[Part] = []
+        queries: list[Part] = []
+        for stream in samples.split(permutation_BT, np.ones_like(permutation_BT, dtype=np.bool_)):
+            clean.append(plan_clean(stream, read_causally(stream.length - 1)))
+            queries.append(plan_queries(stream, clean[-1], self.mask_token_id))
+        return pack_parts(
+            [*clean, *queries],
             indices_B=samples.indices_B,
-            phase_B=np.zeros(shape[0], dtype=np.int64),
-            weight_B=np.ones(shape[0]),
-            elbo_weight_B=np.ones(shape[0]),
+            phase_B=np.zeros(len(samples.indices_B), dtype=np.int64),
             mask_token_id=self.mask_token_id,
         )

@@ -1,7 +1,8 @@
-"""Eso-LM, variant B: a diffusion phase and a sequential phase (arXiv 2506.01928, section 3).
+"""Eso-LM: a diffusion phase and a sequential phase (arXiv 2506.01928, section 3).
 
 The diffusion phase reveals the share alpha_0 of the tokens, and the sequential phase reveals the
-others from left to right. A training sample is in one of the phases, a validation sample in both.
+others one by one. A training sample is in one of the phases, a validation sample in both. Variant B
+is causal over slots; in variant A clean tokens read each other both ways.
 
 Shapes: B samples of a micro-batch, T positions, N samples of a validation set.
 """
@@ -14,9 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_eso.batches.dealing import PhaseSplit
+from megatron_eso.batches.packing import Part, Stream, pack_parts
+from megatron_eso.batches.parts import (
+    plan_clean,
+    plan_mixed,
+    plan_queries,
+    read_causally,
+    read_prefix_fully,
+)
+from megatron_eso.batches.rows import MicroBatch, Span
 from megatron_eso.config.objective import ObjectiveConfig
-from megatron_eso.objectives.dealing import PhaseSplit
-from megatron_eso.objectives.noise import (
+from megatron_eso.config.sections import Vocabulary
+from megatron_eso.objectives.noise.orders import OrderLaw
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
+from megatron_eso.objectives.noise.slots import (
     Noise,
     diffusion_times,
     draw_any_order,
@@ -29,8 +42,6 @@ from megatron_eso.objectives.row_counts import (
     expect_diffusion_rows,
     expect_sequential_rows,
 )
-from megatron_eso.objectives.rows import MicroBatch, plan_rows
-from megatron_eso.objectives.schedule import LogLinearSchedule
 
 DIFFUSION, SEQUENTIAL = 0, 1
 
@@ -47,6 +58,8 @@ class EsoLmObjective:
         is_weighted: Whether the diffusion phase has the weights of the NELBO ("elbo"); otherwise
             every weight is 1 ("low_var").
         sampling_eps: Lowest time.
+        order: Order of the masked tokens in the sequential phase.
+        reads_both_ways: Whether clean tokens read each other both ways: variant A.
     """
 
     seed: int
@@ -55,17 +68,21 @@ class EsoLmObjective:
     batch_split: float
     is_weighted: bool
     sampling_eps: float
+    order: OrderLaw
+    reads_both_ways: bool
 
     @classmethod
-    def from_config(cls, config: ObjectiveConfig, *, seed: int, mask_token_id: int) -> Self:
+    def from_config(cls, config: ObjectiveConfig, vocabulary: Vocabulary, *, seed: int) -> Self:
         """Build the objective from its section."""
         return cls(
             seed=seed,
-            mask_token_id=mask_token_id,
+            mask_token_id=vocabulary.mask_token_id,
             schedule=LogLinearSchedule(config.alpha_0),
             batch_split=config.batch_split,
             is_weighted=config.loss_type == "elbo",
             sampling_eps=config.sampling_eps,
+            order=OrderLaw.from_config(config),
+            reads_both_ways=config.variant == "a",
         )
 
     @property
@@ -75,6 +92,11 @@ class EsoLmObjective:
             Phase(name="diffusion", share=self.batch_split),
             Phase(name="sequential", share=1 - self.batch_split),
         )
+
+    def assign_phases(self, step: Step) -> NDArray[np.int64]:
+        """Return the phase of each place, spread evenly over the step."""
+        split = PhaseSplit(step.batch_size, self.batch_split)
+        return split.phases(np.arange(step.batch_size))
 
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch, each sample in the phase of its place."""
@@ -91,44 +113,47 @@ class EsoLmObjective:
             self.schedule,
             samples.tokens_BT.shape[1],
             length_B=samples.length_B,
+            order=self.order,
         )
         return self.plan_noise(samples, noise)
+
+    def count_targets(self, length_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the lengths: the loss is a mean over all tokens, masked or not."""
+        return length_B
 
     def plan_validation(self, samples: Samples, num_samples: int) -> MicroBatch:
         """Plan samples in every phase with tokens to predict; stratify times over N samples."""
         # At alpha_0 = 0 or 1 one phase has no tokens to predict.
         empty = {0.0: DIFFUSION, 1.0: SEQUENTIAL}.get(self.schedule.alpha_0)
         phases = [phase for phase in (DIFFUSION, SEQUENTIAL) if phase != empty]
-        num_phases, size = len(phases), len(samples.indices_B)
+        size = len(samples.indices_B)
         times_B = validation_times(
             VALIDATION_SEED, samples.indices_B, num_samples, sampling_eps=self.sampling_eps
         )
         # Each sample comes once for every phase.
-        tiled = Samples(
-            tokens_BT=np.tile(samples.tokens_BT, (num_phases, 1)),
-            indices_B=np.tile(samples.indices_B, num_phases),
-            length_B=np.tile(samples.length_B, num_phases),
-        )
+        tiled = samples.repeat(len(phases))
         noise = draw_noise(
             VALIDATION_SEED,
             tiled.indices_B,
             np.repeat(phases, size) == SEQUENTIAL,
-            np.tile(times_B, num_phases),
+            np.tile(times_B, len(phases)),
             self.schedule,
             tiled.tokens_BT.shape[1],
             length_B=tiled.length_B,
             is_validation=True,
+            order=self.order,
         )
         return self.plan_noise(tiled, noise, for_nelbo=True)
 
     def plan_order(self, samples: Samples, number: int) -> MicroBatch:
-        """Plan orders of the sequential phase: alpha_0 T tokens at random, then left to right."""
+        """Plan orders of the sequential phase: alpha_0 T tokens at random, then the others."""
         noise = draw_any_order(
             VALIDATION_SEED,
             samples.indices_B,
             number,
             self.schedule.alpha_0,
             samples.tokens_BT.shape[1],
+            order=self.order,
         )
         return self.plan_noise(samples, noise, for_nelbo=True)
 
@@ -142,13 +167,7 @@ class EsoLmObjective:
             t_B=np.where(phase_B == SEQUENTIAL, np.nan, 1.0),
             is_sequential_B=phase_B == SEQUENTIAL,
         )
-        samples = Samples(
-            # Any token except the mask can be a target.
-            tokens_BT=np.full(shape, int(self.mask_token_id == 0)),
-            indices_B=np.arange(shape[0]),
-            length_B=noise.length_B,
-        )
-        return self.plan_noise(samples, noise)
+        return self.plan_noise(Samples.blank(*shape, self.mask_token_id), noise)
 
     def validation_times(self, num_samples: int) -> Mapping[str, NDArray[np.float64]]:
         """Return the times of the diffusion phase; empty at alpha_0 = 0."""
@@ -163,8 +182,15 @@ class EsoLmObjective:
     def expect_rows(self, num_tokens: int) -> tuple[RowCounts, RowCounts]:
         """Return the expected rows of a sample, for each phase."""
         return (
-            expect_diffusion_rows(num_tokens, self.schedule.alpha_0, self.sampling_eps),
-            expect_sequential_rows(num_tokens, self.schedule.alpha_0),
+            expect_diffusion_rows(
+                num_tokens,
+                self.schedule.alpha_0,
+                self.sampling_eps,
+                reads_both_ways=self.reads_both_ways,
+            ),
+            expect_sequential_rows(
+                num_tokens, self.schedule.alpha_0, reads_both_ways=self.reads_both_ways
+            ),
         )
 
     def combine(self, losses_P: Tensor) -> Tensor:
@@ -173,16 +199,40 @@ class EsoLmObjective:
 
     def plan_noise(self, samples: Samples, noise: Noise, *, for_nelbo: bool = False) -> MicroBatch:
         """Plan rows with the weights of the objective, or of the NELBO."""
+        # The weights of the samples.
         elbo_weight_B = np.ones(len(noise.length_B))
         is_diffusion_B = ~noise.is_sequential_B
         elbo_weight_B[is_diffusion_B] = self.schedule.elbo_weight(noise.t_B[is_diffusion_B])
         is_weighted = self.is_weighted or for_nelbo
-        return plan_rows(
-            samples.tokens_BT,
-            noise,
+        weight_B = elbo_weight_B if is_weighted else np.ones_like(elbo_weight_B)
+        # The parts in the order of the rows: mixed streams, clean streams, queries.
+        mixed: list[Part] = []
+        clean: list[Part] = []
+        queries: list[Part] = []
+        for stream in samples.split(noise.permutation_BT, noise.is_masked_BT):
+            if noise.is_sequential_B[stream.sample]:
+                spans = self._read_stream(stream, stream.length - 1)
+                clean.append(plan_clean(stream, spans))
+                queries.append(plan_queries(stream, clean[-1], self.mask_token_id))
+            else:
+                mixed.append(
+                    plan_mixed(
+                        stream,
+                        self._read_stream(stream, stream.length),
+                        self.mask_token_id,
+                        weight=weight_B[stream.sample],
+                        elbo_weight=elbo_weight_B[stream.sample],
+                    )
+                )
+        return pack_parts(
+            [*mixed, *clean, *queries],
             indices_B=samples.indices_B,
             phase_B=noise.is_sequential_B.astype(np.int64),
-            weight_B=elbo_weight_B if is_weighted else np.ones_like(elbo_weight_B),
-            elbo_weight_B=elbo_weight_B,
             mask_token_id=self.mask_token_id,
         )
+
+    def _read_stream(self, stream: Stream, num_rows: int) -> tuple[Span, ...]:
+        """Return what the first rows of a stream read, by the variant."""
+        if self.reads_both_ways:
+            return read_prefix_fully(stream.length - stream.num_masked, num_rows)
+        return read_causally(num_rows)

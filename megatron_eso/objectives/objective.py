@@ -6,7 +6,7 @@ of a micro-batch, assigns them to phases, and combines the losses of the phases.
 Shapes: B samples of a micro-batch, T positions, P phases, N samples of a validation set.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_eso.batches.packing import Stream, split_streams
+from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.objectives.row_counts import RowCounts
-from megatron_eso.objectives.rows import MicroBatch
 
 # The noise of validation does not depend on the run's seed, so runs are compared on the same noise.
 VALIDATION_SEED = 0
@@ -29,6 +30,8 @@ class Phase:
     """Name of the phase, as in the tag `train/loss_NAME`."""
     share: float
     """Share of the samples of a training step, in [0, 1]; the shares of all phases add up to 1."""
+    is_temporary: bool = False
+    """Whether only the first steps of a run have the phase, and no validation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,11 +62,59 @@ class Samples:
         tokens_BT: int64, natural order; any value beyond a sample's length.
         indices_B: int64, global indices of the samples, or indices in the validation set.
         length_B: int64, real tokens of each sample.
+        documents_BT: int64, number of each token's document in the sample, ascending from 0; each
+            document is then a stream. None: a sample is one stream.
     """
 
     tokens_BT: NDArray[np.int64]
     indices_B: NDArray[np.int64]
     length_B: NDArray[np.int64]
+    documents_BT: NDArray[np.int64] | None = None
+
+    def split(
+        self, permutation_BT: NDArray[np.int64], is_masked_BT: NDArray[np.bool_]
+    ) -> Iterator[Stream]:
+        """Yield the streams with masked tokens, in the order that the permutation induces.
+
+        Args:
+            permutation_BT: `permutation[b, slot] = position`; slots beyond the length come last.
+            is_masked_BT: Masked tokens in natural order.
+
+        Raises:
+            ValueError: The shapes of tokens and permutation differ.
+        """
+        return split_streams(
+            self.tokens_BT, self.length_B, permutation_BT, is_masked_BT, self.documents_BT
+        )
+
+    def choose(self, numbers: NDArray[np.int64]) -> "Samples":
+        """Return the samples of these numbers in the micro-batch."""
+        documents_BT = self.documents_BT
+        return Samples(
+            tokens_BT=self.tokens_BT[numbers],
+            indices_B=self.indices_B[numbers],
+            length_B=self.length_B[numbers],
+            documents_BT=None if documents_BT is None else documents_BT[numbers],
+        )
+
+    def repeat(self, times: int) -> "Samples":
+        """Return all samples `times` times, one repetition after another."""
+        documents_BT = self.documents_BT
+        return Samples(
+            tokens_BT=np.tile(self.tokens_BT, (times, 1)),
+            indices_B=np.tile(self.indices_B, times),
+            length_B=np.tile(self.length_B, times),
+            documents_BT=None if documents_BT is None else np.tile(documents_BT, (times, 1)),
+        )
+
+    @classmethod
+    def blank(cls, num_samples: int, sequence_length: int, mask_token_id: int) -> "Samples":
+        """Return whole samples of a token that has no meaning; every token can be a target."""
+        return cls(
+            tokens_BT=np.full((num_samples, sequence_length), int(mask_token_id == 0)),
+            indices_B=np.arange(num_samples),
+            length_B=np.full(num_samples, sequence_length),
+        )
 
 
 class Objective(Protocol):
@@ -71,13 +122,18 @@ class Objective(Protocol):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The phases in the order of their numbers; one or two."""
+        """The phases in the order of their numbers.
+
+        The share of the first one deals the samples to ranks and micro-batches.
+        """
+
+    def assign_phases(self, step: Step) -> NDArray[np.int64]:
+        """Return `[N]`: the phase of each of the step's N samples, by its place."""
 
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch of a training step.
 
-        `dealing.PhaseSplit` gives the phase of a sample from its place. The same rule deals batches
-        to ranks.
+        The phase of a sample is that of `assign_phases`.
 
         Args:
             samples: The samples of the micro-batch.
@@ -85,6 +141,13 @@ class Objective(Protocol):
 
         Returns:
             The rows and their targets, with the weights of the objective.
+        """
+
+    def count_targets(self, length_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the tokens that the loss of each sample is divided by.
+
+        Args:
+            length_B: Real tokens of the samples.
         """
 
     def plan_validation(self, samples: Samples, num_samples: int) -> MicroBatch:
@@ -111,6 +174,9 @@ class Objective(Protocol):
 
         Returns:
             The rows and their targets, on the CPU.
+
+        Raises:
+            ConfigError: The objective has no exact likelihood.
         """
 
     def plan_largest(self, phase_B: NDArray[np.int64], sequence_length: int) -> MicroBatch:

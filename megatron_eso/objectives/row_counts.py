@@ -1,11 +1,14 @@
 """Counts of the rows and query-key pairs of a sample: for given masks, and the mean over masks.
 
+The streams are those of `parts.py`.
+
 Symbols: T tokens of a sample, m masked tokens of it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_eso.objectives.schedule import EPSILON
+from megatron_eso.objectives.noise.schedule import EPSILON
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,13 +81,16 @@ def count_masked_pairs(num_tokens: int, num_masked: int) -> float:
     return num_masked * num_tokens - num_masked * (num_masked - 1) / 2
 
 
-def expect_diffusion_rows(num_tokens: int, alpha_0: float, sampling_eps: float) -> RowCounts:
+def expect_diffusion_rows(
+    num_tokens: int, alpha_0: float, sampling_eps: float, *, reads_both_ways: bool = False
+) -> RowCounts:
     """Return the mean of `count_diffusion_rows` over t in [sampling_eps, 1] and the masks.
 
     Args:
         num_tokens: T, the tokens of the sample.
         alpha_0: Share of tokens that diffusion reveals.
         sampling_eps: Lowest time.
+        reads_both_ways: Whether clean tokens read each other both ways.
     """
     eps, slope = sampling_eps, 1 - EPSILON
     mean_t, mean_square_t = (1 + eps) / 2, (1 + eps + eps**2) / 3
@@ -94,27 +100,50 @@ def expect_diffusion_rows(num_tokens: int, alpha_0: float, sampling_eps: float) 
     power = num_tokens + 1
     unmasked = alpha_0**num_tokens * ((1 - slope * eps) ** power - (1 - slope) ** power)
     unmasked /= slope * power * (1 - eps)
+    # Pairs of clean tokens that read each other the other way, in samples with a masked token.
+    both_ways = num_tokens * (num_tokens - 1) / 2 * (1 - 2 * first + second - unmasked)
     return RowCounts(
         rows=num_tokens * (1 - unmasked),
-        pairs=num_tokens * (num_tokens + 1) / 2 * (1 - unmasked),
+        pairs=num_tokens * (num_tokens + 1) / 2 * (1 - unmasked) + both_ways * reads_both_ways,
         loss_rows=num_tokens * first,
         loss_pairs=expect_masked_pairs(num_tokens, first, second),
     )
 
 
-def expect_sequential_rows(num_tokens: int, alpha_0: float) -> RowCounts:
+def expect_full_rows(num_tokens: int, sampling_eps: float) -> RowCounts:
+    """Return the mean rows of a diffusion sample whose rows all read each other, at alpha_0 = 1.
+
+    Args:
+        num_tokens: T, the tokens of the sample.
+        sampling_eps: Lowest time.
+    """
+    causal = expect_diffusion_rows(num_tokens, 1.0, sampling_eps)
+    return RowCounts(
+        rows=causal.rows,
+        pairs=causal.rows * num_tokens,
+        loss_rows=causal.loss_rows,
+        loss_pairs=causal.loss_rows * num_tokens,
+    )
+
+
+def expect_sequential_rows(
+    num_tokens: int, alpha_0: float, *, reads_both_ways: bool = False
+) -> RowCounts:
     """Return the mean of `count_sequential_rows` over the masks.
 
     Args:
         num_tokens: T, the tokens of the sample.
         alpha_0: Share of tokens that diffusion reveals.
+        reads_both_ways: Whether clean tokens read each other both ways.
     """
     masked = 1 - alpha_0
     some = 1 - alpha_0**num_tokens
     queries = expect_masked_pairs(num_tokens, masked, masked**2)
+    both_ways = num_tokens * (num_tokens - 1) / 2 * (alpha_0**2 - alpha_0**num_tokens)
+    pairs = num_tokens * (num_tokens - 1) / 2 * some + queries
     return RowCounts(
         rows=(num_tokens - 1) * some + num_tokens * masked,
-        pairs=num_tokens * (num_tokens - 1) / 2 * some + queries,
+        pairs=pairs + both_ways * reads_both_ways,
         loss_rows=num_tokens * masked,
         loss_pairs=queries,
     )
@@ -129,3 +158,48 @@ def expect_masked_pairs(num_tokens: int, first: float, second: float) -> float:
         second: Probability that two given tokens are both masked.
     """
     return num_tokens**2 * first - num_tokens * (num_tokens - 1) / 2 * second
+
+
+def count_block_rows(blocks: Sequence[tuple[int, int]]) -> RowCounts:
+    """Count a sample of block diffusion: clean blocks up to the last noisy one, and noisy blocks.
+
+    Args:
+        blocks: For each block, its tokens and its masked tokens.
+    """
+    counts, before = RowCounts(), 0
+    clean = RowCounts()
+    for size, num_masked in blocks:
+        if num_masked:
+            # The clean blocks before this one have a reader.
+            counts, clean = counts + clean, RowCounts()
+            keys = before + size
+            counts += RowCounts(
+                rows=size, pairs=size * keys, loss_rows=num_masked, loss_pairs=num_masked * keys
+            )
+        clean += RowCounts(rows=size, pairs=size * (before + size))
+        before += size
+    return counts
+
+
+def expect_block_rows(num_tokens: int, block_size: int, unmasked: float, share: float) -> RowCounts:
+    """Return the mean of `count_block_rows` over the masks of independent whole blocks.
+
+    Args:
+        num_tokens: T, the tokens of the sample.
+        block_size: Tokens of a block; the last block may have fewer.
+        unmasked: Probability that a block has no masked token.
+        share: Mean share of masked tokens.
+    """
+    noisy, counts = 1 - unmasked, RowCounts()
+    starts = range(0, num_tokens, block_size)
+    for number, start in enumerate(starts):
+        size = min(block_size, num_tokens - start)
+        keys = start + size
+        is_read = 1 - (1 - noisy) ** (len(starts) - 1 - number)
+        counts += RowCounts(
+            rows=size * (noisy + is_read),
+            pairs=size * keys * (noisy + is_read),
+            loss_rows=size * share,
+            loss_pairs=size * share * keys,
+        )
+    return counts

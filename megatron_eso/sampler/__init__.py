@@ -1,6 +1,7 @@
-"""The single-device model, with scoring and a KV-cached sampler; imports torch, never megatron."""
+"""The single-device models, with scoring and KV-cached samplers; imports torch, never megatron."""
 
-from .generation import Generation
-from .model import EsoLM
+from .objectives.build import load
+from .objectives.eso_lm import EsoLM
+from .steps.inputs import Generation
 
-__all__ = ["EsoLM", "Generation"]
+__all__ = ["EsoLM", "Generation", "load"]

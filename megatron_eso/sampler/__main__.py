@@ -63,9 +63,11 @@ def build_parser() -> CommandLine:
     command.add_argument("--num-samples", type=count(1), default=1, metavar="N")
     command.add_argument("--length", type=count(1), help="tokens of a sample (default: max_length)")
     command.add_argument("--prompt", metavar="TEXT", help="text with which each sample begins")
-    command.add_argument("--steps", type=count(1), help="time steps of the diffusion phase")
     command.add_argument(
-        "--alpha-0", type=real, help="share of tokens that the diffusion phase reveals"
+        "--steps", type=count(1), help="time steps of the diffusion, or intervals of the sets"
+    )
+    command.add_argument(
+        "--alpha-0", type=real, help="share of tokens that the diffusion phase reveals (eso_lm)"
     )
     command.add_argument("--temperature", type=real)
     command.add_argument("--top-p", type=real)

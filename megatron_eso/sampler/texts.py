@@ -16,7 +16,8 @@ from megatron_eso.compression import SUFFIXES, DamageError, decompress
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
 from megatron_eso.errors import CheckpointError, ConfigError, DataError
 
-from .model import EsoLM
+from .objectives.build import load
+from .objectives.model import SamplerModel
 
 JSONL_SUFFIXES = tuple(f".{kind}{each}" for kind in ("jsonl", "ndjson") for each in ("", *SUFFIXES))
 GENERATION_FILE = "generation_config.json"
@@ -38,6 +39,7 @@ class TextScore:
 
     name: str
     num_tokens: int
+    """Tokens that have a likelihood; without a prepended token AR has none of the first."""
     log_likelihood: float
     """Sum of natural logarithms over the tokens."""
 
@@ -59,7 +61,7 @@ class TextModel:
 
     directory: str
     """The sampler directory of both."""
-    model: EsoLM
+    model: SamplerModel
     tokenizer: Tokenizer | None
 
     @classmethod
@@ -72,7 +74,7 @@ class TextModel:
             DataError: The tokenizer is damaged, or not the model's.
         """
         check_device(device)
-        model = EsoLM.from_pretrained(directory, dtype=dtype, device=device)
+        model = load(directory, dtype=dtype, device=device)
         return cls(directory=directory, model=model, tokenizer=load_tokenizer(directory, model))
 
     def sample(
@@ -90,17 +92,23 @@ class TextModel:
             prompt: Text with which each begins.
             length: Tokens of a text; by default the model's `max_length`.
             seed: Seed of all random numbers; None takes one from the operating system.
-            options: `alpha_0`, `steps`, `temperature`, `top_p` of `EsoLM.generate`; None takes the
-                value of `generation_config.json`.
+            options: `alpha_0`, `steps`, `temperature`, `top_p` of the model's `generate`; None
+                takes the value of `generation_config.json`.
 
         Raises:
             ConfigError: A value is out of its range, or the prompt is too long or has no tokenizer.
         """
         defaults = read_defaults(self.directory)
         known = None if prompt is None else self._build_prompt(prompt, num_samples, length)
-        generate_options: dict[str, Any] = {
+        chosen = {
             name: defaults.get(name) if value is None else value for name, value in options.items()
         }
+        generate_options: dict[str, Any] = {k: v for k, v in chosen.items() if v is not None}
+        if "alpha_0" in generate_options and self.model.objective != "eso_lm":
+            raise ConfigError(
+                f"--alpha-0: {self.directory} is of objective {self.model.objective}, which has "
+                "none; leave it out"
+            )
         try:
             out = self.model.generate(
                 num_samples,
@@ -124,14 +132,20 @@ class TextModel:
             batch_size: Number of windows of `max_length` tokens in a forward pass.
 
         Raises:
+            ConfigError: The model's objective has no exact likelihood.
             DataError: The file cannot be read, or a token is not in the vocabulary.
         """
+        if not self.model.has_exact_likelihood:
+            raise ConfigError(
+                f"{self.directory}: is of objective {self.model.objective}, which has no exact "
+                "likelihood; evaluate its run by python -m pretrain.evaluate"
+            )
         vocab_size = self.model.config.vocab_size
         for name, ids in self._read_texts(path, text_key):
             if max(ids, default=0) >= vocab_size or min(ids, default=0) < 0:
                 raise DataError(f"{name}: a token is not in 0..{vocab_size - 1}")
-            log_likelihood = score_tokens(self.model, ids, batch_size)
-            yield TextScore(name=name, num_tokens=len(ids), log_likelihood=log_likelihood)
+            log_likelihood, num_tokens = score_tokens(self.model, ids, batch_size)
+            yield TextScore(name=name, num_tokens=num_tokens, log_likelihood=log_likelihood)
 
     def _build_prompt(self, text: str, num_samples: int, length: int | None) -> Tensor:
         """Return the prompt's tokens, then mask tokens up to `length`, int64 `[N, T]`."""
@@ -210,7 +224,7 @@ def check_device(device: str) -> None:
         raise ConfigError(f"--device {quote(device)}: {reason[:200]}; use cpu or cuda") from None
 
 
-def load_tokenizer(directory: str, model: EsoLM) -> Tokenizer | None:
+def load_tokenizer(directory: str, model: SamplerModel) -> Tokenizer | None:
     """Load the tokenizer of a sampler directory; return None if it has none.
 
     Raises:
@@ -244,16 +258,20 @@ def read_defaults(directory: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is no valid JSON object ({error}); convert again") from None
 
 
-def score_tokens(model: EsoLM, ids: list[int], batch_size: int) -> float:
-    """Compute the log-likelihood of a text in nats; a long one in windows of `max_length`."""
+def score_tokens(model: SamplerModel, ids: list[int], batch_size: int) -> tuple[float, int]:
+    """Score a text in windows of `max_length`; each is scored without the text before it.
+
+    Returns:
+        The log-likelihood in nats, and the number of tokens that have one.
+    """
     length = model.config.max_length
     num_whole = len(ids) // length
     whole = torch.tensor(ids[: num_whole * length], dtype=torch.int64).reshape(num_whole, length)
     rest = torch.tensor([ids[num_whole * length :]], dtype=torch.int64)
-    total = 0.0
+    total, num_tokens = 0.0, 0
     for batch in (*torch.split(whole, batch_size), rest):
         if batch.numel():
-            order = torch.arange(batch.shape[1]).expand_as(batch).contiguous()
-            scores = model.log_likelihood(batch.to(model.device), order.to(model.device))
+            scores = model.score_left_to_right(batch.to(model.device))
             total += float(scores.sum())
-    return total
+            num_tokens += scores.numel()
+    return total, num_tokens

@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_eso.batches.dealing import Dealing
+from megatron_eso.batches.rows import LossRows, MicroBatch, Rows
 from megatron_eso.config.sections import Config
 from megatron_eso.objectives.build import build_objective
-from megatron_eso.objectives.dealing import Dealing
 from megatron_eso.objectives.objective import Objective, Samples, Step
 from megatron_eso.objectives.row_counts import RowCounts
-from megatron_eso.objectives.rows import LossRows, MicroBatch, Rows
 
 Part = TypeVar("Part", Rows, LossRows)
 
@@ -42,8 +42,7 @@ class Kind:
 
 def build_run_objective(config: Config) -> Objective:
     """Build the objective of a configuration whose vocabulary is known."""
-    mask_token_id = config.data.vocabulary.mask_token_id
-    return build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id)
+    return build_objective(config.objective, config.data.vocabulary, seed=config.run.seed)
 
 
 def plan_kinds(config: Config, data_parallel_size: int) -> list[Kind]:

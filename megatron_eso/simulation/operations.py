@@ -100,6 +100,12 @@ def _gather(arguments: Arguments, output: Any) -> Cost:
     return Cost(moved=2 * _sizes(output) + indices, kernels=1)
 
 
+def _place(arguments: Arguments, _output: Any) -> Cost:
+    """Count values that are written to rows of the target, and the indices as read."""
+    *_, indices, values = arguments
+    return Cost(moved=_sizes(indices) + 2 * _sizes(values), kernels=1)
+
+
 def _scatter(arguments: Arguments, _output: Any) -> Cost:
     """Count values that are added to the target; the indices are sorted before."""
     return Cost(moved=3 * _sizes(arguments[1:]), kernels=4)
@@ -189,6 +195,7 @@ RULES: dict[str, Rule] = {
     **_register(_stream, ["_to_copy"]),
     **_register(_list, LISTS.split()),
     **_register(_gather, ["index", "index_select", "embedding", "gather"]),
+    **_register(_place, ["index_copy_"]),
     **_register(_scatter, ["index_put_", "index_add_", "scatter_add_"]),
     **_register(
         _scatter_new,

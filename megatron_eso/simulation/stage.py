@@ -13,9 +13,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.sections import Config
 from megatron_eso.estimates.gpus import Gpu
-from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.simulation.collectives import Collective
 from megatron_eso.simulation.fake_gpu import DEVICE_TYPE, fake_device, fake_gpu
 from megatron_eso.simulation.memory import Memory

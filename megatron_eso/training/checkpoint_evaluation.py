@@ -6,11 +6,11 @@ from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_eso.batches.loss import to_perplexity
 from megatron_eso.config.sections import Config
 from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import CheckpointError
 from megatron_eso.objectives.build import build_objective
-from megatron_eso.objectives.loss import to_perplexity
 from megatron_eso.runs.checkpoint import PREFIXES
 from megatron_eso.runs.checkpoint_state import read_checkpoint_state
 from megatron_eso.training.checkpointing.restore import refuse_damage
@@ -57,8 +57,7 @@ def evaluate_checkpoint(
     if weights == "ema" and not has_ema:
         raise CheckpointError(f"{checkpoint}: holds no EMA weights; use --weights raw")
     # The validation set.
-    mask_token_id = config.data.vocabulary.mask_token_id
-    objective = build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id)
+    objective = build_objective(config.objective, config.data.vocabulary, seed=config.run.seed)
     batches = ValidationBatches(
         objective, validation, config.validation, row_multiple=config.parallel.row_multiple
     )

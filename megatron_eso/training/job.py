@@ -173,9 +173,8 @@ def join_world(
 
 def build_batches(config: Config, data: TrainingData, data_parallel_size: int) -> TrainingBatches:
     """Build the objective and the planner of its batches; no communication."""
-    mask_token_id = config.data.vocabulary.mask_token_id
     return TrainingBatches(
-        build_objective(config.objective, seed=config.run.seed, mask_token_id=mask_token_id),
+        build_objective(config.objective, config.data.vocabulary, seed=config.run.seed),
         data,
         config.train,
         data_parallel_size=data_parallel_size,

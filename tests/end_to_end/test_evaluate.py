@@ -14,7 +14,7 @@ import torch
 
 from checkpoints_conversion.__main__ import main as convert
 from megatron_eso.data.shards.reader import TokenDataset
-from megatron_eso.objectives.noise import draw_any_order
+from megatron_eso.objectives.noise.slots import draw_any_order
 from megatron_eso.objectives.objective import VALIDATION_SEED
 from megatron_eso.sampler import EsoLM
 from tests.ranks.loop import run_loop

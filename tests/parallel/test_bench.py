@@ -15,7 +15,7 @@ from tests.support.processes import HANG_SECONDS
 from tests.support.torchrun import LAUNCHER
 from tests.support.training import DISTRIBUTED, PP2, TINY, Overrides, tiny_arguments
 
-PARTS = {PRODUCTS, HEAD, OPTIMIZER, "norms", "strict attention", "causal attention"}
+PARTS = {PRODUCTS, HEAD, OPTIMIZER, "norms", "attention within streams", "attention of queries"}
 STEPS = ["--warmup-steps=1", "--steps=2", "--json"]
 
 

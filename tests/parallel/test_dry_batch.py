@@ -19,14 +19,11 @@ NUM_MICRO_BATCHES = 200
 
 def count_rows(batch: Any) -> dict[str, int]:
     """Return the sizes that memory depends on."""
-    plan, streams = batch.rows, batch.rows.stream_lengths
-    with_queries = streams[plan.num_mixed_streams :]
     return {
-        "rows": len(plan.tokens_R),
+        "rows": len(batch.rows.tokens_R),
         "loss rows": len(batch.loss.targets_E),
         # What attention without a fused kernel holds.
-        "pairs": sum(length**2 for length in streams)
-        + sum(a * b for a, b in zip(plan.query_lengths, with_queries, strict=True)),
+        "pairs": sum(span.num_rows * span.num_keys for span in batch.rows.spans),
     }
 
 

@@ -9,9 +9,9 @@ import torch
 
 from checkpoints_conversion.__main__ import main as convert
 from megatron_eso.data.shards.reader import TokenDataset
-from megatron_eso.objectives.noise import draw_noise, validation_times
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
+from megatron_eso.objectives.noise.slots import draw_noise, validation_times
 from megatron_eso.objectives.objective import VALIDATION_SEED
-from megatron_eso.objectives.schedule import LogLinearSchedule
 from megatron_eso.sampler import EsoLM
 from tests.ranks.evaluation import evaluate_tiny
 from tests.ranks.training import train_tiny

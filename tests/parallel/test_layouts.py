@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from tests.ranks.training import Trained, train_tiny
-from tests.support.training import LAYOUTS, OVERLAPPED, Overrides, read_checkpoint
+from tests.support.training import (
+    ESO_LM_A,
+    FAMILY,
+    LAYOUTS,
+    OVERLAPPED,
+    Overrides,
+    read_checkpoint,
+)
 from tests.support.world import World
 
 pytestmark = pytest.mark.parallel
@@ -26,10 +33,9 @@ CASES: dict[str, tuple[int, Overrides]] = {
     "micro-batch 4": (1, {"train.micro_batch_size": 4}),
 }
 
-# The other objectives go through the same code: layouts that differ in kind are enough for them.
-ANY_ORDER_AR: Overrides = {"objective.name": '"any_order_ar"', "objective.alpha_0": 0.125}
-OBJECTIVES: dict[str, Overrides] = {"eso_lm": {}, "any_order_ar": ANY_ORDER_AR}
-FEW_CASES = ("TP=2 SP", "PP=2 interleaved", "DP=2 overlapped, micro-batch 1", "micro-batch 1")
+OBJECTIVES: dict[str, Overrides] = {"eso_lm": {}, "eso_lm a": ESO_LM_A, **FAMILY}
+# The other objectives go through the same code: the richest layout is enough for them.
+RICHEST = "TP=2 SP PP=2"
 
 EDGES: dict[str, Overrides] = {
     "sequential phase alone": {"objective.alpha_0": 0.0},
@@ -69,7 +75,13 @@ def references(
     ("objective", "case"),
     [
         *(("eso_lm", case) for case in CASES),
-        *(("any_order_ar", case) for case in FEW_CASES),
+        *((objective, RICHEST) for objective in OBJECTIVES if objective != "eso_lm"),
+        *(
+            pytest.param(objective, case, marks=pytest.mark.soak)
+            for objective in OBJECTIVES
+            for case in CASES
+            if objective != "eso_lm" and case != RICHEST
+        ),
     ],
 )
 def test_five_steps_equal_one_ranks(

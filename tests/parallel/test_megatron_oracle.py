@@ -1,5 +1,6 @@
 """The Megatron model in float32 against the dense-mask float64 oracle: loss and every gradient."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -8,20 +9,24 @@ import torch
 
 from checkpoints_conversion.network_fields import describe_network
 from checkpoints_conversion.parameter_map import map_to_megatron, map_to_sampler
+from megatron_eso.batches.dealing import Dealing
 from megatron_eso.data.samples.lengths import draw_lengths
 from megatron_eso.data.samples.order import SampleOrder
+from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.shards.reader import TokenDataset
-from megatron_eso.objectives.dealing import Dealing
-from megatron_eso.objectives.noise import diffusion_times, draw_noise
-from megatron_eso.objectives.schedule import LogLinearSchedule
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
+from megatron_eso.objectives.noise.slots import diffusion_times, draw_noise
+from megatron_eso.objectives.objective import Samples, Step
 from tests.ranks.network import compute_gradients
+from tests.support.dense_family import dense_losses as dense_family_losses
 from tests.support.dense_oracle import (
     OracleConfig,
     dense_losses,
     dense_objective,
     draw_parameters,
 )
-from tests.support.training import TP2, Overrides, tiny_config
+from tests.support.planning import objective_of
+from tests.support.training import FAMILY, TP2, Overrides, tiny_config
 from tests.support.world import World
 
 pytestmark = pytest.mark.parallel
@@ -47,6 +52,9 @@ CASES: dict[str, tuple[int, Overrides]] = {
     "cut short, framed, TP=2 SP": (2, CUT | FRAMED | SEQUENCE_PARALLEL),
     "recomputed": (1, {"train.recompute_granularity": '"full"'}),
     "TP=2 SP": (2, SEQUENCE_PARALLEL | {"model.num_query_groups": 2}),
+    "eso_lm a": (1, {"objective.variant": '"a"'}),
+    **{name: (1, overrides) for name, overrides in FAMILY.items()},
+    "documents, TP=2 SP": (2, SEQUENCE_PARALLEL | {"data.document_attention": "true"}),
 }
 
 
@@ -94,6 +102,12 @@ def test_loss_and_gradients_equal_the_oracles(
 
 def oracle_loss(config, oracle, parameters):  # type: ignore[no-untyped-def]
     """Compute the oracle's loss of the first step's samples, each at its own length."""
+    if (
+        config.data.document_attention
+        or config.objective.variant == "a"
+        or (config.objective.name != "eso_lm")
+    ):
+        return family_loss(config, oracle, parameters)
     dataset, train, seed = TokenDataset.open(config.data.train), config.train, config.run.seed
     sizes = (train.global_batch_size, train.micro_batch_size, 1)
     dealing = Dealing(*sizes, config.objective.batch_split)
@@ -123,3 +137,27 @@ def oracle_loss(config, oracle, parameters):  # type: ignore[no-untyped-def]
         loss_type=config.objective.loss_type,
     )
     return dense_objective(losses, noise, dealing)
+
+
+def family_loss(config, oracle, parameters):  # type: ignore[no-untyped-def]
+    """Compute the oracle's loss of the first step's samples from a plan of the objective."""
+    objective, size = objective_of(config), config.train.global_batch_size
+    data = TrainingData.open(config.data, config.run.seed)
+    tokens_BT = data.samples(np.arange(size))
+    samples = Samples(
+        tokens_BT=tokens_BT,
+        indices_B=np.arange(size),
+        length_B=data.lengths(np.arange(size)),
+        documents_BT=data.documents(tokens_BT),
+    )
+    batch = objective.plan(samples, Step(number=0, first_index=0, batch_size=size))
+    section = dataclasses.asdict(config.objective)
+    losses = dense_family_losses(section, parameters, oracle, batch, samples)
+    weighted = losses * batch.loss.weights_E[: batch.loss.num_real].double()
+    phase_E = batch.loss.phase_E[: batch.loss.num_real]
+    targets_B = objective.count_targets(samples.length_B)
+    return sum(
+        weighted[phase_E == phase].sum() / targets_B[batch.phase_B == phase].sum()
+        for phase in range(len(objective.phases))
+        if (batch.phase_B == phase).any()
+    )

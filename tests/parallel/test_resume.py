@@ -11,6 +11,8 @@ from tests.ranks.training import resave, train_tiny
 from tests.support.torchrun import read_records
 from tests.support.training import (
     DISTRIBUTED,
+    ESO_LM_A,
+    FAMILY,
     INTERLEAVED,
     OVERLAPPED,
     PP2,
@@ -34,9 +36,13 @@ SAME: dict[str, Overrides] = {
     "PP=2 interleaved, dropout": INTERLEAVED | DROPOUT,
     "DP=2, cut short, framed": {"data.ssl_ratio": 0.5, "data.framing": '"bos_eos"'},
     "DP=2 distributed optimizer, bf16": DISTRIBUTED | BF16,
-    "DP=2 overlapped": OVERLAPPED,
+    "DP=2 overlapped, MDLM": OVERLAPPED | FAMILY["mdlm"],
     "DP=2 overlapped, bf16, dropout": OVERLAPPED | BF16 | DROPOUT,
     "DP=2 bf16, recomputed, dropout": BF16 | DROPOUT | {"train.recompute_granularity": '"full"'},
+    "PP=2, BD3-LM": PP2 | FAMILY["bd3_lm"],
+    "DP=2, AR, documents": FAMILY["ar"] | {"data.document_attention": "true"},
+    "TP=2 SP, variant A": SEQUENCE_PARALLEL | ESO_LM_A,
+    "DP=2, Set Diffusion": FAMILY["set_dlm"],
 }
 CHANGED: dict[str, tuple[Overrides, Overrides]] = {
     "TP=2 to PP=2": (TP2, PP2),

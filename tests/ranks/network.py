@@ -14,8 +14,8 @@ from megatron_eso.config.loading import read_config
 from megatron_eso.config.sections import ParallelConfig
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.model.sharding import shard_parameters
-from megatron_eso.objectives.noise import Noise, draw_noise
-from megatron_eso.objectives.schedule import LogLinearSchedule
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
+from megatron_eso.objectives.noise.slots import Noise, draw_noise
 from megatron_eso.training.checkpointing.checkpoints import Checkpoints
 from megatron_eso.training.checkpointing.restore import restore
 from megatron_eso.training.distributed.parallel import model_parallel_groups

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_eso.batches.dealing import Dealing
+from megatron_eso.batches.loss import normalize_phases, sum_phases
+from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.model.attention_backend import AttentionBackend
 from megatron_eso.model.row_attention import attend_loss_rows, attend_rows
-from megatron_eso.objectives.dealing import Dealing
-from megatron_eso.objectives.loss import normalize_phases, sum_phases
-from megatron_eso.objectives.noise import Noise
+from megatron_eso.objectives.noise.slots import Noise
 from megatron_eso.objectives.objective import Objective
-from megatron_eso.objectives.rows import MicroBatch
 
 Parameters = dict[str, Tensor]
 
@@ -112,8 +112,7 @@ def diffusion_logits(
     length = z_t_BT.shape[1]
     mask_TT = torch.ones(length, length, dtype=torch.bool).tril()
     z_sorted_BT = z_t_BT.gather(1, permutation_BT)
-    hidden = _dense_forward(parameters, config, z_sorted_BT, permutation_BT, mask_TT)
-    return _head(parameters, hidden)
+    return dense_logits(parameters, config, z_sorted_BT, permutation_BT, mask_TT)
 
 
 def sequential_logits(
@@ -138,8 +137,7 @@ def sequential_logits(
     )
     tokens_BL = torch.cat([z_0_BT.gather(1, permutation_BT), x_0_BT.gather(1, permutation_BT)], 1)
     positions_BL = torch.cat([permutation_BT, permutation_BT], dim=1)
-    hidden = _dense_forward(parameters, config, tokens_BL, positions_BL, mask_LL)
-    return _head(parameters, hidden[:, :length])
+    return dense_logits(parameters, config, tokens_BL, positions_BL, mask_LL)[:, :length]
 
 
 def dense_losses(
@@ -198,13 +196,14 @@ def dense_objective(losses: DenseLosses, noise: Noise, dealing: Dealing) -> Tens
     return total
 
 
-def _dense_forward(
+def dense_logits(
     parameters: Parameters,
     config: OracleConfig,
     tokens_BL: Tensor,
     positions_BL: Tensor,
     mask_LL: Tensor,
 ) -> Tensor:
+    """Raw logits `[B, L, V]` of a network whose rows read what the mask allows."""
     hidden = parameters["embed_tokens.weight"][tokens_BL]
     for i in range(config.num_layers):
         q, k, v = _project_qkv(parameters, config, i, hidden, positions_BL)
@@ -213,7 +212,7 @@ def _dense_forward(
         probabilities = scores_BHLL.masked_fill(~mask_LL, -math.inf).softmax(-1)
         mixed = torch.einsum("bhqk,bkhd->bqhd", probabilities, v)
         hidden = _finish_layer(parameters, config, i, hidden, mixed)
-    return _normalize(parameters, "norm", hidden, config.norm_epsilon)
+    return _head(parameters, _normalize(parameters, "norm", hidden, config.norm_epsilon))
 
 
 def _as_float32_values(weights: list[float]) -> Tensor:

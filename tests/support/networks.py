@@ -1,6 +1,6 @@
 """Small configurations of the sampler's network."""
 
-from megatron_eso.sampler.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler.network.layers_eso_lm import NetworkConfig
 
 VALUES: dict[str, object] = {
     "vocab_size": 11,

@@ -7,7 +7,7 @@ from torch import Tensor
 from checkpoints_conversion.__main__ import main
 from megatron_eso.runs.file_index import FILE_INDEX
 from megatron_eso.runs.torch_dist import read_metadata, read_tensors, write_tensors
-from megatron_eso.sampler.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler.network.layers_eso_lm import NetworkConfig
 
 STEP_0 = Path("checkpoints/step_00000000")
 

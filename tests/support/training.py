@@ -30,6 +30,16 @@ OVERLAPPED = DISTRIBUTED | {
 
 Overrides = dict[str, Any]
 
+# The objectives besides Eso-LM of variant B.
+FAMILY: dict[str, Overrides] = {
+    "mdlm": {"objective.name": '"mdlm"'},
+    "ar": {"objective.name": '"ar"'},
+    "bd3_lm": {"objective.name": '"bd3_lm"', "objective.block_size": 4},
+    "set_dlm": {"objective.name": '"set_dlm"', "objective.set_size": 4},
+    "any_order_ar": {"objective.name": '"any_order_ar"'},
+}
+ESO_LM_A: Overrides = {"objective.variant": '"a"'}
+
 LAYOUTS: dict[str, tuple[int, Overrides]] = {
     "1 rank": (1, {}),
     "TP=2": (2, TP2),
@@ -38,7 +48,7 @@ LAYOUTS: dict[str, tuple[int, Overrides]] = {
     "PP=2 interleaved": (2, INTERLEAVED),
     "DP=2": (2, {}),
     "DP=2 distributed optimizer": (2, DISTRIBUTED),
-    "TP=2 PP=2": (4, TP2 | PP2),
+    "TP=2 SP PP=2": (4, TP2 | PP2 | {"parallel.sequence_parallel": "true"}),
 }
 
 LLAMA: Overrides = {
@@ -80,7 +90,10 @@ def tiny_arguments(run: Path, data: Path, overrides: Overrides) -> list[str]:
         "data.train": f'"{data / "train"}"',
         "data.validation": f'"{data / "validation"}"',
     }
-    return [f"{key}={value}" for key, value in (paths | TINY | overrides).items()]
+    values = paths | TINY | overrides
+    if "objective.name" in overrides:
+        del values["objective.alpha_0"]
+    return [f"{key}={value}" for key, value in values.items()]
 
 
 def tiny_config(run: Path, data: Path, overrides: Overrides) -> Config:

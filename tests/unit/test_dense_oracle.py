@@ -9,14 +9,15 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from checkpoints_conversion.official import fold_official, read_official
+from megatron_eso.batches.dealing import Dealing, count_tokens
+from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.objective import ObjectiveConfig
+from megatron_eso.config.sections import Vocabulary
 from megatron_eso.model.attention_backend import BACKENDS
 from megatron_eso.objectives.build import build_objective
-from megatron_eso.objectives.dealing import Dealing
-from megatron_eso.objectives.noise import Noise, diffusion_times, draw_noise
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
+from megatron_eso.objectives.noise.slots import Noise, diffusion_times, draw_noise
 from megatron_eso.objectives.objective import Samples, Step
-from megatron_eso.objectives.rows import MicroBatch
-from megatron_eso.objectives.schedule import LogLinearSchedule
 from tests.support.dense_oracle import (
     OracleConfig,
     Parameters,
@@ -143,7 +144,8 @@ def assert_agree(
     assert loss_difference < LOSS_TOLERANCE
 
     expected_loss = dense_objective(losses, noise, dealing)
-    tokens = dealing.count_tokens(noise.length_B, 2)
+    phases = dealing.split.phases(np.arange(dealing.global_batch_size))
+    tokens = count_tokens(noise.length_B, phases, 2)
     planned = [plan(places) for places in batches]
     loss = row_objective(parameters, config, planned, objective, tokens, backend)
     assert abs((loss - expected_loss).item()) < LOSS_TOLERANCE
@@ -228,9 +230,9 @@ def test_any_order_ar_is_the_likelihood_in_the_orders_that_it_draws(order: str, 
     x_0 = np.random.default_rng(SEED).integers(0, MASK, (4, 12))
     samples = Samples(tokens_BT=x_0, indices_B=40 + np.arange(4), length_B=length_B)
     section = ObjectiveConfig(name="any_order_ar", order=order)
-    objective = build_objective(section, seed=SEED, mask_token_id=MASK)
+    objective = build_objective(section, Vocabulary(size=VOCAB, mask_token_id=MASK), seed=SEED)
     batch = objective.plan(samples, Step(number=5, first_index=40, batch_size=4)).pad(8, MASK)
-    queries = batch.rows.positions_R[sum(batch.rows.stream_lengths) : batch.rows.num_rows]
+    queries = batch.rows.positions_R[batch.rows.loss_rows_E[: batch.loss.num_real]]
     orders = queries.split(length_B.tolist())
     assert all(sorted(o.tolist()) == list(range(n)) for o, n in zip(orders, length_B, strict=True))
     assert (orders[0].tolist() == list(range(12))) == (order == "left_to_right")

@@ -33,7 +33,8 @@ CONFIG = ("megatron_eso.config",)
 SECTIONS = ("megatron_eso.config.sections",)
 RANKS = ("megatron_eso.ranks",)
 RANDOMNESS = ("megatron_eso.randomness",)
-OBJECTIVES = ("megatron_eso.objectives",)
+BATCHES = ("megatron_eso.batches",)
+OBJECTIVES = ("megatron_eso.objectives", *BATCHES)
 RUNS = ("megatron_eso.runs",)
 ESTIMATES = ("megatron_eso.estimates",)
 TOKENIZERS = ("megatron_eso.data.tokenizers",)
@@ -63,7 +64,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.progress": ("megatron_eso.quantities",),
     "megatron_eso.config": ERRORS,
     "megatron_eso.randomness": (),
-    "megatron_eso.objectives": ERRORS + CONFIG + RANDOMNESS,
+    "megatron_eso.batches": CONFIG,
+    "megatron_eso.objectives": ERRORS + CONFIG + RANDOMNESS + BATCHES,
+    "megatron_eso.objectives.noise": CONFIG + RANDOMNESS + ("megatron_eso.batches.dealing",),
     "megatron_eso.runs": ERRORS
     + ("megatron_eso.files", "megatron_eso.locks", "megatron_eso.quantities")
     + (*SECTIONS, "megatron_eso.config.loading"),
@@ -73,7 +76,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.data.shards": BASE + RANDOMNESS + FINGERPRINT,
     "megatron_eso.data.remote": BASE + SHARDS,
     "megatron_eso.data.samples": ERRORS + SECTIONS + RANDOMNESS + REMOTE,
-    "megatron_eso.model": ERRORS + CONFIG + RANDOMNESS + OBJECTIVES,
+    "megatron_eso.model": ERRORS + CONFIG + RANDOMNESS + BATCHES,
     "megatron_eso.training.distributed": ERRORS + RANKS + SECTIONS,
     "megatron_eso.training.optimization": SECTIONS + MODEL + DISTRIBUTED,
     "megatron_eso.training.steps": ERRORS
@@ -98,7 +101,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.benchmark": (*ERRORS, "megatron_eso.quantities")
     + (RANKS + SECTIONS + OBJECTIVES + ESTIMATES + SAMPLES + STEPS + RECORDS)
     + ("megatron_eso.simulation",),
-    "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.schedule",),
+    "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.noise",),
     "megatron_eso.sampler.__main__": ERRORS + COMMAND_LINE + SAMPLER,
     "megatron_eso.sampler.texts": ERRORS + COMMAND_LINE + COMPRESSION + SAMPLER + TOKENIZERS,
     "data_tools": BASE + REMOTE + TOKENIZERS,
@@ -114,9 +117,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     + ("megatron_eso.files",)
     + (CONFIG + RANDOMNESS + RUNS + TOKENIZERS + SAMPLER),
     "checkpoints_conversion.parameter_map": ERRORS + SAMPLER,
-    "checkpoints_conversion.network_fields": ERRORS
-    + CONFIG
-    + ("megatron_eso.sampler.layers_eso_lm",),
+    "checkpoints_conversion.network_fields": ERRORS + CONFIG + ("megatron_eso.sampler.network",),
     "pretrain": ("megatron_eso", "checkpoints_conversion"),
 }
 USES_MEGATRON = (
@@ -162,8 +163,8 @@ def test_imports_point_one_way() -> None:
     ("file", "line", "violation"),
     [
         ("megatron_eso/data/shards/x.py", "import megatron.core", "imports megatron.core"),
-        ("megatron_eso/objectives/rows.py", "import megatron_eso.data.samples.blend", "imports"),
-        ("megatron_eso/objectives/rows.py", "from ..data import samples", "imports megatron_eso"),
+        ("megatron_eso/batches/rows.py", "import megatron_eso.data.samples.blend", "imports"),
+        ("megatron_eso/batches/rows.py", "from ..data import samples", "imports megatron_eso"),
         ("megatron_eso/errors.py", "import megatron_eso.config", "imports megatron_eso.config"),
         ("megatron_eso/sampler/model.py", "from megatron_eso.model import x", "imports"),
         ("megatron_eso/model/block.py", "from megatron.core import parallel_state", "parallel_st"),

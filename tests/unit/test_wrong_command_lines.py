@@ -10,7 +10,7 @@ import torch
 from checkpoints_conversion.__main__ import main as convert
 from checkpoints_conversion.sampler_directory import write_sampler_directory
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
-from megatron_eso.sampler.network_eso_lm import EsoNetwork
+from megatron_eso.sampler.network.network_eso_lm import EsoNetwork
 from tests.support.networks import make_network_config
 from tests.support.wrong_command_lines import Places, answer, draw_wrong, list_commands
 

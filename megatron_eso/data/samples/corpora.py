@@ -30,7 +30,12 @@ def open_corpus(location: str, data: DataConfig) -> TokenDataset:
 def read_vocabulary(dataset: TokenDataset) -> Vocabulary:
     """Return the token ids of a dataset."""
     tokenizer = dataset.manifest.tokenizer
-    return Vocabulary(size=tokenizer.vocab_size, mask_token_id=tokenizer.mask_token_id)
+    return Vocabulary(
+        size=tokenizer.vocab_size,
+        mask_token_id=tokenizer.mask_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 def read_quarantine(data: DataConfig) -> Quarantine:

@@ -28,6 +28,7 @@ from megatron_eso.data.samples.corpora import (
     read_vocabulary,
     warn_of_unknown,
 )
+from megatron_eso.data.samples.documents import Documents
 from megatron_eso.data.samples.framing import Framing
 from megatron_eso.data.samples.lengths import draw_lengths
 from megatron_eso.data.samples.order import ORDER_VERSION
@@ -81,6 +82,7 @@ class TrainingData:
         self.sequence_length = data.sequence_length
         self._seed, self._ssl_ratio = seed, data.ssl_ratio
         self._framing = Framing.resolve(data, self.tokenizer)
+        self._documents = Documents.resolve(data, self.tokenizer)
         self._phase = data.phase
         self.tokenizer_directory = datasets[0].tokenizer_directory
         self._names = dict(zip(self.datasets, data.train_corpora, strict=True))
@@ -143,6 +145,14 @@ class TrainingData:
     def lengths(self, indices_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return how many tokens of each sample are real, int64 `[B]`: T, or fewer if it is cut."""
         return draw_lengths(self._seed, indices_B, self._ssl_ratio, self.sequence_length)
+
+    def documents(self, tokens_BT: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
+        """Return the number of each token's document; None without `data.document_attention`.
+
+        Args:
+            tokens_BT: Samples that `samples` returned.
+        """
+        return self._documents.number(tokens_BT)
 
     def rows(self, sample_indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Read the text of samples, without framing.

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from megatron_eso.config.sections import DataConfig
 from megatron_eso.data.samples.corpora import check_tokenizer, open_corpus, read_vocabulary
+from megatron_eso.data.samples.documents import Documents
 from megatron_eso.data.samples.framing import Framing
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.data.shards.sources import ShardSource
@@ -40,6 +41,7 @@ class ValidationData:
         self.sequence_length = data.sequence_length
         self._row_tokens = data.row_tokens
         self._framing = Framing.resolve(data, dataset.manifest.tokenizer)
+        self._documents = Documents.resolve(data, dataset.manifest.tokenizer)
         self.num_samples = dataset.num_rows(data.row_tokens)
 
     @classmethod
@@ -72,6 +74,14 @@ class ValidationData:
             DataError: A shard is damaged; the error names shard, record, offset and data row.
         """
         return self._framing.frame(self.dataset.rows(indices_B, self._row_tokens))
+
+    def documents(self, tokens_BT: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Return the number of each token's document; None without `data.document_attention`.
+
+        Args:
+            tokens_BT: Samples that `samples` returned.
+        """
+        return self._documents.number(tokens_BT)
 
     def lengths(self, indices_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the real tokens of each sample, int64 `[B]`: T, because none is cut."""

@@ -17,8 +17,8 @@ import torch.distributed as dist
 import xxhash
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.errors import DataError
-from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.ranks import own_rank
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_eso.objectives.loss import NelboEstimate
+from megatron_eso.batches.loss import NelboEstimate
 from megatron_eso.runs.counters import Counters
 from megatron_eso.training.guards.stragglers import Straggler
 from megatron_eso.training.records import tags

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron_eso.objectives.loss import NelboEstimate
+from megatron_eso.batches.loss import NelboEstimate
 from megatron_eso.quantities import format_seconds
 from megatron_eso.runs.counters import Counters
 from megatron_eso.training.guards.stragglers import Straggler

@@ -4,9 +4,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_eso.batches.loss import NelboEstimate
 from megatron_eso.config.sections import TrainConfig
 from megatron_eso.data.samples.training_data import TrainingData
-from megatron_eso.objectives.loss import NelboEstimate
 from megatron_eso.runs.counters import Counters
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.training.guards.stragglers import WorkTimer, find_straggler

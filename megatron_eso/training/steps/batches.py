@@ -10,13 +10,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_eso.batches.dealing import Dealing, count_tokens
+from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.sections import TrainConfig, ValidationConfig
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import ConfigError
-from megatron_eso.objectives.dealing import Dealing
 from megatron_eso.objectives.objective import Objective, Samples, Step
-from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.randomness.purposes import NOISE_VERSION
 from megatron_eso.runs.checkpoint_state import CheckpointState
 
@@ -27,8 +27,8 @@ class StepPlan:
 
     Attributes:
         micro_batches: This rank's micro-batches; every rank has the same number of them.
-        tokens: The number of real tokens of each phase in the global batch, equal on all ranks:
-            the denominators of the loss.
+        tokens: The number of tokens that the loss of each phase is divided by: over the global
+            batch, equal on all ranks.
     """
 
     micro_batches: list[MicroBatch]
@@ -118,13 +118,17 @@ class TrainingBatches:
         micro_batches = []
         for places in self.dealing.micro_batches(data_parallel_rank):
             indices = step.first_index + places
+            tokens_BT = self.data.samples(indices)
             samples = Samples(
-                tokens_BT=self.data.samples(indices),
+                tokens_BT=tokens_BT,
                 indices_B=indices,
                 length_B=length_N[places],
+                documents_BT=self.data.documents(tokens_BT),
             )
             micro_batches.append(self._pad(self.objective.plan(samples, step)))
-        tokens = self.dealing.count_tokens(length_N, len(self.objective.phases))
+        targets_N = self.objective.count_targets(length_N)
+        phase_N = self.objective.assign_phases(step)
+        tokens = count_tokens(targets_N, phase_N, len(self.objective.phases))
         return StepPlan(micro_batches=micro_batches, tokens=tokens)
 
     def plan_largest(self) -> MicroBatch:
@@ -150,7 +154,7 @@ class ValidationBatches:
 
     Attributes:
         num_samples: N, the number of samples of a validation: `validation.num_samples`, or all.
-        sequence_length: T, the tokens of a sample.
+        num_targets: The number of tokens that the loss of a sample is divided by.
     """
 
     def __init__(
@@ -162,7 +166,7 @@ class ValidationBatches:
         row_multiple: int,
     ) -> None:
         self.objective = objective
-        self.sequence_length = data.sequence_length
+        self.num_targets = int(objective.count_targets(np.array([data.sequence_length]))[0])
         self.num_samples = min(config.num_samples or data.num_samples, data.num_samples)
         self._data = data
         self._micro_batch_size = config.micro_batch_size
@@ -191,10 +195,12 @@ class ValidationBatches:
         mine = np.arange(data_parallel_rank, self.num_samples, data_parallel_size)
         for start in range(0, len(mine), self._micro_batch_size):
             indices: NDArray[np.int64] = mine[start : start + self._micro_batch_size]
+            tokens_BT = self._data.samples(indices)
             yield Samples(
-                tokens_BT=self._data.samples(indices),
+                tokens_BT=tokens_BT,
                 indices_B=indices,
                 length_B=self._data.lengths(indices),
+                documents_BT=self._data.documents(tokens_BT),
             )
 
     def _pad(self, micro_batch: MicroBatch) -> MicroBatch:

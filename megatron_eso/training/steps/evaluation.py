@@ -10,8 +10,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_eso.objectives.loss import NelboEstimate, estimate_nelbo, mean_by_time, sum_samples
-from megatron_eso.objectives.rows import MicroBatch
+from megatron_eso.batches.loss import NelboEstimate, estimate_nelbo, mean_by_time, sum_samples
+from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.training.optimization.main_parameters import synchronize_parameters
 from megatron_eso.training.steps.batches import ValidationBatches
 from megatron_eso.training.steps.step import reduce_over_world, run_schedule
@@ -38,12 +38,13 @@ def evaluate(
     micro_batches = batches.plan(groups.dp.rank(), groups.dp.size())
     with average or nullcontext():
         sums_PN = sum_over_samples(state, micro_batches, batches, groups).numpy()
-    length, names = batches.sequence_length, [phase.name for phase in batches.objective.phases]
+    length, phases = batches.num_targets, batches.objective.phases
+    names = [phase.name for phase in phases if not phase.is_temporary]
     times = batches.objective.validation_times(batches.num_samples)
     by_time = {
         name: mean_by_time(sums_PN[names.index(name)] / length, times[name]) for name in times
     }
-    return replace(estimate_nelbo(sums_PN, names, length), by_time=by_time)
+    return replace(estimate_nelbo(sums_PN[: len(names)], names, length), by_time=by_time)
 
 
 def evaluate_orders(
@@ -66,7 +67,7 @@ def evaluate_orders(
         micro_batches = batches.plan_order(number, groups.dp.rank(), groups.dp.size())
         nll.append(sum_over_samples(state, micro_batches, batches, groups).sum(0))
     bound_N = math.log(num_orders) - torch.stack(nll).neg().logsumexp(0)
-    return float(bound_N.mean()) / batches.sequence_length
+    return float(bound_N.mean()) / batches.num_targets
 
 
 def sum_over_samples(

@@ -17,10 +17,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_eso.batches.loss import normalize_phases, sum_phases
+from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.sections import TrainConfig
-from megatron_eso.objectives.loss import normalize_phases, sum_phases
 from megatron_eso.objectives.objective import Objective
-from megatron_eso.objectives.rows import MicroBatch
 from megatron_eso.randomness.bits import random_bits
 from megatron_eso.randomness.purposes import Purpose
 from megatron_eso.training.distributed.parallel import seed_dropout
@@ -108,11 +108,11 @@ def train_step(
     applied = is_finite and deviations <= (config.skip_deviations or math.inf)
     if applied:
         apply_gradients(state.optimizer, grad_norm)
-    names = [phase.name for phase in objective.phases]
+    losses_of = zip(objective.phases, losses_P.tolist(), plan.tokens, strict=True)
     result = StepResult(
         loss=loss,
         nelbo=nelbo,
-        losses=dict(zip(names, losses_P.tolist(), strict=True)),
+        losses={phase.name: x for phase, x, n in losses_of if n or not phase.is_temporary},
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         skipped=not applied,

@@ -137,9 +137,25 @@ REFUSALS = [
     (["objective.alpha_0=1", "objective.batch_split=0.5"], "has the diffusion phase only; use 1"),
     (["objective.alpha_0=0", "objective.batch_split=0.5"], "has the sequential phase only; use 0"),
     (["objective.batch_split=1"], "needs both phases; use 0.5"),
-    (["objective.name=mdlm"], 'must be one of "eso_lm"'),
+    (["objective.set_size=4"], 'objective.order = "left_to_right" has no sets; leave it out'),
+    (["objective.order=staggered", "objective.set_size=4000"], "is more than data.sequence_length"),
+    (
+        ["objective.order=staggered", "objective.set_size=8", "objective.max_set_size=2"],
+        "is too small for objective.set_size = 8; use 16",
+    ),
+    (["objective.name=bd3_lm", "objective.block_size=7"], "does not divide data.sequence_length"),
+    (
+        ["objective.name=bd3_lm", "objective.block_size=4", "objective.clip=[0.3, 0.4]"],
+        "holds no multiple of 1/4",
+    ),
+    (["objective.name=bd3_lm", "objective.clip=[0.8, 0.3]"], "must be two numbers"),
+    (["objective.name=ar", "objective.warm_start_steps=5"], "trains next-token prediction from"),
+    (
+        ["objective.name=ar", "objective.prepend_token=none", "data.document_attention=true"],
+        'use "mask" or "bos"',
+    ),
     (["objective.name=gpt"], 'must be one of "eso_lm"'),
-    (["objective.variant=a"], 'must be one of "b"'),
+    (["objective.variant=c"], 'must be one of "a", "b"'),
     (
         ["model.zero_init_head=true", "model.share_embeddings_and_output_weights=true"],
         "must not start at zero",

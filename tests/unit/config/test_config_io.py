@@ -17,6 +17,7 @@ from megatron_eso.config.loading import (
     read_config,
 )
 from megatron_eso.errors import ConfigError
+from tests.support.configs import make_config
 
 ARGUMENTS = [
     "run.directory=runs/test",
@@ -156,7 +157,7 @@ def test_the_resolved_configuration_survives_toml_and_json(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version = 2: this version of megatron-eso reads 1"),
+        ({"format_version": 3}, "format_version = 3: this version of megatron-eso reads 1 and 2"),
         ({"format_version": None}, "format_version = None"),
         ({"mode": {}}, r"\[mode\] is not a section: did you mean \[model\]"),
         ({"model": 3}, "model is not a key"),
@@ -189,3 +190,12 @@ def test_any_json_is_a_config_or_one_line(value: object, data: st.DataObject) ->
     except ConfigError as error:
         message = str(error)
     assert message.isprintable()
+
+
+def test_version_1_had_no_order_of_the_sequential_phase() -> None:
+    """Read what version 1 wrote: an order that only any-order AR had."""
+    values = config_to_dict(make_config()) | {"format_version": 1}
+    values["objective"] |= {"order": "uniform"}
+    assert config_from_dict(values, "config.json").objective.order == "left_to_right"
+    values["objective"] |= {"name": "any_order_ar", "batch_split": 1.0}
+    assert config_from_dict(values, "config.json").objective.order == "uniform"

@@ -15,11 +15,13 @@ from megatron_eso.config.sections import (
     ParallelConfig,
     RunConfig,
     TrainConfig,
+    Vocabulary,
 )
 from megatron_eso.estimates.flops import forward_flops, training_flops_per_token
 from megatron_eso.estimates.memory import MemoryEstimate, estimate_checkpoint, estimate_memory
 from megatron_eso.estimates.parameters import count_parameters, count_rank_parameters
 from megatron_eso.objectives.build import build_objective
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
 from megatron_eso.objectives.row_counts import (
     RowCounts,
     count_diffusion_rows,
@@ -27,7 +29,6 @@ from megatron_eso.objectives.row_counts import (
     expect_diffusion_rows,
     expect_sequential_rows,
 )
-from megatron_eso.objectives.schedule import LogLinearSchedule
 
 NUM_TOKENS = 12
 VOCAB_SIZE = 50258
@@ -48,12 +49,12 @@ def build(**changes: object) -> Config:
 
 
 def flops_per_token(config: Config) -> float:
-    objective = build_objective(config.objective, seed=1, mask_token_id=0)
+    objective = build_objective(config.objective, Vocabulary(size=1, mask_token_id=0), seed=1)
     return training_flops_per_token(config.model, VOCAB_SIZE, objective, 1024)
 
 
 def memory_of(config: Config, data_parallel_size: int) -> MemoryEstimate:
-    objective = build_objective(config.objective, seed=1, mask_token_id=0)
+    objective = build_objective(config.objective, Vocabulary(size=1, mask_token_id=0), seed=1)
     return estimate_memory(config, VOCAB_SIZE, objective, data_parallel_size)
 
 

@@ -50,10 +50,15 @@ POSITIVE = [
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
     "checkpoint.keep_last",
+    "objective.set_size",
+    "objective.max_set_size",
+    "objective.block_size",
 ]
 NOT_NEGATIVE = [
     "run.seed",
+    "objective.warm_start_steps",
     "data.mask_token_id",
+    "data.bos_token_id",
     "data.prefetch_steps",
     "data.batch_check_interval",
     "validation.interval",
@@ -95,6 +100,7 @@ RANGES = [
 ]
 # Paths, URLs, names and lists: a rule checks them, or the code that uses them.
 FREE = [
+    "objective.clip",
     "run.directory",
     "run.wandb_project",
     "data.train",
@@ -117,7 +123,12 @@ FREE_MODEL_KEYS = (
 )
 FREE_WEIGHTS_KEYS = (*FREE_MODEL_KEYS, "model.rotary_base")
 INITIAL_KEYS = ("model.", "objective.", "data.sequence_length", "data.framing")
-OBJECTIVE_KEYS = ("objective.name", "objective.variant")
+OBJECTIVE_KEYS = (
+    "objective.name",
+    "objective.variant",
+    "objective.block_size",
+    "objective.prepend_token",
+)
 
 
 def is_closed(key: Key) -> bool:
@@ -192,6 +203,8 @@ def test_a_key_says_what_its_line_says() -> None:
     assert KEYS["train.precision"].choices == ("fp32", "bf16")
     assert {path for path, key in KEYS.items() if key.is_derived} == {
         "objective.batch_split",
+        "objective.order",
+        "objective.max_set_size",
         "model.num_query_groups",
         "model.ffn_hidden_size",
         "validation.micro_batch_size",
@@ -242,7 +255,8 @@ def test_the_keys_of_eso_lm_are_its_own() -> None:
         for key in describe_keys("objective", ObjectiveConfig)
         if "eso_lm" in key.objectives
     }
-    assert own == {"variant", "alpha_0", "batch_split", "loss_type", "sampling_eps"}
+    ordered = {"order", "set_size", "max_set_size"}
+    assert own == {"variant", "alpha_0", "batch_split", "loss_type", "sampling_eps"} | ordered
 
 
 def test_every_section_is_in_the_table_of_keys() -> None:

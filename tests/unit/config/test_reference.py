@@ -53,7 +53,8 @@ def test_the_reference_says_what_a_line_of_the_code_says() -> None:
         "| `model.rotary_base` | int | `10000` | > 0 | fixed | logged | "
         "Base of the rotary position embedding. |",
         '| `objective.loss_type` | `elbo`, `low_var` | `"elbo"` |  | free | logged | '
-        "Weight of a masked token in the diffusion phase: of the bound, or 1. Only for `eso_lm`. |",
+        "Weight of a masked token in the diffusion phase: of the bound, or 1. "
+        "Only for `eso_lm`, `mdlm`. |",
         "| `optimizer.adam_eps` | float | `1e-08` | > 0, <= 1 | free | free | "
         "Added to the root of the mean square. |",
         "| `watchdog.validation_seconds` | float | `3600.0` | >= 0, <= 1000000000 | free | free | "

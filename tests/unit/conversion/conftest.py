@@ -9,8 +9,8 @@ from torch import Tensor
 
 from checkpoints_conversion.__main__ import main
 from megatron_eso.sampler import EsoLM
-from megatron_eso.sampler.layers_eso_lm import NetworkConfig
-from megatron_eso.sampler.network_eso_lm import EsoNetwork
+from megatron_eso.sampler.network.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler.network.network_eso_lm import EsoNetwork
 from tests.support.networks import make_network_config
 
 GOLDEN = Path(__file__).parents[2] / "golden"

@@ -8,7 +8,7 @@ from torch import Tensor
 from checkpoints_conversion.__main__ import main
 from checkpoints_conversion.run_network import write_run_directory
 from megatron_eso.errors import CheckpointError
-from megatron_eso.sampler.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler.network.layers_eso_lm import NetworkConfig
 from tests.support.run_directories import STEP_0, describe, read_run, rewrite
 
 

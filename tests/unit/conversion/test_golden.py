@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from checkpoints_conversion.__main__ import main
-from checkpoints_conversion.official import fold_official, infer_config, read_official
+from checkpoints_conversion.official import read_official
 from megatron_eso.errors import CheckpointError
 from megatron_eso.sampler import EsoLM
-from megatron_eso.sampler.directory import build_network
 
 LOGITS_TOLERANCE = 1e-4
 SUM_TOLERANCE = 1e-3
@@ -129,33 +128,6 @@ def test_raw_weights_differ(golden: dict[str, Tensor], tiny_ckpt: Path, tmp_path
     assert largest(logits - golden["b.diffusion.logits"]) > 100 * LOGITS_TOLERANCE
 
 
-def test_mdlm_logits_equal_the_reference(golden: dict[str, Tensor], tiny_model: EsoLM) -> None:
-    z_t = golden["mdlm.z_t"]
-    num_slots = z_t.shape[1]
-    positions = torch.arange(num_slots).expand_as(z_t)
-    everything = torch.ones(1, num_slots, num_slots, dtype=torch.bool)
-    network = tiny_model.network
-    logits = network.logits(network.hidden_states(z_t, positions, everything))
-    assert largest(logits - golden["mdlm.logits"]) < LOGITS_TOLERANCE
-
-
-def test_ar_logits_equal_the_reference(golden: dict[str, Tensor], tiny_ar_ckpt: Path) -> None:
-    official = read_official(tiny_ar_ckpt)
-    config = infer_config(official, MASK)
-    network = build_network(
-        config, fold_official(official), torch.float32, "cpu", source=tiny_ar_ckpt
-    )
-    tokens = golden["ar.tokens"]
-    hidden = network.hidden_states(tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
-    assert largest(network.logits(hidden) - golden["ar.logits"]) < LOGITS_TOLERANCE
-
-
-def test_an_ar_checkpoint_is_refused_as_a_sampler(tiny_ar_ckpt: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="AR model"):
-        main(["from-official", str(tiny_ar_ckpt), str(tmp_path / "ar")])
-    assert not (tmp_path / "ar").exists()
-
-
 def test_the_mask_token_is_the_last_row_unless_it_is_given(
     tiny_ckpt: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -184,7 +156,7 @@ def test_the_mask_token_is_the_last_row_unless_it_is_given(
         (lambda ckpt: reshape(ckpt, "sigma_map.mlp.2.bias", (2, -1)), "do not fit each other"),
         (lambda ckpt: reshape(ckpt, "blocks.0.attn_qkv.weight", (-1, 3)), "in the weights"),
         (lambda ckpt: set_algorithm(ckpt, "diffusion_attn_mode", "mixed2"), "mixed2"),
-        (lambda ckpt: set_algorithm(ckpt, "name", "mdlm"), "mdlm"),
+        (lambda ckpt: set_algorithm(ckpt, "name", "duo"), "duo"),
         (lambda ckpt: set_algorithm(ckpt, "time_conditioning", True), "time_conditioning"),
     ],
 )

@@ -10,12 +10,16 @@ from checkpoints_conversion.network_fields import (
     SHARED_FIELDS,
     build_run_config,
     describe_network,
+    describe_objective,
 )
 from megatron_eso.config.combinations import check_config
 from megatron_eso.config.sections import KEYS
 from megatron_eso.errors import CheckpointError
-from megatron_eso.sampler.configuration_eso_lm import EsoLMConfig
-from megatron_eso.sampler.layers_eso_lm import NetworkConfig
+from megatron_eso.objectives.build import OBJECTIVES
+from megatron_eso.sampler.network.configuration_eso_lm import EsoLMConfig
+from megatron_eso.sampler.network.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler.network.objective_fields import OBJECTIVE_FIELDS, read_objective
+from megatron_eso.sampler.objectives.build import MODELS
 from tests.support.configs import make_config
 from tests.support.networks import make_network_config
 
@@ -78,9 +82,8 @@ def test_every_key_of_the_model_is_in_the_table_or_for_training_only() -> None:
 
 def test_transformers_configuration_has_the_fields_of_the_network() -> None:
     parameters = inspect.signature(EsoLMConfig.__init__).parameters
-    assert [name for name in parameters if name not in ("self", "kwargs")] == names_of(
-        NetworkConfig
-    )
+    others = {"self", "kwargs", "objective", "variant", "block_size", "prepend_token"}
+    assert [name for name in parameters if name not in others] == names_of(NetworkConfig)
     values = dataclasses.asdict(make_network_config(**{"norm_epsilon": 1e-3, "rotary_base": 777.0}))
     config = EsoLMConfig(**values)
     assert {name: getattr(config, name) for name in values} == values
@@ -97,6 +100,31 @@ def test_every_field_is_kept_through_a_run(field: str) -> None:
     assert again == network
     for name in names_of(NetworkConfig):
         assert type(getattr(again, name)) is type(getattr(network, name))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"objective": "eso_lm", "variant": "a", "alpha_0": 0.25, "order": "uniform"},
+        {"objective": "mdlm"},
+        {"objective": "ar", "prepend_token": "none"},
+        {"objective": "ar", "prepend_token": "bos", "bos_token_id": 2},
+        {"objective": "bd3_lm", "block_size": 4},
+        {"objective": "set_dlm", "order": "staggered", "set_size": 2, "max_set_size": 6},
+        {"objective": "any_order_ar", "order": "left_to_right"},
+    ],
+)
+def test_the_objective_is_kept_through_a_run(objective: dict[str, Any]) -> None:
+    config = build_run_config(make_network_config(), objective, "runs/test")
+    check_config(config)
+    found = describe_objective(config)
+    assert objective.items() <= found.items()
+    # The sampler reads it.
+    assert objective.items() <= read_objective(found).items()
+
+
+def test_every_objective_of_training_has_a_sampler() -> None:
+    assert set(OBJECTIVE_FIELDS) == set(OBJECTIVES) == set(MODELS)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from checkpoints_conversion.parameter_map import list_keys, map_to_megatron, map_to_sampler
 from megatron_eso.errors import CheckpointError
-from megatron_eso.sampler.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler.network.layers_eso_lm import NetworkConfig
 
 PADDED = 16
 

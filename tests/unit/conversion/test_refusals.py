@@ -15,7 +15,7 @@ from checkpoints_conversion.parameter_map import map_to_megatron
 from checkpoints_conversion.run_network import write_run_directory
 from megatron_eso.errors import CheckpointError
 from megatron_eso.runs.file_index import FILE_INDEX
-from megatron_eso.sampler.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler.network.layers_eso_lm import NetworkConfig
 from tests.support.run_directories import STEP_0, convert, describe, rewrite
 
 ROOT = Path(__file__).parents[3]
@@ -81,18 +81,6 @@ def test_a_configuration_of_another_model_is_refused(
     )
     with pytest.raises(CheckpointError, match="layers.0.mlp.down_proj.weight"):
         convert(tmp_path / "run", tmp_path / "out")
-
-
-def test_a_run_of_another_objective_is_refused(tmp_path: Path, run_directory: Path) -> None:
-    step = run_directory / STEP_0
-    config = json.loads((step / "config.json").read_text())
-    config["objective"] = {"name": "any_order_ar"}
-    (step / "config.json").write_text(json.dumps(config))
-    (step / FILE_INDEX).unlink()
-    for arguments in (["to-sampler", str(run_directory)], ["verify", str(run_directory)]):
-        with pytest.raises(CheckpointError, match="name = any_order_ar: the sampler knows eso_lm"):
-            main([*arguments, str(tmp_path / "out" if "to" in arguments[0] else run_directory)])
-    assert not (tmp_path / "out").exists()
 
 
 def test_exit_codes_and_one_line_errors(tmp_path: Path) -> None:

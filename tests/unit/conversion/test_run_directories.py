@@ -13,8 +13,10 @@ from checkpoints_conversion.run_network import write_run_directory
 from megatron_eso.errors import CheckpointError, ConfigError
 from megatron_eso.runs.checkpoint import open_checkpoint
 from megatron_eso.runs.file_index import FILE_INDEX
-from megatron_eso.sampler.directory import read_description, read_weights
-from megatron_eso.sampler.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler import load
+from megatron_eso.sampler.network.directory import read_description, read_weights
+from megatron_eso.sampler.network.layers_eso_lm import NetworkConfig
+from megatron_eso.sampler.objectives.any_order_ar import AnyOrderAR
 from tests.support.run_directories import STEP_0, convert, describe, read_run, rewrite
 
 
@@ -107,3 +109,21 @@ def test_the_newest_checkpoint_is_taken_by_default(tmp_path: Path, run_directory
 def test_existing_steps_are_listed_in_plain_text(tmp_path: Path, run_directory: Path) -> None:
     with pytest.raises(ConfigError, match="no complete checkpoint; there are step_00000000$"):
         main(["to-sampler", str(run_directory), str(tmp_path / "out"), "--step", "7"])
+
+
+def test_a_run_of_any_order_ar_becomes_its_model_and_a_run_again(
+    tmp_path: Path, run_directory: Path
+) -> None:
+    step = run_directory / STEP_0
+    config = json.loads((step / "config.json").read_text())
+    config["objective"] = {"name": "any_order_ar", "order": "left_to_right"}
+    (step / "config.json").write_text(json.dumps(config))
+    (step / FILE_INDEX).unlink()
+    convert(run_directory, tmp_path / "sampler")
+    model = load(tmp_path / "sampler")
+    assert isinstance(model, AnyOrderAR)
+    assert model.law.name == "left_to_right"
+    main(["to-megatron", str(tmp_path / "sampler"), str(tmp_path / "again")])
+    again = json.loads((tmp_path / "again" / STEP_0 / "config.json").read_text())
+    assert again["objective"]["name"] == "any_order_ar"
+    assert again["objective"]["order"] == "left_to_right"

@@ -17,7 +17,7 @@ from checkpoints_conversion.__main__ import main
 from checkpoints_conversion.sampler_directory import write_sampler_directory
 from megatron_eso.errors import CheckpointError, ConfigError
 from megatron_eso.sampler import EsoLM
-from megatron_eso.sampler.directory import read_description, read_weights
+from megatron_eso.sampler.network.directory import read_description, read_weights
 from tests.support.run_directories import STEP_0, convert, read_run, rewrite
 
 ROOT = Path(__file__).parents[3]

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from checkpoints_conversion.__main__ import main
 from megatron_eso.errors import CheckpointError, DataError
-from megatron_eso.sampler.directory import read_description
+from megatron_eso.sampler.network.directory import read_description
 
 WORDS = ["<unk>", "</s>", *(f"w{number}" for number in range(95))]
 

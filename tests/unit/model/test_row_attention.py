@@ -1,19 +1,16 @@
 """Row attention compared with softmax over dense masks, built row by row, in float64."""
 
-from itertools import accumulate
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_eso.batches.rows import STREAMS, Rows
 from megatron_eso.model.attention_backend import BACKENDS, AttentionBackend
 from megatron_eso.model.row_attention import attend_loss_rows, attend_rows
-from megatron_eso.model.spans import QuerySpan
 from megatron_eso.model.torch_attention import TILE_QUERIES
-from megatron_eso.objectives.noise import Noise
-from megatron_eso.objectives.rows import Rows
-from tests.support.planning import eso_lm, plan_noise
+from megatron_eso.objectives.noise.slots import Noise
+from tests.support.planning import FAMILY, eso_lm, family_rows, plan_noise
 
 FLOAT64_TOLERANCE = 1e-10
 # Values and gradients here are below 8, where the distance of bfloat16 numbers is 2**-5.
@@ -40,26 +37,12 @@ def rows_of(diffusion: list[int], sequential: list[int], length: int, multiple: 
     return plan_noise(eso_lm(1, alpha_0=0.5), x_0, noise, row_multiple=multiple).rows
 
 
-def starts(lengths: tuple[int, ...]) -> list[int]:
-    return [0, *accumulate(lengths)]
-
-
 def visible_to_rows(rows: Rows) -> Tensor:
     """Mask `[R, R]`: which rows each row reads in the body layers."""
     visible = torch.zeros(len(rows.tokens_R), len(rows.tokens_R), dtype=torch.bool)
-    first_rows = starts(rows.stream_lengths)
-    for first, length in zip(first_rows, rows.stream_lengths, strict=False):
-        for slot in range(length):
-            visible[first + slot, first : first + slot + 1] = True
-    row = first_rows[-1]
-    sequential = range(rows.num_mixed_streams, len(rows.stream_lengths))
-    for stream, num_queries in zip(sequential, rows.query_lengths, strict=True):
-        length = rows.stream_lengths[stream] + 1
-        for slot in range(length - num_queries, length):
-            visible[row, first_rows[stream] : first_rows[stream] + slot] = True
-            visible[row, row] = True
-            row += 1
-    assert row == rows.num_rows
+    for row, (first_key, num_keys, first_own, num_own) in enumerate(rows.reads_4R.T.tolist()):
+        visible[row, first_key : first_key + num_keys] = True
+        visible[row, first_own : first_own + num_own] = True
     return visible
 
 
@@ -188,31 +171,37 @@ def test_large_scores_neither_overflow_nor_vanish(backend: AttentionBackend) -> 
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize(
-    "spans",
-    [
-        (QuerySpan(3, 0, 4),),
-        (QuerySpan(1, 0, 0),),  # no key before the only slot
-        (QuerySpan(3, 0, 2), QuerySpan(2, 3, 4)),  # the first query has no keys; a gap of keys
-        (QuerySpan(0, 0, 2), QuerySpan(1, 2, 5), QuerySpan(1, 7, 0)),
-    ],
-)
-def test_the_backward_is_the_derivative(
-    spans: tuple[QuerySpan, ...], groups: int, backend: AttentionBackend
-) -> None:
-    num_queries = sum(span.num_queries for span in spans)
-    num_keys = max(span.first_key + span.num_keys for span in spans)
-    shapes = [
-        (num_queries, 4, 2),
-        (num_keys, groups, 2),
-        (num_keys, groups, 2),
-        (num_queries, groups, 2),
-        (num_queries, groups, 2),
-    ]
-    inputs = [draw(i, *shape).requires_grad_() for i, shape in enumerate(shapes)]
+@pytest.mark.parametrize("name", ["eso_lm", "eso_lm a", "mdlm", "bd3_lm"])
+def test_the_backward_is_the_derivative(name: str, groups: int, backend: AttentionBackend) -> None:
+    """Differences in each element of the queries that read a part of a stream."""
+    rows = family_rows(name, num_samples=2, length=5)
+    spans = tuple(span for span in rows.loss_spans if span.reading not in STREAMS)
+    assert len(spans) == len(rows.loss_spans)
+    shape = (len(rows.tokens_R), groups, 2)
+    inputs = [draw(0, len(rows.loss_rows_E), 4, 2), draw(1, *shape), draw(2, *shape)]
+    reads = rows.reads_4R[:, rows.loss_rows_E]
     assert torch.autograd.gradcheck(
-        lambda *tensors: backend.attend_strictly(*tensors, spans), inputs
+        lambda *tensors: backend.attend_prefixes(*tensors, reads, spans),
+        [x.requires_grad_() for x in inputs],
     )
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 1)])
+@pytest.mark.parametrize("length", [1, 7, 40])
+def test_rows_of_every_objective_attend_as_under_a_dense_mask(
+    name: str, length: int, heads: int, groups: int, backend: AttentionBackend
+) -> None:
+    rows = family_rows(name, num_samples=4, length=length, row_multiple=8)
+    assert max(compare(rows, heads, groups, backend)) < FLOAT64_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["mdlm", "bd3_lm", "eso_lm a"])
+def test_blocks_of_several_tiles_attend_as_under_a_dense_mask(
+    name: str, backend: AttentionBackend
+) -> None:
+    rows = family_rows(name, num_samples=3, length=2 * TILE_QUERIES + 30)
+    assert max(compare(rows, 2, 1, backend)) < FLOAT64_TOLERANCE
 
 
 def test_a_micro_batch_without_rows_gives_zeros_and_zero_gradients(

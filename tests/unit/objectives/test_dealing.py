@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from megatron_eso.batches.dealing import Dealing, PhaseSplit
 from megatron_eso.errors import ConfigError
-from megatron_eso.objectives.dealing import Dealing, PhaseSplit
 
 SHARES = [Fraction(0), Fraction(1), Fraction(1, 2), Fraction(3, 4), Fraction(1, 3), Fraction(7, 10)]
 

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eso.objectives.dealing import Dealing
-from megatron_eso.objectives.loss import (
+from megatron_eso.batches.dealing import Dealing, count_tokens
+from megatron_eso.batches.loss import (
     estimate_nelbo,
     normalize_phases,
     sum_phases,
     sum_samples,
     to_perplexity,
 )
-from megatron_eso.objectives.noise import draw_noise, validation_times
-from megatron_eso.objectives.rows import LossRows
-from megatron_eso.objectives.schedule import LogLinearSchedule
+from megatron_eso.batches.rows import LossRows
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
+from megatron_eso.objectives.noise.slots import draw_noise, validation_times
 from tests.support.planning import eso_lm, plan_noise
 
 SEED, MASK, LENGTH = 5, 50, 32
@@ -37,7 +37,7 @@ def draw_loss_rows(row_multiple: int = 8) -> LossRows:
 
 
 def test_each_phase_is_divided_by_all_tokens_of_its_samples() -> None:
-    tokens = Dealing(8, 1, 1, 0.75).count_tokens(np.full(8, LENGTH), 2)
+    tokens = count_tokens(np.full(8, LENGTH), Dealing(8, 1, 1, 0.75).split.phases(np.arange(8)), 2)
     assert tokens == (6 * LENGTH, 2 * LENGTH)
     sums = torch.tensor([3.0, 5.0])
     expected = [3 / (6 * LENGTH), 5 / (2 * LENGTH)]
@@ -48,14 +48,16 @@ def test_samples_that_are_cut_count_by_their_length() -> None:
     dealing = Dealing(4, 1, 1, 0.5)
     is_sequential = dealing.split.phases(np.arange(4)) == 1
     length = np.where(is_sequential, [1, 2, 3, 4], [10, 20, 30, 40])
-    diffusion, sequential = dealing.count_tokens(length, 2)
+    diffusion, sequential = count_tokens(length, dealing.split.phases(np.arange(len(length))), 2)
     assert sequential == sum(n for n in length if n < 10)
     assert diffusion == sum(n for n in length if n >= 10)
 
 
 @pytest.mark.parametrize("alpha_0", [0, 1])
 def test_a_phase_without_tokens_adds_nothing(alpha_0: int) -> None:
-    tokens = Dealing(2, 1, 1, alpha_0).count_tokens(np.full(2, LENGTH), 2)
+    tokens = count_tokens(
+        np.full(2, LENGTH), Dealing(2, 1, 1, alpha_0).split.phases(np.arange(2)), 2
+    )
     sums = torch.tensor([4.0 * alpha_0, 4.0 * (1 - alpha_0)])
     assert normalize_phases(sums, tokens).sum().item() == 4 / (2 * LENGTH)
 

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from megatron_eso.batches.dealing import Dealing, PhaseSplit
 from megatron_eso.data.samples.lengths import draw_lengths
-from megatron_eso.objectives.dealing import Dealing, PhaseSplit
-from megatron_eso.objectives.noise import (
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
+from megatron_eso.objectives.noise.slots import (
     SAMPLING_EPSILON,
     Noise,
     diffusion_times,
     draw_noise,
     validation_times,
 )
-from megatron_eso.objectives.schedule import LogLinearSchedule
 from megatron_eso.randomness.bits import random_bits, uniform
 from megatron_eso.randomness.purposes import NOISE_VERSION, Purpose
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_eso.objectives.noise import Noise
-from megatron_eso.objectives.rows import LossRows, MicroBatch, Rows
+from megatron_eso.batches.rows import LossRows, MicroBatch, Reading, Rows, Span
+from megatron_eso.objectives.noise.slots import Noise
 from tests.support.planning import eso_lm, plan_noise
 
 MASK = 99
@@ -41,10 +41,18 @@ def plan(
 def test_rows_are_packed_diffusion_first_then_clean_streams_then_queries() -> None:
     batch = plan()
     rows, loss = batch.rows, batch.loss
-    assert rows.stream_lengths == (T, T - 1)
-    assert rows.num_mixed_streams == 1
-    assert rows.query_lengths == (2,)
-    assert rows.loss_lengths == (2, 2)
+    assert rows.spans == (
+        Span(Reading.CAUSAL, T, 0, T),
+        Span(Reading.CAUSAL, T - 1, T, T - 1),
+        Span(Reading.STRICT, 2, T, T - 1),
+    )
+    assert rows.loss_spans == (Span(Reading.STRICT, 2, 0, T - 1), Span(Reading.STRICT, 2, T, T - 1))
+    assert rows.reads_4R.T.tolist() == [
+        *([0, slot, slot, 1] for slot in range(T)),
+        *([T, slot, T + slot, 1] for slot in range(T - 1)),
+        [T, 2, 7, 1],
+        [T, 3, 8, 1],
+    ]
     assert rows.tokens_R.tolist() == [31, 32, MASK, MASK, 12, 10, 11, MASK, MASK]
     assert rows.positions_R.tolist() == [1, 2, 3, 0, 2, 0, 1, 1, 3]
     assert rows.loss_rows_E.tolist() == [2, 3, 7, 8]
@@ -67,9 +75,12 @@ def test_positions_beyond_a_samples_length_have_no_row() -> None:
     )
     batch = plan(noise=noise)
     rows, loss = batch.rows, batch.loss
-    assert rows.stream_lengths == (2, 2, 0)
-    assert rows.query_lengths == (1, 1)
-    assert rows.loss_lengths == (1, 1, 1)
+    assert rows.spans == (
+        Span(Reading.CAUSAL, 2, 0, 2),
+        Span(Reading.CAUSAL, 2, 2, 2),
+        Span(Reading.STRICT, 1, 2, 2),
+        Span(Reading.STRICT, 1, 5, 0),
+    )
     assert rows.tokens_R.tolist() == [30, MASK, 12, 10, MASK, MASK]
     assert rows.positions_R.tolist() == [0, 1, 2, 0, 1, 0]
     assert rows.loss_rows_E.tolist() == [1, 4, 5]
@@ -110,6 +121,7 @@ def test_padding_fills_up_to_a_multiple_and_carries_no_loss(multiple: int) -> No
         assert torch.equal(values[: rows.num_loss_rows], expected), name
         assert not values[rows.num_loss_rows :].any(), name
     assert not rows.positions_R[rows.num_rows :].any()
+    assert not rows.reads_4R[:, rows.num_rows :].any()
 
 
 def test_a_micro_batch_without_masks_is_padding_alone() -> None:
@@ -117,7 +129,7 @@ def test_a_micro_batch_without_masks_is_padding_alone() -> None:
     batch = plan(noise=noise, row_multiple=4)
     rows, loss = batch.rows, batch.loss
     assert (rows.num_rows, rows.num_loss_rows) == (0, 0)
-    assert rows.stream_lengths == rows.query_lengths == rows.loss_lengths == ()
+    assert rows.spans == rows.loss_spans == ()
     assert len(rows.tokens_R) == len(loss.targets_E) == 4
     assert not loss.weights_E.any()
 

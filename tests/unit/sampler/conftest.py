@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_eso.sampler import EsoLM
-from megatron_eso.sampler.network_eso_lm import EsoNetwork
+from megatron_eso.sampler.network.network_eso_lm import EsoNetwork
 from tests.support.networks import make_network_config
 
 KINDS = {
@@ -24,12 +24,14 @@ KINDS = {
 }
 
 
-def make_model(dtype: torch.dtype = torch.float64, **changes: object) -> EsoLM:
+def make_model(
+    dtype: torch.dtype = torch.float64, *, variant: str = "b", **changes: object
+) -> EsoLM:
     network = EsoNetwork(make_network_config(**changes)).to(dtype).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(2)
     for parameter in network.parameters():
         parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-    return EsoLM(network, alpha_0=0.25)
+    return EsoLM(network, {"variant": variant, "alpha_0": 0.25, "order": "left_to_right"})
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS.keys())

@@ -180,7 +180,8 @@ def test_a_wrong_command_line_exits_with_2(
     ("change", "message"),
     [
         ({"format_version": 2}, "format_version 2"),
-        ({"variant": "a"}, "variant 'a'"),
+        ({"variant": "c"}, "variant is 'c', none of a, b"),
+        ({"objective": "duo"}, "objective 'duo' is unknown"),
         ({"model_type": "gpt2"}, "model_type"),
         ({"num_hidden_layers": 3}, "tensor layers.2"),
         ({"hidden_size": 25}, r"in the weights, \(.*\) in the configuration"),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_eso.sampler import EsoLM
-from megatron_eso.sampler.generation import TokenChoice, choose_tokens
-from megatron_eso.sampler.ordering import plan_ancestral
+from megatron_eso.sampler.steps.choice import TokenChoice, choose_tokens
+from megatron_eso.sampler.steps.ordering import plan_ancestral
 
 CACHE_TOLERANCE = 1e-5
 MASK = 3
@@ -173,11 +173,11 @@ def test_the_gumbel_at_known_slots_is_ignored(make) -> None:
 def test_the_ancestral_schedule_has_the_papers_distribution(alpha_0: float, steps: int) -> None:
     num_slots, num_draws = 40, 400
     plans = [plan_ancestral(seed, num_slots, 0, alpha_0, steps) for seed in range(num_draws)]
-    assert all(sum(plan.schedule) == num_slots for plan in plans)
-    assert all(min(plan.schedule) >= 1 for plan in plans)
+    assert all(sum(schedule) == num_slots for schedule, _ in plans)
+    assert all(min(schedule) >= 1 for schedule, _ in plans)
     alpha_1 = alpha_0 * 1e-3
     share = (alpha_0 - alpha_1) / (1 - alpha_1)
-    mean = np.mean([plan.num_random for plan in plans])
+    mean = np.mean([num_random for _, num_random in plans])
     deviation = math.sqrt(num_slots * share * (1 - share) / num_draws)
     assert abs(mean - num_slots * share) <= 5 * deviation + 1e-9
     times = np.linspace(1, 0, steps + 1)
@@ -185,7 +185,7 @@ def test_the_ancestral_schedule_has_the_papers_distribution(alpha_0: float, step
     per_step = -np.diff(survival) / survival[0]
     nonzero = (1 - (1 - per_step) ** num_slots).sum()
     expected = nonzero + num_slots * (1 - share)
-    found = np.mean([len(plan.schedule) for plan in plans])
+    found = np.mean([len(schedule) for schedule, _ in plans])
     assert abs(found - expected) < 5 * math.sqrt(num_slots / num_draws)
 
 
@@ -203,7 +203,7 @@ def test_edges_of_alpha_0(make) -> None:
 def test_the_tail_of_the_order_ascends(make) -> None:
     model = make(max_length=64)
     out = model.generate(3, seed=2, alpha_0=0.5)
-    num_random = plan_ancestral(2, 64, 0, 0.5, 64).num_random
+    _, num_random = plan_ancestral(2, 64, 0, 0.5, 64)
     tail = out.permutation[:, num_random:]
     assert bool((tail.diff(dim=1) > 0).all())
     assert not bool((out.permutation[:, :num_random].diff(dim=1) > 0).all())

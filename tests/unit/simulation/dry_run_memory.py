@@ -17,16 +17,17 @@ TOLERANCE = 0.05
 WORLD_SIZE = 64
 # What a formula counts for a layer, it counts for every layer.
 FEW_LAYERS = "model.num_layers=4"
+# Base's own values of these keys belong to Eso-LM.
+OTHERS = ("objective.alpha_0=0.125", "objective.loss_type=elbo")
 CELLS = {
     **{name: (*layers, "scale/64.toml") for name, layers in MODELS.items()},
     "hybrid": (*BASE, "objective.alpha_0=0.125"),
     "recomputed": (*BASE, "objective.alpha_0=0.125", "train.recompute_granularity=full"),
-    "any_order_ar": (
-        *BASE,
-        "objective.name=any_order_ar",
-        "objective.alpha_0=0.125",
-        "objective.loss_type=elbo",
-    ),
+    **{
+        name: (*BASE, f"objective.name={name}", *OTHERS)
+        for name in ("any_order_ar", "set_dlm", "ar", "mdlm", "bd3_lm")
+    },
+    "variant a": (*BASE, "objective.variant=a", "objective.alpha_0=0.125"),
     "swiglu": (
         *BASE,
         "model.activation=swiglu",

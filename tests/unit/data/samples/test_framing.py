@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.sections import Config
 from megatron_eso.data.samples.framing import Framing
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError
-from megatron_eso.objectives.rows import MicroBatch
 from tests.ranks.training import open_batches, open_held_out
 from tests.support.training import Overrides, tiny_config
 
@@ -29,14 +29,12 @@ def samples_of(micro_batches: Iterable[MicroBatch], mask_token_id: int) -> NDArr
         tokens = plan.tokens_R.numpy().copy()
         tokens[plan.loss_rows_E] = batch.loss.targets_E
         positions = plan.positions_R.numpy()
-        row, query = 0, sum(plan.stream_lengths)
-        queries = (0,) * plan.num_mixed_streams + plan.query_lengths
-        for length, num_queries in zip(plan.stream_lengths, queries, strict=True):
+        first_keys = plan.reads_4R[0, : plan.num_rows].numpy()
+        for first_key in np.unique(first_keys):
+            of_sample = np.flatnonzero(first_keys == first_key)
             sample = np.full(T, mask_token_id)
-            sample[positions[row : row + length]] = tokens[row : row + length]
-            sample[positions[query : query + num_queries]] = tokens[query : query + num_queries]
+            sample[positions[of_sample]] = tokens[of_sample]
             samples.append(sample)
-            row, query = row + length, query + num_queries
     return np.stack(samples)
 
 
@@ -94,10 +92,8 @@ def test_validation_samples_are_never_cut(config: Config) -> None:
         (cut.plan(0, 1), whole.plan(0, 1)),
         (cut.plan_order(0, 0, 1), whole.plan_order(0, 0, 1)),
     ):
-        lengths, of_whole = (
-            [b.rows.stream_lengths for b in found] for found in (planned, expected)
-        )
-        assert lengths == of_whole
+        spans, of_whole = ([b.rows.spans for b in found] for found in (planned, expected))
+        assert spans == of_whole
 
 
 def test_tokens_are_added_around_rows_of_text() -> None:

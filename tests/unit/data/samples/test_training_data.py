@@ -138,7 +138,8 @@ def test_the_validation_set_is_every_row_in_order(folder: Path) -> None:
     rows = read_rows(folder, "b")
     assert validation.num_samples == len(rows)
     assert np.array_equal(validation.samples(np.arange(len(rows))), rows)
-    assert validation.vocabulary == train.vocabulary == Vocabulary(size=50_000, mask_token_id=4)
+    expected = Vocabulary(size=50_000, mask_token_id=4, eos_token_id=2)
+    assert validation.vocabulary == train.vocabulary == expected
     assert len(validation.sources) == len(train.sources) == 1
     assert ValidationData.open(configure(folder, "a").data) is None
     with pytest.raises(DataError, match="has no data row of 50 tokens"):

@@ -8,13 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_eso.objectives.dealing import PhaseSplit
-from megatron_eso.objectives.orders import left_to_right_keys, sort_slots, uniform_keys
-from megatron_eso.objectives.schedule import LogLinearSchedule
+from megatron_eso.batches.dealing import PhaseSplit
+from megatron_eso.objectives.noise.orders import (
+    OrderLaw,
+    sort_slots,
+    uniform_keys,
+)
+from megatron_eso.objectives.noise.schedule import LogLinearSchedule
 from megatron_eso.randomness.bits import random_bits, uniform
 from megatron_eso.randomness.purposes import Purpose
 
 SAMPLING_EPSILON = 1e-3
+LEFT_TO_RIGHT = OrderLaw(name="left_to_right")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -131,7 +136,7 @@ def validation_times(
     )
 
 
-def draw_noise(
+def draw_noise(  # noqa: PLR0913 - all that the noise depends on
     seed: int,
     indices_B: NDArray[np.int64],
     is_sequential_B: NDArray[np.bool_],
@@ -141,13 +146,14 @@ def draw_noise(
     *,
     length_B: NDArray[np.int64] | None = None,
     is_validation: bool = False,
+    order: OrderLaw = LEFT_TO_RIGHT,
 ) -> Noise:
     """Draw masks and slot orders for given times, and return them as noise.
 
     A token is masked with probability 1 - alpha_t in a diffusion sample and 1 - alpha_0 in a
     sequential one. Slots hold the clean tokens in random order, then the masked ones, in random
-    order for diffusion and left to right for the sequential phase. A shorter sample has the masks
-    and the order of the whole sample, without the positions beyond its length.
+    order for diffusion and in the given order for the sequential phase. A shorter sample has the
+    masks and the order of the whole sample, without the positions beyond its length.
 
     Args:
         seed: The run's seed.
@@ -158,6 +164,7 @@ def draw_noise(
         sequence_length: T, the tokens of a whole sample.
         length_B: Real tokens of the samples; None: T for each.
         is_validation: Whether to draw from the streams of validation, which training never uses.
+        order: Order of the masked tokens in the sequential phase.
     """
     purposes = _VALIDATION if is_validation else _TRAINING
     is_sequential_B = np.asarray(is_sequential_B, dtype=np.bool_)
@@ -180,7 +187,7 @@ def draw_noise(
         is_real_BT,
         is_masked_BT,
         clean_keys_BT=keys_BT,
-        masked_keys_BT=np.where(is_sequential_B[:, None], left_to_right_keys(shape), keys_BT),
+        masked_keys_BT=np.where(is_sequential_B[:, None], order.keys(bits_BT), keys_BT),
     )
     return Noise(
         length_B=length_B,
@@ -192,12 +199,18 @@ def draw_noise(
 
 
 def draw_any_order(
-    seed: int, indices_B: NDArray[np.int64], number: int, alpha_0: float, sequence_length: int
+    seed: int,
+    indices_B: NDArray[np.int64],
+    number: int,
+    alpha_0: float,
+    sequence_length: int,
+    *,
+    order: OrderLaw = LEFT_TO_RIGHT,
 ) -> Noise:
     """Draw the `number`-th order of each sample for its exact likelihood; mask every token.
 
     As in the sequential phase, a random set of positions comes first, in random order, and the
-    others follow left to right. The size of the set is binomial with mean alpha_0 T (the
+    others follow in the given order. The size of the set is binomial with mean alpha_0 T (the
     reference's algo.py, `_any_order_ar_loss`).
 
     Args:
@@ -206,6 +219,7 @@ def draw_any_order(
         number: Which of a sample's independent orders, from 0 on.
         alpha_0: Expected share of tokens that come first, in random order.
         sequence_length: T, the tokens of a sample.
+        order: Order of the others.
 
     Returns:
         The orders, with every token masked.
@@ -224,7 +238,7 @@ def draw_any_order(
             np.ones_like(is_rest_T),
             is_rest_T,
             clean_keys_BT=uniform_keys(order_T),
-            masked_keys_BT=left_to_right_keys(order_T.shape),
+            masked_keys_BT=order.keys(order_T),
         )
     return Noise(
         length_B=np.full(len(indices_B), sequence_length),

@@ -1,4 +1,4 @@
-"""The layers of an Eso-LM of variant B in plain torch, and the configuration of the network.
+"""The layers of the network in plain torch, and the configuration of the network.
 
 A sampler directory holds a copy of this file and of `network_eso_lm.py`, so this file imports torch
 only. Paper: arXiv 2506.01928.

@@ -13,6 +13,7 @@ from megatron_eso.errors import CheckpointError
 
 from .layers_eso_lm import NetworkConfig
 from .network_eso_lm import EsoNetwork
+from .objective_fields import read_objective
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
@@ -20,11 +21,11 @@ INDEX_FILE = "model.safetensors.index.json"
 
 
 def read_description(directory: str | Path) -> dict[str, Any]:
-    """Read `config.json`, and check its kind, version, variant and alpha_0.
+    """Read `config.json`, check it, and complete the fields of its objective.
 
     Raises:
-        CheckpointError: The file is missing or no JSON, or has another kind, version or variant, or
-            no alpha_0.
+        CheckpointError: The file is missing or no JSON, or has another kind or version, an unknown
+            objective, or a field with a value that is not legal.
     """
     path = Path(directory) / "config.json"
     try:
@@ -42,14 +43,10 @@ def read_description(directory: str | Path) -> dict[str, Any]:
             f"{path}: format_version {config.get('format_version')!r} is unknown, this version "
             f"reads {FORMAT_VERSION}; use the release that wrote it"
         )
-    if config.get("variant") != "b":
-        raise CheckpointError(
-            f"{path}: variant {config.get('variant')!r} is unknown, this version samples b only"
-        )
-    alpha_0 = config.get("alpha_0")
-    if not isinstance(alpha_0, int | float):
-        raise CheckpointError(f"{path}: alpha_0 is {alpha_0!r}, no number; convert again")
-    return config
+    try:
+        return {**config, **read_objective(config)}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; convert again") from None
 
 
 def read_weights(directory: str | Path) -> dict[str, Tensor]:

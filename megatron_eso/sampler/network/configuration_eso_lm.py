@@ -6,7 +6,7 @@ from transformers import PretrainedConfig
 
 
 class EsoLMConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
-    """Hyper-parameters of an Eso-LM, as `layers_eso_lm.NetworkConfig` describes them."""
+    """Hyper-parameters of the network, as `layers_eso_lm.NetworkConfig` has them, and objective."""
 
     model_type = "eso_lm"
 
@@ -30,9 +30,13 @@ class EsoLMConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         tie_word_embeddings: bool = False,
         mask_token_id: int = 1,
         max_length: int = 1024,
+        objective: str = "eso_lm",
+        variant: str = "b",
+        block_size: int = 1,
+        prepend_token: str = "mask",
         **kwargs: Any,
     ) -> None:
-        """Keep the network's fields, and pass the others to transformers."""
+        """Keep the fields of network and objective, and pass the others to transformers."""
         kwargs["tie_word_embeddings"] = tie_word_embeddings
         super().__init__(**kwargs)
         self.vocab_size = vocab_size
@@ -51,6 +55,10 @@ class EsoLMConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         self.head_bias = head_bias
         self.mask_token_id = mask_token_id
         self.max_length = max_length
+        self.objective = objective
+        self.variant = variant
+        self.block_size = block_size
+        self.prepend_token = prepend_token
 
     def _get_generation_parameters(self) -> dict[str, Any]:
         """Return no parameter: transformers would use `max_length` for its own generation."""

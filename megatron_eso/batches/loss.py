@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_eso.objectives.rows import LossRows
+from megatron_eso.batches.rows import LossRows
 
 NUM_TIME_BINS = 10
 

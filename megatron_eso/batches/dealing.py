@@ -117,19 +117,6 @@ class Dealing:
         second = self._deal(places[phases == 1], self.micro_batch_size - counts, data_parallel_rank)
         return [np.concatenate(pair) for pair in zip(first, second, strict=True)]
 
-    def count_tokens(self, length_N: NDArray[np.int64], num_phases: int) -> tuple[int, ...]:
-        """Return the real tokens of each phase in a step: the denominators of its losses.
-
-        Args:
-            length_N: Real tokens of the step's samples, by place.
-            num_phases: Phases of the objective.
-
-        Returns:
-            The tokens of each phase, in the order of the phases.
-        """
-        phase_N = self.split.phases(np.arange(self.global_batch_size))
-        return tuple(int(length_N[phase_N == phase].sum()) for phase in range(num_phases))
-
     def _count_first(self) -> NDArray[np.int64]:
         """Return the number of samples of phase 0 in each micro-batch of a rank."""
         share = as_share(self.share)
@@ -148,3 +135,19 @@ class Dealing:
         ends = np.cumsum(counts * self.data_parallel_size)
         starts = ends - counts * self.data_parallel_size + counts * data_parallel_rank
         return [places[start : start + count] for start, count in zip(starts, counts, strict=True)]
+
+
+def count_tokens(
+    length_N: NDArray[np.int64], phase_N: NDArray[np.int64], num_phases: int
+) -> tuple[int, ...]:
+    """Return the tokens of each phase in a step: the denominators of its losses.
+
+    Args:
+        length_N: Tokens of the step's samples that losses are divided by, by place.
+        phase_N: Phases of the step's samples.
+        num_phases: Phases of the objective.
+
+    Returns:
+        The tokens of each phase, in the order of the phases.
+    """
+    return tuple(int(length_N[phase_N == phase].sum()) for phase in range(num_phases))

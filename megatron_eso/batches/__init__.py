@@ -1,0 +1,1 @@
+"""Micro-batches as rows: dealing of samples, packing of rows, losses and counts of rows."""

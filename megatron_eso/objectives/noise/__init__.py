@@ -1,0 +1,1 @@
+"""Times, masks and slot orders of samples."""
