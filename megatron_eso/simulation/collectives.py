@@ -32,6 +32,7 @@ KINDS = {
     "c10d::recv_": ("receive", 1.0),
     "c10d::barrier": ("barrier", 0.0),
 }
+POINT_TO_POINT = ("c10d::send", "c10d::recv_")
 # The beginning of a group's description in Megatron-Core -> purpose.
 PURPOSES = {
     "TENSOR_MODEL": "tensor",
@@ -63,13 +64,23 @@ class Collective:
     seconds: float
 
 
-def describe_collective(operation: str, arguments: Sequence[Any], gpu: Gpu) -> Collective:
-    """Read a call of an operation of `c10d`.
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What a call of a collective transfers.
 
-    Raises:
-        KeyError: The operation is not known.
+    Attributes:
+        purpose: Which parallelism it serves.
+        members: Ranks that take part.
+        size: Bytes of the longer of its input and output.
     """
-    name, factor = KINDS[operation]
+
+    purpose: str
+    members: Sequence[int]
+    size: int
+
+
+def read_message(operation: str, arguments: Sequence[Any]) -> Message:
+    """Read the arguments of an operation of `c10d`."""
     tensors = [_count_bytes(each) for each in arguments[:2]]
     (boxed,) = (
         each
@@ -78,15 +89,25 @@ def describe_collective(operation: str, arguments: Sequence[Any], gpu: Gpu) -> C
     )
     group = ProcessGroup.unbox(boxed)
     members = dist.get_process_group_ranks(group)
-    if name in ("send", "receive"):
-        peer = members[arguments[2]]
-        members = [dist.get_rank(), peer]
-    size = max(tensors)
-    share = 1.0 if name in ("send", "receive") else (len(members) - 1) / len(members)
-    seconds = factor * share * size / find_bandwidth(members, gpu)
+    if operation in POINT_TO_POINT:
+        members = [dist.get_rank(), members[arguments[2]]]
+    return Message(find_purpose(group), members, max(tensors))
+
+
+def describe_collective(operation: str, arguments: Sequence[Any], gpu: Gpu) -> Collective:
+    """Read a call of an operation of `c10d`, and find how long it takes.
+
+    Raises:
+        KeyError: The operation is not known.
+    """
+    name, factor = KINDS[operation]
+    message = read_message(operation, arguments)
+    members = message.members
+    share = 1.0 if operation in POINT_TO_POINT else (len(members) - 1) / len(members)
+    seconds = factor * share * message.size / find_bandwidth(members, gpu)
     if len(members) > 1:
         seconds = max(seconds, EFFICIENCY.link_seconds)
-    return Collective(name, find_purpose(group), len(members), size, seconds)
+    return Collective(name, message.purpose, len(members), message.size, seconds)
 
 
 def find_bandwidth(members: Sequence[int], gpu: Gpu) -> float:

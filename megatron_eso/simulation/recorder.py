@@ -37,7 +37,7 @@ LABELS = {
 ACTIVATIONS = "activations"
 COMMUNICATION = "communication"
 OWN_CODE = ("megatron_eso.", "megatron.core.")
-SIMULATION = "megatron_eso.simulation."
+TOOLS = ("megatron_eso.simulation.", "megatron_eso.benchmark.")
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ class Recorder(TorchDispatchMode):
 
     def wait(self, reason: str) -> None:
         """Record that the host waits for the device."""
-        self.waits[reason, _find_place()] += 1
+        self.waits[reason, find_place()] += 1
 
     def __torch_dispatch__(
         self, operation: Any, _types: Any, arguments: Any = (), by_name: Any = None
@@ -172,12 +172,12 @@ class Recorder(TorchDispatchMode):
         return work.boxed() if is_alone else (arguments[0], work.boxed())
 
 
-def _find_place() -> str:
+def find_place() -> str:
     """Return file and line of the innermost frame of this project and of Megatron-Core."""
     frame = sys._getframe(2)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.startswith(OWN_CODE) and not module.startswith(SIMULATION):
+        if module.startswith(OWN_CODE) and not module.startswith(TOOLS):
             path = frame.f_code.co_filename
             roots = [root for root in ("/megatron_eso/", "/megatron/core/") if root in path]
             start = path.rindex(roots[0]) + 1 if roots else 0

@@ -1,14 +1,19 @@
 """What was simulated, as a table and as JSON."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from megatron_eso.quantities import GIB
+from megatron_eso.simulation.collectives import Collective
 from megatron_eso.simulation.recorder import PartUse
 from megatron_eso.simulation.simulator import Simulation
 from megatron_eso.simulation.stage import StepUse
 
 SHOWN_BYTES = GIB / 200
+Collectives = Mapping[Collective, int]
+Waits = Mapping[tuple[str, str], int]
+"""How often each collective ran, and how often the host waited, by reason and place."""
 
 
 def describe_simulation(simulation: Simulation) -> dict[str, Any]:
@@ -32,16 +37,22 @@ def describe_simulation(simulation: Simulation) -> dict[str, Any]:
             "parts": fullest.peak,
             "between_steps": fullest.held,
         },
-        # The slowest stage, part by part.
-        "parts": _describe_parts(slowest.step),
-        "communication": _describe_communication(slowest.step),
         "simulated_micro_batches": slowest.num_micro_batches,
-        "collectives": [
-            {**asdict(found), "count": count} for found, count in slowest.collectives.items()
-        ],
+        **describe_step(slowest.step, slowest.collectives, slowest.waits),
+    }
+
+
+def describe_step(
+    step: StepUse, collectives: Collectives, waits: Waits
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the parts, the communication and the host waits of a step, by name."""
+    return {
+        "parts": _describe_parts(step),
+        "communication": _describe_communication(step),
+        "collectives": [{**asdict(found), "count": count} for found, count in collectives.items()],
         "host_waits": [
             {"place": place, "reason": reason, "count": count}
-            for (reason, place), count in slowest.waits.items()
+            for (reason, place), count in waits.items()
         ],
     }
 
@@ -81,26 +92,33 @@ def format_simulation(simulation: Simulation) -> str:
 
 def _format_memory(simulation: Simulation) -> list[str]:
     fullest = simulation.fullest
-    peak = sorted(fullest.peak.items(), key=lambda item: -item[1])
     return [
         f"memory of rank {fullest.rank} at its peak, in {fullest.peak_part} of the largest "
         f"micro-batch, GiB",
-        *(f"{size / GIB:10.2f}  {label}" for label, size in peak if size >= SHOWN_BYTES),
+        *format_sizes(fullest.peak),
         f"{sum(fullest.peak.values()) / GIB:10.2f}  sum, of {simulation.gpu.memory / GIB:.1f}; "
         f"CUDA, NCCL and fragmentation come on top",
     ]
 
 
+def format_sizes(sizes: Mapping[str, int]) -> list[str]:
+    """Return a line for each size that shows in GiB, the largest first."""
+    ordered = sorted(sizes.items(), key=lambda item: -item[1])
+    return [f"{size / GIB:10.2f}  {label}" for label, size in ordered if size >= SHOWN_BYTES]
+
+
 def _format_parts(simulation: Simulation) -> list[str]:
-    slowest = simulation.slowest
-    lines = [
-        f"kernels of rank {slowest.rank}; a step has {simulation.num_micro_batches} micro-batches",
-        "        ms   kernels    TFLOP        GB  part",
+    slowest, number = simulation.slowest, simulation.num_micro_batches
+    return [
+        f"kernels of rank {slowest.rank}; a step has {number} micro-batches",
+        *format_parts(slowest.step),
     ]
-    for title, uses in (
-        ("a micro-batch", slowest.step.parts),
-        ("once in a step", slowest.step.once),
-    ):
+
+
+def format_parts(step: StepUse) -> list[str]:
+    """Return the table of the parts of a step."""
+    lines = ["        ms   kernels    TFLOP        GB  part"]
+    for title, uses in (("a micro-batch", step.parts), ("once in a step", step.once)):
         total = PartUse()
         for name, use in sorted(uses.items(), key=lambda item: -item[1].seconds):
             total.add(use)
@@ -119,29 +137,46 @@ def _format_use(use: PartUse, name: str) -> str:
 def _format_communication(simulation: Simulation) -> list[str]:
     slowest = simulation.slowest
     return [
+        *format_communication(slowest.step),
+        f"{'':10}{simulation.bubble * 1e3:10.2f}  pipeline bubble, once in a step",
+        *format_collectives(slowest.collectives),
+    ]
+
+
+def format_communication(step: StepUse) -> list[str]:
+    """Return the table of the time that collectives take, by purpose."""
+    return [
         "communication, ms: its whole time, and the time that kernels wait for it",
         *(
             f"{each['seconds'] * 1e3:10.2f}{each['exposed_seconds'] * 1e3:10.2f}  "
             f"{each['purpose']}, once in a {each['per']}"
-            for each in _describe_communication(slowest.step)
+            for each in _describe_communication(step)
         ),
-        f"{'':10}{simulation.bubble * 1e3:10.2f}  pipeline bubble, once in a step",
-        *(
-            f"{count:6d} x {each.name} of {each.size / 1e6:.1f} MB, {each.ranks} ranks "
-            f"({each.purpose}), {each.seconds * 1e3:.3f} ms"
-            for each, count in slowest.collectives.items()
-            if each.ranks > 1
-        ),
+    ]
+
+
+def format_collectives(collectives: Collectives) -> list[str]:
+    """Return a line for each collective of several ranks."""
+    return [
+        f"{count:6d} x {each.name} of {each.size / 1e6:.1f} MB, {each.ranks} ranks "
+        f"({each.purpose}), {each.seconds * 1e3:.3f} ms"
+        for each, count in collectives.items()
+        if each.ranks > 1
     ]
 
 
 def _format_waits(simulation: Simulation) -> list[str]:
     slowest = simulation.slowest
-    number = slowest.num_micro_batches
+    return format_waits(slowest.waits, slowest.num_micro_batches)
+
+
+def format_waits(waits: Waits, num_micro_batches: int) -> list[str]:
+    """Return a line for each place where the host waits for the GPU."""
+    number = num_micro_batches
     batches = "1 micro-batch" if number == 1 else f"{number} micro-batches"
     return [
         f"where the host waits for the GPU in a step of {batches}",
-        *(f"{count:6d} x {place}: {reason}" for (reason, place), count in slowest.waits.items()),
+        *(f"{count:6d} x {place}: {reason}" for (reason, place), count in waits.items()),
     ]
 
 

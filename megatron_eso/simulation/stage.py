@@ -1,10 +1,10 @@
 """One rank of a pipeline stage on the fake GPU: its build, steps of the usual size, the largest."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from megatron_eso.simulation.micro_batches import (
 )
 from megatron_eso.simulation.parts import ONCE
 from megatron_eso.simulation.recorder import PartUse, Recorder
+from megatron_eso.simulation.timeline import Timeline
 from megatron_eso.training.distributed.parallel import model_parallel_groups
 from megatron_eso.training.steps.batches import StepPlan
 from megatron_eso.training.steps.step import train_step
@@ -38,6 +39,18 @@ OF_MICRO_BATCHES = ("tensor", "pipeline")
 
 def _zeros() -> defaultdict[str, float]:
     return defaultdict(float)
+
+
+class RecordedStep(Protocol):
+    """A step that was simulated or measured."""
+
+    @property
+    def parts(self) -> Mapping[str, PartUse]:
+        """What each part took."""
+
+    @property
+    def timeline(self) -> Timeline:
+        """How long collectives took, and how long kernels waited for them."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,14 +73,14 @@ class StepUse:
     busy: defaultdict[str, float] = field(default_factory=_zeros)
     busy_once: defaultdict[str, float] = field(default_factory=_zeros)
 
-    def add(self, recorder: Recorder, num_micro_batches: int, share: float) -> None:
+    def add(self, recorded: RecordedStep, num_micro_batches: int, share: float) -> None:
         """Add a recorded step, weighted by the share of its micro-batches."""
-        for name, use in recorder.parts.items():
+        for name, use in recorded.parts.items():
             parts, part_share = self.parts, share / num_micro_batches
             if name in ONCE:
                 parts, part_share = self.once, share
             parts.setdefault(name, PartUse()).add(use, part_share)
-        timeline = recorder.timeline
+        timeline = recorded.timeline
         for found, of_micro_batch, of_step in (
             (timeline.exposed, self.exposed, self.exposed_once),
             (timeline.busy, self.busy, self.busy_once),
@@ -200,7 +213,7 @@ def build_rank(
         )
         # The first step makes the optimizer's moments, which stay.
         rank.take_step(kinds[0].tiny, rank.num_usual)
-        _label_state(recorder.memory, rank.state)
+        label_state(recorder.memory, rank.state)
         yield rank
 
 
@@ -232,7 +245,7 @@ def simulate_stage(
         )
 
 
-def _label_state(memory: Memory, state: TrainState) -> None:
+def label_state(memory: Memory, state: TrainState) -> None:
     """Count what stays between steps by what it is."""
     buffers = [buffer for chunk in state.chunks for buffer in chunk.buffers]
     weights = [buffer.param_data for buffer in buffers if buffer.param_data is not None]

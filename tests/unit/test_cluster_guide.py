@@ -9,11 +9,17 @@ import pytest
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import load_config
 from megatron_eso.estimates.dry_run import format_dry_run
+from megatron_eso.estimates.memory import estimate_stages
+from megatron_eso.quantities import GIB
+from tests.support.planning import objective_of
+from tests.support.shipped import VOCABULARY, load_shipped
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```", GUIDE, re.M | re.S)
-LAYOUTS = re.findall(r"^\| ([\w., ]+) \| (\d+) \| `([^`]+)` \|$", GUIDE, re.M)
+LAYOUTS = re.findall(
+    r"^\| [\w., ]+ \| (\d+) \| `([^`]+)` \| ([\d.]+) \| ([\d,]+) \| ([\d,]+) \|$", GUIDE, re.M
+)
 SCRIPTS = sorted((ROOT / "slurm").glob("*.s*"))
 VARIABLES = re.compile(r"^\| `([A-Z_]+)`(?:, `([A-Z_]+)`)? \|", re.M)
 
@@ -40,10 +46,23 @@ def test_commands_of_the_repository_name_the_interpreter_that_was_installed() ->
     assert [block for block in BLOCKS if re.search(r"(^|[ '])python ", block)] == []
 
 
-@pytest.mark.parametrize(("model", "num_gpus", "arguments"), LAYOUTS)
-def test_layouts_can_be_dealt(model: str, num_gpus: str, arguments: str) -> None:
-    loaded = load_config([*arguments.split(), "data.vocab_size=50258"], folder=SHIPPED_CONFIGS)
-    assert f"# layout: {num_gpus} ranks" in format_dry_run(loaded, int(num_gpus))
+@pytest.mark.parametrize(("num_gpus", "arguments", "memory", "speed", "gpu_hours"), LAYOUTS)
+def test_layouts_can_be_dealt_and_cost_what_the_table_says(
+    num_gpus: str, arguments: str, memory: str, speed: str, gpu_hours: str
+) -> None:
+    layers, world_size = arguments.split(), int(num_gpus)
+    loaded = load_config([*layers, "data.vocab_size=32001"], folder=SHIPPED_CONFIGS)
+    assert f"# layout: {num_gpus} ranks" in format_dry_run(loaded, world_size)
+    # The table's memory is the simulator's, to which other tests hold the dry run within 5 %.
+    config = load_shipped(*layers)
+    data_parallel_size = world_size // config.parallel.model_parallel_size
+    stages = estimate_stages(config, VOCABULARY, objective_of(config), data_parallel_size)
+    assert float(memory) * GIB == pytest.approx(max(each.total for each in stages), rel=0.055)
+    # Its hours are those of its speed.
+    train = config.train
+    tokens = train.num_steps * train.global_batch_size * config.data.sequence_length
+    hours = tokens / float(speed.replace(",", "")) / 3600
+    assert float(gpu_hours.replace(",", "")) == pytest.approx(hours, rel=0.002)
 
 
 def test_there_are_layouts_and_variables() -> None:

@@ -98,6 +98,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     + DISTRIBUTED
     + OPTIMIZATION
     + STEPS,
+    "megatron_eso.benchmark": (*ERRORS, "megatron_eso.quantities")
+    + (RANKS + SECTIONS + OBJECTIVES + ESTIMATES + SAMPLES + STEPS + RECORDS)
+    + ("megatron_eso.simulation",),
     "megatron_eso.sampler": ERRORS + RANDOMNESS + ("megatron_eso.objectives.noise",),
     "megatron_eso.sampler.__main__": ERRORS + COMMAND_LINE + SAMPLER,
     "megatron_eso.sampler.texts": ERRORS + COMMAND_LINE + COMPRESSION + SAMPLER + TOKENIZERS,
@@ -121,6 +124,7 @@ USES_MEGATRON = (
     "megatron_eso.model",
     "megatron_eso.training",
     "megatron_eso.simulation",
+    "megatron_eso.benchmark",
     "pretrain",
 )
 HOLDS_PARALLEL_STATE = "megatron_eso.training.distributed.parallel"

@@ -1,0 +1,1 @@
+"""A training step measured on the ranks that were launched: its time, its parts, its memory."""
