@@ -3,8 +3,8 @@
 Consecutive rows that read in the same way are a *span*. A row reads the first keys of one stream of
 rows, and a run of rows of its own:
 
-- CAUSAL: the rows of the span are a stream; each reads the rows up to itself.
-- FULL: the rows of the span are a stream; each reads all of them.
+- CAUSAL: each row reads the rows of the span up to itself.
+- FULL: each row reads all rows of the span.
 - STRICT: each row reads a growing part of another stream, and itself. The last row of the span
   reads `num_keys` keys, each row before it one key less.
 - BLOCK: each row reads the same part of a stream, and a block of rows that holds it.
@@ -41,7 +41,7 @@ STREAMS = (Reading.CAUSAL, Reading.FULL)
 class Span(NamedTuple):
     """Consecutive rows that read in the same way.
 
-    For CAUSAL and FULL the stream are the rows of the span; for STRICT each row is its own run.
+    The rows of a CAUSAL or FULL span are the stream that it reads.
     """
 
     reading: Reading

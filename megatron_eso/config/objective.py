@@ -22,6 +22,13 @@ DEFAULT_ORDERS: dict[str, Order] = {"set_dlm": "staggered", "any_order_ar": "uni
 """Orders by objective; every other one generates from left to right."""
 
 
+def has_staggered_order(set_size: int, max_set_size: int, length: int) -> bool:
+    """Return whether a staggered order of T = `length` positions has sets of these sizes."""
+    # The mean area of the schedule must lie below its width.
+    bound = 2 * length * max_set_size / (length + max_set_size - 1)
+    return set_size <= length and (set_size in (1, max_set_size) or set_size < bound)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
     """The training objective."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_eso.config.divisibility import list_divisors
 from megatron_eso.config.keys import describe_keys
+from megatron_eso.config.objective import has_staggered_order
 from megatron_eso.config.origins import TracedConfig
 
 
@@ -83,9 +84,8 @@ def check_order(traced: TracedConfig) -> None:
         "objective.set_size",
         f"is more than data.sequence_length = {length}; use at most {length}",
     )
-    # The mean area of the schedule must lie below its width.
     traced.require(
-        size in (1, largest) or size < 2 * length * largest / (length + largest - 1),
+        has_staggered_order(size, largest, length),
         "objective.max_set_size",
         f"is too small for objective.set_size = {size}; use {2 * size}",
     )

@@ -23,7 +23,7 @@ from megatron_eso.model.layer_specs import build_block_submodules
 
 
 class EsoModel(LanguageModule):
-    """An Eso-LM of variant B over packed rows (arXiv 2506.01928, section 3).
+    """A transformer over packed rows, which say what each of them reads.
 
     Args:
         model: The section `model`.

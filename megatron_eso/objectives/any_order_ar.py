@@ -7,13 +7,11 @@ same rows.
 Shapes: B samples of a micro-batch, T positions, N samples of a validation set.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from megatron_eso.batches.packing import Part, pack_parts
 from megatron_eso.batches.parts import plan_clean, plan_queries, read_causally
@@ -21,14 +19,14 @@ from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import Vocabulary
 from megatron_eso.objectives.noise.orders import OrderLaw, sort_slots
-from megatron_eso.objectives.objective import VALIDATION_SEED, Phase, Samples, Step
+from megatron_eso.objectives.objective import VALIDATION_SEED, OnePhase, Samples, Step
 from megatron_eso.objectives.row_counts import RowCounts, count_sequential_rows
 from megatron_eso.randomness.bits import random_bits
 from megatron_eso.randomness.purposes import Purpose
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AnyOrderArObjective:
+class AnyOrderArObjective(OnePhase):
     """The any-order AR objective: the mean negative log-likelihood over orders.
 
     Attributes:
@@ -36,6 +34,8 @@ class AnyOrderArObjective:
         mask_token_id: Token of the queries.
         order: The distribution of the orders.
     """
+
+    phase_name = "sequential"
 
     seed: int
     mask_token_id: int
@@ -48,22 +48,9 @@ class AnyOrderArObjective:
             seed=seed, mask_token_id=vocabulary.mask_token_id, order=OrderLaw.from_config(config)
         )
 
-    @property
-    def phases(self) -> tuple[Phase]:
-        """The sequential phase alone."""
-        return (Phase(name="sequential", share=1.0),)
-
-    def assign_phases(self, step: Step) -> NDArray[np.int64]:
-        """Return zeros: there is one phase."""
-        return np.zeros(step.batch_size, dtype=np.int64)
-
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch, each sample in the order of its index."""
         return self._plan(samples, self.seed, Purpose.SEQUENTIAL_ORDER)
-
-    def count_targets(self, length_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the lengths: every token is predicted."""
-        return length_B
 
     def plan_validation(self, samples: Samples, num_samples: int) -> MicroBatch:
         """Plan samples once each, in the order of their index in the set."""
@@ -78,17 +65,9 @@ class AnyOrderArObjective:
         samples = Samples.blank(len(phase_B), sequence_length, self.mask_token_id)
         return self._plan(samples, self.seed, Purpose.SEQUENTIAL_ORDER)
 
-    def validation_times(self, num_samples: int) -> Mapping[str, NDArray[np.float64]]:
-        """Return no times: the objective has none."""
-        return {}
-
     def expect_rows(self, num_tokens: int) -> tuple[RowCounts]:
         """Return the rows of a sample, which are the same for every order."""
         return (count_sequential_rows(num_tokens, num_tokens),)
-
-    def combine(self, losses_P: Tensor) -> Tensor:
-        """Return the loss of the one phase."""
-        return losses_P.sum()
 
     def _plan(self, samples: Samples, seed: int, purpose: Purpose, number: int = 0) -> MicroBatch:
         """Plan samples in orders of (seed, purpose, index, number)."""

@@ -7,13 +7,11 @@ log-likelihood.
 Shapes: B samples of a micro-batch, T positions, N samples of a validation set.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from megatron_eso.batches.packing import pack_parts
 from megatron_eso.batches.parts import plan_shifted
@@ -21,18 +19,20 @@ from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import Vocabulary
 from megatron_eso.errors import ConfigError
-from megatron_eso.objectives.objective import Phase, Samples, Step
+from megatron_eso.objectives.objective import OnePhase, Samples, Step
 from megatron_eso.objectives.row_counts import RowCounts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ArObjective:
+class ArObjective(OnePhase):
     """The autoregressive objective.
 
     Attributes:
         mask_token_id: The mask token, which padding holds.
         first_token: The token that predicts the first one; None: the first one is not predicted.
     """
+
+    phase_name = "ar"
 
     mask_token_id: int
     first_token: int | None
@@ -51,15 +51,6 @@ class ArObjective:
             )
         tokens = {"mask": vocabulary.mask_token_id, "bos": vocabulary.bos_token_id, "none": None}
         return cls(mask_token_id=vocabulary.mask_token_id, first_token=tokens[config.prepend_token])
-
-    @property
-    def phases(self) -> tuple[Phase]:
-        """One phase."""
-        return (Phase(name="ar", share=1.0),)
-
-    def assign_phases(self, step: Step) -> NDArray[np.int64]:
-        """Return zeros: there is one phase."""
-        return np.zeros(step.batch_size, dtype=np.int64)
 
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch."""
@@ -81,19 +72,11 @@ class ArObjective:
         """Plan whole samples."""
         return self.plan_texts(Samples.blank(len(phase_B), sequence_length, self.mask_token_id))
 
-    def validation_times(self, num_samples: int) -> Mapping[str, NDArray[np.float64]]:
-        """Return no times: the objective has none."""
-        return {}
-
     def expect_rows(self, num_tokens: int) -> tuple[RowCounts]:
         """Return the rows of a sample: all of them carry loss."""
         rows = num_tokens if self.first_token is not None else num_tokens - 1
         pairs = rows * (rows + 1) / 2
         return (RowCounts(rows=rows, pairs=pairs, loss_rows=rows, loss_pairs=pairs),)
-
-    def combine(self, losses_P: Tensor) -> Tensor:
-        """Return the loss of the one phase."""
-        return losses_P.sum()
 
     def plan_texts(self, samples: Samples, *, elbo_weight: float = 1.0) -> MicroBatch:
         """Plan every text from left to right.

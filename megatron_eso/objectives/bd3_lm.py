@@ -8,27 +8,30 @@ again until their share lies in it. Source: `diffusion.py` of the repository (`_
 Shapes: B samples of a micro-batch, T positions, K blocks of a whole sample, M = 0 .. block size.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from megatron_eso.batches.packing import Part, Stream, pack_parts
 from megatron_eso.batches.parts import plan_blocks
 from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import Vocabulary
-from megatron_eso.errors import ConfigError
 from megatron_eso.objectives.noise.blocks import BlockNoise, Clip, draw_blocks, measure_masks
-from megatron_eso.objectives.objective import VALIDATION_SEED, Phase, Samples, Step
+from megatron_eso.objectives.objective import (
+    VALIDATION_SEED,
+    OnePhase,
+    Samples,
+    Step,
+    refuse_orders,
+)
 from megatron_eso.objectives.row_counts import RowCounts, expect_block_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bd3LmObjective:
+class Bd3LmObjective(OnePhase):
     """The block diffusion objective.
 
     Attributes:
@@ -38,6 +41,8 @@ class Bd3LmObjective:
         clip: The interval of times and of masked shares in training.
         whole: The interval of times in validation.
     """
+
+    phase_name = "diffusion"
 
     seed: int
     mask_token_id: int
@@ -62,15 +67,6 @@ class Bd3LmObjective:
             whole=Clip(low=1.0, high=1.0, redraws=False) if config.block_size == 1 else whole,
         )
 
-    @property
-    def phases(self) -> tuple[Phase]:
-        """The diffusion phase alone."""
-        return (Phase(name="diffusion", share=1.0),)
-
-    def assign_phases(self, step: Step) -> NDArray[np.int64]:
-        """Return zeros: there is one phase."""
-        return np.zeros(step.batch_size, dtype=np.int64)
-
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch; times are stratified over all blocks of the step."""
         noise = draw_blocks(
@@ -84,10 +80,6 @@ class Bd3LmObjective:
             clip=self.clip,
         )
         return self.plan_noise(samples, noise)
-
-    def count_targets(self, length_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the lengths: the loss is a mean over all tokens, masked or not."""
-        return length_B
 
     def plan_validation(self, samples: Samples, num_samples: int) -> MicroBatch:
         """Plan samples once each; times are stratified over all blocks of N samples."""
@@ -106,7 +98,7 @@ class Bd3LmObjective:
 
     def plan_order(self, samples: Samples, number: int) -> MicroBatch:
         """Refuse: the objective bounds a likelihood only."""
-        raise ConfigError('objective.name = "bd3_lm" has no any-order likelihood')
+        refuse_orders("bd3_lm")
 
     def plan_largest(self, phase_B: NDArray[np.int64], sequence_length: int) -> MicroBatch:
         """Plan whole samples with every token masked."""
@@ -115,18 +107,10 @@ class Bd3LmObjective:
         noise = BlockNoise(is_masked_BT=np.ones(shape, dtype=np.bool_), t_BT=np.ones(shape))
         return self.plan_noise(samples, noise)
 
-    def validation_times(self, num_samples: int) -> Mapping[str, NDArray[np.float64]]:
-        """Return no times: a sample has one for every block."""
-        return {}
-
     def expect_rows(self, num_tokens: int) -> tuple[RowCounts]:
         """Return the mean rows of a sample."""
         unmasked, share = measure_masks(self.block_size, self.clip)
         return (expect_block_rows(num_tokens, self.block_size, unmasked, share),)
-
-    def combine(self, losses_P: Tensor) -> Tensor:
-        """Return the loss of the one phase."""
-        return losses_P.sum()
 
     def plan_noise(self, samples: Samples, noise: BlockNoise) -> MicroBatch:
         """Plan rows for given times and masks."""

@@ -12,7 +12,6 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from megatron_eso.batches.dealing import PhaseSplit
 from megatron_eso.batches.packing import pack_parts
@@ -20,17 +19,22 @@ from megatron_eso.batches.parts import plan_mixed, read_fully
 from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import Vocabulary
-from megatron_eso.errors import ConfigError
 from megatron_eso.objectives.noise.schedule import LogLinearSchedule
 from megatron_eso.objectives.noise.slots import Noise, diffusion_times, draw_noise, validation_times
-from megatron_eso.objectives.objective import VALIDATION_SEED, Phase, Samples, Step
+from megatron_eso.objectives.objective import (
+    VALIDATION_SEED,
+    OnePhase,
+    Samples,
+    Step,
+    refuse_orders,
+)
 from megatron_eso.objectives.row_counts import RowCounts, expect_full_rows
 
 SCHEDULE = LogLinearSchedule(1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MdlmObjective:
+class MdlmObjective(OnePhase):
     """The MDLM objective.
 
     Attributes:
@@ -40,6 +44,8 @@ class MdlmObjective:
             is 1 ("low_var").
         sampling_eps: Lowest time.
     """
+
+    phase_name = "diffusion"
 
     seed: int
     mask_token_id: int
@@ -56,15 +62,6 @@ class MdlmObjective:
             sampling_eps=config.sampling_eps,
         )
 
-    @property
-    def phases(self) -> tuple[Phase]:
-        """The diffusion phase alone."""
-        return (Phase(name="diffusion", share=1.0),)
-
-    def assign_phases(self, step: Step) -> NDArray[np.int64]:
-        """Return zeros: there is one phase."""
-        return np.zeros(step.batch_size, dtype=np.int64)
-
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch; times are stratified over the step."""
         places_B = samples.indices_B - step.first_index
@@ -77,10 +74,6 @@ class MdlmObjective:
         )
         return self._draw(samples, self.seed, times_B)
 
-    def count_targets(self, length_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the lengths: the loss is a mean over all tokens, masked or not."""
-        return length_B
-
     def plan_validation(self, samples: Samples, num_samples: int) -> MicroBatch:
         """Plan samples once each; times are stratified over N samples."""
         times_B = validation_times(
@@ -90,7 +83,7 @@ class MdlmObjective:
 
     def plan_order(self, samples: Samples, number: int) -> MicroBatch:
         """Refuse: the objective bounds a likelihood only."""
-        raise ConfigError('objective.name = "mdlm" has no exact likelihood; leave any-order out')
+        refuse_orders("mdlm")
 
     def plan_largest(self, phase_B: NDArray[np.int64], sequence_length: int) -> MicroBatch:
         """Plan whole samples with every token masked."""
@@ -115,10 +108,6 @@ class MdlmObjective:
     def expect_rows(self, num_tokens: int) -> tuple[RowCounts]:
         """Return the mean rows of a sample."""
         return (expect_full_rows(num_tokens, self.sampling_eps),)
-
-    def combine(self, losses_P: Tensor) -> Tensor:
-        """Return the loss of the one phase."""
-        return losses_P.sum()
 
     def plan_noise(self, samples: Samples, noise: Noise, *, for_nelbo: bool = False) -> MicroBatch:
         """Plan rows for given times and masks, with the weights of the objective or the NELBO."""

@@ -8,7 +8,7 @@ Shapes: B samples of a micro-batch, T positions, P phases, N samples of a valida
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_eso.batches.packing import Stream, split_streams
 from megatron_eso.batches.rows import MicroBatch
+from megatron_eso.errors import ConfigError
 from megatron_eso.objectives.row_counts import RowCounts
 
 # The noise of validation does not depend on the run's seed, so runs are compared on the same noise.
@@ -99,13 +100,7 @@ class Samples:
 
     def repeat(self, times: int) -> "Samples":
         """Return all samples `times` times, one repetition after another."""
-        documents_BT = self.documents_BT
-        return Samples(
-            tokens_BT=np.tile(self.tokens_BT, (times, 1)),
-            indices_B=np.tile(self.indices_B, times),
-            length_B=np.tile(self.length_B, times),
-            documents_BT=None if documents_BT is None else np.tile(documents_BT, (times, 1)),
-        )
+        return self.choose(np.tile(np.arange(len(self.indices_B)), times))
 
     @classmethod
     def blank(cls, num_samples: int, sequence_length: int, mask_token_id: int) -> "Samples":
@@ -198,3 +193,40 @@ class Objective(Protocol):
 
     def combine(self, losses_P: Tensor) -> Tensor:
         """Combine the losses per token of the phases to the objective or the NELBO."""
+
+
+class OnePhase:
+    """What objectives share whose samples are all of one phase, with a loss for every token."""
+
+    __slots__ = ()
+
+    phase_name: ClassVar[str]
+    """The name of the phase."""
+
+    @property
+    def phases(self) -> tuple[Phase]:
+        """The one phase."""
+        return (Phase(name=self.phase_name, share=1.0),)
+
+    def assign_phases(self, step: Step) -> NDArray[np.int64]:
+        """Return zeros: there is one phase."""
+        return np.zeros(step.batch_size, dtype=np.int64)
+
+    def count_targets(self, length_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the lengths: the loss is a mean over all tokens, masked or not."""
+        return length_B
+
+    def validation_times(self, num_samples: int) -> Mapping[str, NDArray[np.float64]]:
+        """Return no times: samples have none, or more than one."""
+        return {}
+
+    def combine(self, losses_P: Tensor) -> Tensor:
+        """Return the loss of the one phase."""
+        return losses_P.sum()
+
+
+def refuse_orders(name: str) -> NoReturn:
+    """Refuse to plan orders for an objective that only bounds a likelihood."""
+    raise ConfigError(
+        f'objective.name = "{name}" has no exact likelihood in an order; leave --any-order out'
+    )

@@ -104,11 +104,6 @@ class TextModel:
             name: defaults.get(name) if value is None else value for name, value in options.items()
         }
         generate_options: dict[str, Any] = {k: v for k, v in chosen.items() if v is not None}
-        if "alpha_0" in generate_options and self.model.objective != "eso_lm":
-            raise ConfigError(
-                f"--alpha-0: {self.directory} is of objective {self.model.objective}, which has "
-                "none; leave it out"
-            )
         try:
             out = self.model.generate(
                 num_samples,

@@ -265,6 +265,14 @@ def row_objective(
     return objective.combine(normalize_phases(sums_P, tokens))
 
 
+def gradients(loss: Tensor, parameters: Parameters) -> dict[str, Tensor]:
+    """Return the gradient of every parameter; zeros where the loss does not depend on it."""
+    found = torch.autograd.grad(
+        loss, list(parameters.values()), allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(parameters, found, strict=True))
+
+
 # Parts of a layer that know nothing of masks and rows.
 
 

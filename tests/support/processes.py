@@ -40,3 +40,16 @@ def freeze_when(process: subprocess.Popen[bytes], is_so: Callable[[], object]) -
             process.send_signal(signal.SIGCONT)
         time.sleep(0.002)
     return False
+
+
+WITHOUT_PACKAGE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("megatron_eso", "megatron", "checkpoints_conversion"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Refuse())
+"""
+"""The beginning of a program that cannot import this package or Megatron-Core."""

@@ -71,3 +71,11 @@ def recompute_eso_lm(model: EsoLM, tokens: Tensor, order: Tensor, num_random: in
     # The tokens after the current slot are read by no earlier one.
     x_0 = tokens.where(tokens != model.config.mask_token_id, 0)
     return model.sequential_logits(z_0, x_0, order)
+
+
+def record_logits(model: SamplerModel) -> list[Tensor]:
+    """Collect the logits that the network computes."""
+    seen: list[Tensor] = []
+    original = model.network.logits
+    model.network.logits = lambda hidden: seen.append(original(hidden)) or seen[-1]  # type: ignore
+    return seen

@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
 from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.objective import ObjectiveConfig
@@ -20,7 +18,13 @@ from megatron_eso.objectives.noise.blocks import BlockNoise
 from megatron_eso.objectives.noise.slots import Noise
 from megatron_eso.objectives.objective import Objective, Samples, Step
 from tests.support.dense_family import dense_losses, positions_of
-from tests.support.dense_oracle import OracleConfig, Parameters, draw_parameters, row_losses
+from tests.support.dense_oracle import (
+    OracleConfig,
+    Parameters,
+    draw_parameters,
+    gradients,
+    row_losses,
+)
 from tests.support.planning import FAMILY, family_objective
 
 HIDDEN, VOCAB, MASK, EOS = 16, 11, 10, 0
@@ -50,13 +54,6 @@ def draw_samples(length: int, *, cut: bool, documents: bool) -> Samples:
         length_B=length_B if cut else np.full(6, length),
         documents_BT=np.cumsum(is_end_BT, axis=1) - is_end_BT if documents else None,
     )
-
-
-def gradients(loss: Tensor, parameters: Parameters) -> dict[str, Tensor]:
-    found = torch.autograd.grad(
-        loss, list(parameters.values()), allow_unused=True, materialize_grads=True
-    )
-    return dict(zip(parameters, found, strict=True))
 
 
 def assert_agrees(name: str, batch: MicroBatch, samples: Samples, **model: Any) -> None:

@@ -21,9 +21,9 @@ class BD3LM(BlockModel):
         """Compute the logits of all blocks; see `EsoNetworkMixin.block_logits`.
 
         Args:
-            z_t: As there.
-            x_0: As there.
-            block_size: Default: that of training.
+            z_t: Text in natural order, int64 `[B, T]`, with the mask token where unknown.
+            x_0: The clean text in natural order, int64 `[B, T]`.
+            block_size: Number of positions in a block; by default that of training.
         """
         size = self.block_size if block_size is None else block_size
         return self.network.block_logits(z_t, x_0, size)

@@ -3,13 +3,9 @@
 Shape suffixes: B and N samples, T slots, V vocabulary.
 """
 
-import secrets
-
 import torch
 from torch import Tensor
 
-from ..steps.choice import TokenChoice
-from ..steps.inputs import Generation, Schedule, read_prompt
 from ..steps.ordering import RevealPlan, count_random_slots, draw_order, plan_ancestral
 from .model import PlanRequest
 from .slot_model import SlotModel
@@ -21,6 +17,10 @@ class EsoLM(SlotModel):
     Variant B is causal over slots in both phases. In variant A the clean slots of the diffusion
     phase read each other both ways, and still do so in the sequential phase; so each step of the
     diffusion phase computes all its rows, and only the sequential phase has a cache.
+
+    By default `generate` has the paper's ancestral schedule of T time steps, then one token at a
+    time. The order is random up to `alpha_0 T` slots, then that of training, which is left to right
+    by default.
     """
 
     objective = "eso_lm"
@@ -42,54 +42,6 @@ class EsoLM(SlotModel):
         return self.network.diffusion_logits(
             z_t, permutation, two_way_prefix=self.has_two_way_prefix
         )
-
-    def generate(  # noqa: PLR0913 - the contract's signature
-        self,
-        num_samples: int,
-        prompt: Tensor | None = None,
-        schedule: Schedule | None = None,
-        permutation: Tensor | None = None,
-        gumbel: Tensor | None = None,
-        *,
-        length: int | None = None,
-        alpha_0: float | None = None,
-        steps: int | None = None,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-    ) -> Generation:
-        """Sample texts, or fill in prompts; see `SamplerModel.generate`.
-
-        By default the schedule is the paper's ancestral one, then one token at a time; the order is
-        random up to `alpha_0 T` slots, then that of training, which is left to right by default.
-
-        Args:
-            num_samples: As there.
-            prompt: As there.
-            schedule: As there.
-            permutation: As there.
-            gumbel: As there.
-            length: As there.
-            alpha_0: Share of the tokens that the diffusion phase reveals; default that of training.
-            steps: Time steps of the ancestral schedule; default T.
-            temperature: As there.
-            top_p: As there.
-            seed: As there.
-
-        Raises:
-            ValueError: As there.
-        """
-        prompt = read_prompt(self.network, num_samples, prompt, length)
-        alpha_0 = self.alpha_0 if alpha_0 is None else alpha_0
-        if not 0 <= alpha_0 <= 1:
-            raise ValueError(f"alpha_0 is {alpha_0}, not in [0, 1]")
-        choice = TokenChoice(
-            temperature=temperature,
-            top_p=top_p,
-            seed=secrets.randbits(63) if seed is None else seed,
-            gumbel=gumbel,
-        )
-        return self._generate(prompt, schedule, permutation, choice, steps=steps, alpha_0=alpha_0)
 
     def _plan(self, request: PlanRequest) -> RevealPlan:
         num_slots, num_known = len(request.is_known_T), int(request.is_known_T.sum())

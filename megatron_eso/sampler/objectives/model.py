@@ -3,7 +3,6 @@
 Shape suffixes: B and N samples, T slots or positions, V vocabulary.
 """
 
-import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from ..steps.choice import TokenChoice
 from ..steps.inputs import (
     Generation,
     Schedule,
-    check_gumbel,
-    check_ranges,
+    check_schedule,
     join_schedules,
+    read_choice,
     read_order,
     read_prompt,
     read_schedules,
@@ -113,6 +112,7 @@ class SamplerModel(ABC):
         """
         raise ValueError(f"objective {self.objective} has no exact likelihood")
 
+    @torch.no_grad()
     def generate(  # noqa: PLR0913 - the contract's signature
         self,
         num_samples: int,
@@ -122,6 +122,7 @@ class SamplerModel(ABC):
         gumbel: Tensor | None = None,
         *,
         length: int | None = None,
+        alpha_0: float | None = None,
         steps: int | None = None,
         temperature: float = 1.0,
         top_p: float = 1.0,
@@ -142,6 +143,8 @@ class SamplerModel(ABC):
             gumbel: Noise in slot order, `[N, T, V]`: an unknown token is
                 `argmax(logits / temperature + gumbel)`.
             length: T without a prompt; default `max_length`.
+            alpha_0: Share of the tokens that the diffusion phase of Eso-LM reveals; default that of
+                training.
             steps: Time steps of the objective's schedule.
             temperature: Divisor of the logits; 0 takes the likeliest token.
             top_p: Keeps the fewest likeliest tokens whose probabilities sum to at least this.
@@ -152,47 +155,41 @@ class SamplerModel(ABC):
                 shape does not fit, a number is out of its range, or the objective has no such
                 prompt, order or schedule.
         """
-        return self._generate(
-            read_prompt(self.network, num_samples, prompt, length),
-            schedule,
-            permutation,
-            TokenChoice(
-                temperature=temperature,
-                top_p=top_p,
-                seed=secrets.randbits(63) if seed is None else seed,
-                gumbel=gumbel,
-            ),
-            steps=steps,
+        prompt = read_prompt(self.network, num_samples, prompt, length)
+        choice = read_choice(
+            prompt,
+            self.config.vocab_size,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            gumbel=gumbel,
         )
+        # The plans: a given schedule or order takes the place of the drawn one.
+        unknown_N = (prompt == self.config.mask_token_id).sum(1).tolist()
+        given = None if schedule is None else read_schedules(schedule, unknown_N)
+        plans = self._plan_samples(prompt, given, seed=choice.seed, steps=steps, alpha_0=alpha_0)
+        return self._follow_plans(prompt, permutation, plans, choice)
 
-    @torch.no_grad()
-    def _generate(  # noqa: PLR0913 - the contract's arguments, checked in part
+    def _plan_samples(
         self,
         prompt: Tensor,
-        schedule: Schedule | None,
-        permutation: Tensor | None,
-        choice: TokenChoice,
+        given: list[list[int]] | None,
         *,
+        seed: int,
         steps: int | None,
-        alpha_0: float | None = None,
-    ) -> Generation:
-        """Check the arguments, plan each sample, and reveal the unknown tokens."""
-        check_ranges(
-            steps=1 if steps is None else steps,
-            temperature=choice.temperature,
-            top_p=choice.top_p,
-            seed=choice.seed,
-        )
-        check_gumbel(choice.gumbel, prompt, self.config.vocab_size)
+        alpha_0: float | None,
+    ) -> list[RevealPlan]:
+        """Plan the generation of every sample, by the given schedules or drawn ones."""
+        check_schedule(alpha_0, steps)
+        if alpha_0 is not None and "alpha_0" not in self.description:
+            raise ValueError(
+                f"alpha_0 is {alpha_0}, but objective {self.objective} has none; leave it out"
+            )
         is_known_NT = (prompt != self.config.mask_token_id).cpu().numpy()
-        # The plans: a given schedule or order takes the place of the drawn one.
-        given = None
-        if schedule is not None:
-            given = read_schedules(schedule, (~is_known_NT).sum(axis=1).tolist())
-        plans = [
+        return [
             self._plan(
                 PlanRequest(
-                    seed=choice.seed,
+                    seed=seed,
                     row=row,
                     is_known_T=is_known_T,
                     schedule=None if given is None else given[row],
@@ -202,6 +199,15 @@ class SamplerModel(ABC):
             )
             for row, is_known_T in enumerate(is_known_NT)
         ]
+
+    def _follow_plans(
+        self,
+        prompt: Tensor,
+        permutation: Tensor | None,
+        plans: list[RevealPlan],
+        choice: TokenChoice,
+    ) -> Generation:
+        """Reveal the unknown tokens of prompts, in a given order or in that of the plans."""
         if permutation is None:
             permutation = torch.from_numpy(np.stack([plan.order_T for plan in plans]))
         permutation = read_order(permutation, prompt, self.config.mask_token_id)

@@ -3,6 +3,7 @@
 Shape suffixes: N samples, T slots or positions, V vocabulary.
 """
 
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..network.network_eso_lm import EsoNetwork, check_permutation, check_tokens
 from .cache import cache_bytes, memory_bytes
+from .choice import TokenChoice
 
 MAX_STEPS = 2**24
 """Largest number of time steps; more steps take time and memory and do not change samples."""
@@ -80,17 +82,45 @@ def _check_memory(network: EsoNetwork, num_samples: int, num_slots: int) -> None
         )
 
 
-def check_gumbel(gumbel: Tensor | None, prompt: Tensor, vocab_size: int) -> None:
-    """Check the shape of given noise.
+def read_choice(
+    prompt: Tensor,
+    vocab_size: int,
+    *,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    gumbel: Tensor | None,
+) -> TokenChoice:
+    """Return the checked parameters by which tokens are chosen; draw a seed where none is given.
 
     Raises:
-        ValueError: The shape is not `[N, T, V]`.
+        ValueError: A number is out of its range, or the noise is not `[N, T, V]`.
     """
+    seed = secrets.randbits(63) if seed is None else seed
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}, not a finite number of 0 or more")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, not in (0, 1]")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}, not in 0 .. 2**64-1")
     if gumbel is not None and tuple(gumbel.shape) != (*prompt.shape, vocab_size):
         raise ValueError(
             f"gumbel has the shape {list(gumbel.shape)}, not [N, T, V] = "
             f"{[*prompt.shape, vocab_size]}"
         )
+    return TokenChoice(temperature=temperature, top_p=top_p, seed=seed, gumbel=gumbel)
+
+
+def check_schedule(alpha_0: float | None, steps: int | None) -> None:
+    """Check the numbers that a schedule is drawn by; None is the default of the objective.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+    if alpha_0 is not None and not 0 <= alpha_0 <= 1:
+        raise ValueError(f"alpha_0 is {alpha_0}, not in [0, 1]")
+    if steps is not None and not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps is {steps}, not in 1 .. {MAX_STEPS}")
 
 
 def read_order(permutation: Tensor, prompt: Tensor, mask_token_id: int) -> Tensor:
@@ -110,22 +140,6 @@ def read_order(permutation: Tensor, prompt: Tensor, mask_token_id: int) -> Tenso
     if bool((is_masked[:, :-1] & ~is_masked[:, 1:]).any()):
         raise ValueError("permutation: a masked token comes before a clean one in slot order")
     return permutation
-
-
-def check_ranges(*, steps: int, temperature: float, top_p: float, seed: int) -> None:
-    """Check the numbers of generation.
-
-    Raises:
-        ValueError: A number is out of its range.
-    """
-    if not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"steps is {steps}, not in 1 .. {MAX_STEPS}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}, not a finite number of 0 or more")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, not in (0, 1]")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed is {seed}, not in 0 .. 2**64-1")
 
 
 def read_schedules(schedule: Schedule, unknown_N: Sequence[int]) -> list[list[int]]:

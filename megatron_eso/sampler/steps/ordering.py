@@ -46,14 +46,10 @@ def draw_times(law: OrderLaw, seed: int, row: int, num_positions: int) -> npt.ND
     Raises:
         ValueError: No staggered schedule of T positions has the sizes of the law.
     """
-    size, largest = law.set_size, law.max_set_size
-    # The mean area of the schedule must lie below its width.
-    bound = 2 * num_positions * largest / (num_positions + largest - 1)
-    has_schedule = size <= num_positions and (size in (1, largest) or size < bound)
-    if law.name == "staggered" and not has_schedule:
+    if not law.fits(num_positions):
         raise ValueError(
-            f"set_size {size} and max_set_size {largest} have no staggered schedule of "
-            f"{num_positions} positions"
+            f"set_size {law.set_size} and max_set_size {law.max_set_size} have no staggered "
+            f"schedule of {num_positions} positions"
         )
     # The first stream of the sample orders the diffusion phase.
     return law.times(random_bits(seed, Purpose.GENERATION_ORDER, row, num_positions, 1))

@@ -10,26 +10,16 @@ from checkpoints_conversion.__main__ import main
 from checkpoints_conversion.official import read_official
 from megatron_eso.errors import CheckpointError
 from megatron_eso.sampler import EsoLM
+from tests.support.golden_numbers import MASK, largest, nll_of
 
 LOGITS_TOLERANCE = 1e-4
 SUM_TOLERANCE = 1e-3
 TOKEN_TOLERANCE = 1e-4
-MASK = 97
 ALPHA_0 = 0.25
 
 
 def in_slot_order(tokens: Tensor, permutation: Tensor) -> Tensor:
     return tokens.gather(1, permutation)
-
-
-def nll_of(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = logits.to(torch.float64)
-    logits[..., MASK] = -torch.inf
-    return -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-
-
-def largest(difference: Tensor) -> float:
-    return float(difference.abs().max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

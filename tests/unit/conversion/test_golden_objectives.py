@@ -12,6 +12,7 @@ from torch import Tensor
 from checkpoints_conversion.__main__ import main
 from megatron_eso.objectives.noise.orders import falling_keys, staggered_shape, staggered_times
 from megatron_eso.sampler import load
+from tests.support.golden_numbers import MASK, largest, nll_of
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 BARE = GOLDEN / "tiny_set_weights.safetensors"
@@ -19,7 +20,6 @@ LOGITS_TOLERANCE = 1e-4
 TOKEN_TOLERANCE = 1e-4
 SUM_TOLERANCE = 1e-3
 TIME_TOLERANCE = 1e-12
-MASK = 97
 SETTINGS = range(5)
 BLOCK_SIZES = (1, 4, 16, 48)
 
@@ -38,16 +38,6 @@ def convert(source: Path, out: Path, *options: str) -> Any:
 def convert_bare(out: Path, objective: str, *options: str) -> Any:
     shape = ("--num-heads", "4", "--length", "48")
     return convert(BARE, out, "--objective", objective, *shape, *options)
-
-
-def nll_of(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = logits.to(torch.float64)
-    logits[..., MASK] = -torch.inf
-    return -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-
-
-def largest(difference: Tensor) -> float:
-    return float(difference.abs().max())
 
 
 def test_variant_a_equals_the_reference_in_the_diffusion_phase(

@@ -18,6 +18,7 @@ from checkpoints_conversion.sampler_directory import write_sampler_directory
 from megatron_eso.errors import CheckpointError, ConfigError
 from megatron_eso.sampler import EsoLM
 from megatron_eso.sampler.network.directory import read_description, read_weights
+from tests.support.processes import WITHOUT_PACKAGE
 from tests.support.run_directories import STEP_0, convert, read_run, rewrite
 
 ROOT = Path(__file__).parents[3]
@@ -117,15 +118,9 @@ def test_a_sampler_directory_that_is_replaced_is_named(
     assert caplog.messages == [f"{out}: is a sampler directory already, and is replaced"]
 
 
-HUGGING_FACE = """
-import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("megatron_eso", "megatron", "checkpoints_conversion"):
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Refuse())
+HUGGING_FACE = (
+    WITHOUT_PACKAGE
+    + """
 import torch, transformers
 from safetensors.torch import load_file
 
@@ -143,6 +138,7 @@ for auto in (transformers.AutoModel, transformers.AutoModelForMaskedLM):
     assert model(z_t).logits.shape == logits.shape
 model.save_pretrained(sys.argv[3])
 """
+)
 
 
 @pytest.mark.slow

@@ -14,21 +14,17 @@ from torch import Tensor
 
 from checkpoints_conversion.__main__ import main
 from megatron_eso.sampler import load
+from tests.support.processes import WITHOUT_PACKAGE
 
 ROOT = Path(__file__).parents[3]
 MASK = 97
 SHAPE = ("--num-heads", "4", "--length", "48")
 BARE = ROOT / "tests/golden/tiny_set_weights.safetensors"
 
-PROGRAM = """
-import json, sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("megatron_eso", "megatron", "checkpoints_conversion"):
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Refuse())
+PROGRAM = (
+    WITHOUT_PACKAGE
+    + """
+import json
 import torch, transformers
 from safetensors.torch import load_file
 
@@ -47,6 +43,7 @@ for directory, calls in cases.items():
             assert logits.shape == expected.shape
             assert (logits - expected).abs().max() < 1e-5, (directory, number)
 """
+)
 
 
 def to_natural_order(logits: Tensor, order: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_eso.sampler import EsoLM
 from megatron_eso.sampler.steps.choice import TokenChoice, choose_tokens
 from megatron_eso.sampler.steps.ordering import plan_ancestral
+from tests.support.recomputed_logits import record_logits
 
 CACHE_TOLERANCE = 1e-5
 MASK = 3
@@ -36,14 +37,6 @@ def sample_without_cache(
                 tokens[row, order[row, i]] = (logits[i] + gumbel[row, i]).argmax()
             slot += count
     return tokens, logits_of_slot
-
-
-def record_logits(model: EsoLM) -> list[Tensor]:
-    """Collect the logits that the network computes."""
-    seen: list[Tensor] = []
-    original = model.network.logits
-    model.network.logits = lambda hidden: seen.append(original(hidden)) or seen[-1]  # type: ignore
-    return seen
 
 
 PROMPTS = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_eso.sampler.objectives.model import SamplerModel
 from megatron_eso.sampler.steps.ordering import draw_times, plan_ancestral
-from tests.support.recomputed_logits import CASES, make_sampler, recompute
+from tests.support.recomputed_logits import CASES, make_sampler, recompute, record_logits
 
 CACHE_TOLERANCE = 1e-10
 EXACT = 1e-10
@@ -64,14 +64,6 @@ def generate_without_cache(
                 tokens[row, order[row, i]] = noisy.argmax()
             slot += count
     return tokens, logits_of_slot
-
-
-def record_logits(model: SamplerModel) -> list[Tensor]:
-    """Collect the logits that the network computes."""
-    seen: list[Tensor] = []
-    original = model.network.logits
-    model.network.logits = lambda hidden: seen.append(original(hidden)) or seen[-1]  # type: ignore
-    return seen
 
 
 @pytest.mark.parametrize(
