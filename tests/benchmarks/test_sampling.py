@@ -57,7 +57,8 @@ def make_model(settings: dict[str, Any]) -> SamplerModel:
             max_length=max(LENGTHS),
         )
     )
-    torch.nn.init.normal_(network.lm_head.weight, std=0.02)
+    for weight in network.lm_head.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
     config = ObjectiveConfig(**settings)
     fields = {key: getattr(config, key, None) for key in OBJECTIVE_FIELDS[config.name]}
     return MODELS[config.name](network.eval().requires_grad_(False), fields)
@@ -74,8 +75,8 @@ def sample(model: SamplerModel, length: int, num_steps: int) -> tuple[float, int
     """Return the seconds of a step and the number of steps, where the last ones are timed."""
     prompt = torch.full((1, length), VOCAB_SIZE - 1)
     prompt[:, : length - num_steps] = torch.randint(VOCAB_SIZE - 1, (1, length - num_steps))
-    steps = {"steps": MANY_STEPS} if model.objective in HAS_STEPS else {}
-    seconds, generation = cpu_seconds(lambda: model.generate(1, prompt, seed=1, **steps))
+    steps = MANY_STEPS if model.objective in HAS_STEPS else None
+    seconds, generation = cpu_seconds(lambda: model.generate(1, prompt, seed=1, steps=steps))
     return seconds / generation.nfe, generation.nfe
 
 
