@@ -14,6 +14,11 @@ from megatron_eso.errors import ConfigError
 GPU_FILE = Path("/dev/nvidia0")
 GPU_COUNT_VARIABLE = "SLURM_GPUS_ON_NODE"
 MAX_NAMED_HOSTS = 8
+EARLIER_FLIGHT_RECORDER_SIZE = "TORCH_NCCL_TRACE_BUFFER_SIZE"
+FLIGHT_RECORDER_SIZE = (
+    "TORCH_FR_BUFFER_SIZE" if torch.__version__ >= "2.8" else EARLIER_FLIGHT_RECORDER_SIZE
+)
+"""Variable with the number of collectives that torch records; torch 2.8 renamed it."""
 
 
 def prepare_device(config: Config) -> None:
@@ -57,12 +62,14 @@ def set_defaults(config: Config) -> None:
         # Micro-batches differ in size, which fragments memory in segments of a fixed size.
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         # The collectives that a report of the watchdog includes.
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        FLIGHT_RECORDER_SIZE: "2000",
         # Without it, every rank opens a socket to every other rank.
         "TORCH_GLOO_LAZY_INIT": "1",
     }
     if "PYTORCH_CUDA_ALLOC_CONF" in os.environ:  # the earlier name, which the user has set
         del defaults["PYTORCH_ALLOC_CONF"]
+    if EARLIER_FLIGHT_RECORDER_SIZE in os.environ:  # likewise
+        del defaults[FLIGHT_RECORDER_SIZE]
     if config.parallel.tensor_model_parallel_size > 1:
         # Megatron-Core's tensor parallelism relies on the order in which kernels are queued.
         defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"

@@ -105,6 +105,7 @@ VARIABLES = (
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
     "TORCH_GLOO_LAZY_INIT",
+    "TORCH_FR_BUFFER_SIZE",
     "TORCH_NCCL_TRACE_BUFFER_SIZE",
     "CUDA_DEVICE_MAX_CONNECTIONS",
     "NCCL_ALGO",
@@ -128,10 +129,29 @@ def test_variables_get_defaults_and_keep_what_the_user_has_set(
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert os.environ["TORCH_GLOO_LAZY_INIT"] == "1"
     assert os.environ["TORCH_NCCL_TRACE_BUFFER_SIZE"] == "7"
+    assert "TORCH_FR_BUFFER_SIZE" not in os.environ
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
     assert "NCCL_ALGO" not in os.environ
     set_defaults(replace_value(config, "parallel.tensor_model_parallel_size", 2))
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+
+
+@pytest.mark.usefixtures("unset")
+def test_torch_accepts_the_name_of_the_flight_recorders_size() -> None:
+    set_defaults(make_config())
+    barrier = (
+        "import torch.distributed as dist; "
+        "dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore()); "
+        "dist.barrier()"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", barrier],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "2000"
+    assert "deprecated" not in found.stderr
 
 
 @pytest.mark.usefixtures("unset")
