@@ -3,7 +3,7 @@
 #
 #   make quickstart   train, convert and sample a small Eso-LM
 #   make test         the test suite; make test PYTEST="tests/unit -k rows" a part of it
-#   make quick        the tests that start no ranks, launchers or Slurm; under two minutes
+#   make quick        the tests without ranks, launchers, Slurm or simulator; under two minutes
 #   make lint         format, lint and types, as CI checks them
 #   make soak, bench  the long fault tests, the benchmarks
 
@@ -59,7 +59,7 @@ test: $(DEV) $(INTEROP)
 	echo "run: $$SECONDS s"
 
 quick: $(DEV) $(INTEROP)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 2
 	@echo "run: $$SECONDS s"
 
 lint: $(DEV)

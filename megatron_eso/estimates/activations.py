@@ -1,7 +1,7 @@
 """Bytes that forward passes keep for the backward pass, and what is alive at the peak.
 
 The counts are those of the tensors that autograd keeps for this model's own layers under torch's
-attention. `tests/unit/simulation/dry_run_memory.py` holds the sums to the simulator.
+attention. `tests/simulation/dry_run_memory.py` holds the sums to the simulator.
 
 Symbols: R rows, E loss rows, D hidden size, F width of the MLP, V vocabulary; a row of a tensor of
 width D in the compute type takes `c * D` bytes, c = 2 for bf16.

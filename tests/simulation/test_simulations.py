@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-ROOT = FOLDER.parents[2]
+ROOT = FOLDER.parents[1]
 
 
 @pytest.mark.slow
