@@ -59,6 +59,19 @@ def main(argv: list[str] | None = None) -> None:
 def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = CommandLine(prog="python -m pretrain.evaluate", description=__doc__)
+    add_checkpoint(parser)
+    parser.add_argument(
+        "--any-order",
+        type=count(1),
+        metavar="K",
+        default=0,
+        help="random orders per sample for the likelihood bound (default: no bound)",
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that name a checkpoint, its weights, the layout and the data."""
     # Which checkpoint, on which layout.
     parser.add_argument(
         "run_dir",
@@ -76,7 +89,7 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--step", type=count(), help="step (default: that of the newest complete checkpoint)"
     )
-    # What is computed, on which data.
+    # The weights, and the data.
     parser.add_argument(
         "--data",
         type=existing_location,
@@ -86,14 +99,6 @@ def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--weights", choices=("ema", "raw"), help="default: ema where the checkpoint has it"
     )
-    parser.add_argument(
-        "--any-order",
-        type=count(1),
-        metavar="K",
-        default=0,
-        help="random orders per sample for the likelihood bound (default: no bound)",
-    )
-    return parser.parse_intermixed_args(argv)
 
 
 def choose_checkpoint(path: Path, step: int | None) -> Path:

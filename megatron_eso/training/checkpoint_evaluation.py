@@ -12,7 +12,7 @@ from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import CheckpointError
 from megatron_eso.objectives.build import build_objective
 from megatron_eso.runs.checkpoint import PREFIXES
-from megatron_eso.runs.checkpoint_state import read_checkpoint_state
+from megatron_eso.runs.checkpoint_state import CheckpointState, read_checkpoint_state
 from megatron_eso.training.checkpointing.restore import refuse_damage
 from megatron_eso.training.checkpointing.state import load_weights
 from megatron_eso.training.distributed.parallel import (
@@ -48,14 +48,8 @@ def evaluate_checkpoint(
         CheckpointError: The checkpoint is damaged, or lacks these weights.
         DataError: The shards are of another tokenizer.
     """
-    # Which weights, and whether the data fit them.
     record = read_checkpoint_state(checkpoint)
-    if record.data is not None:  # a converted checkpoint has none
-        validation.check_tokenizer(record.data["tokenizer"])
-    has_ema = record.ema_updates is not None
-    weights = weights or ("ema" if has_ema else "raw")
-    if weights == "ema" and not has_ema:
-        raise CheckpointError(f"{checkpoint}: holds no EMA weights; use --weights raw")
+    weights = choose_weights(checkpoint, record, validation, weights)
     # The validation set.
     objective = build_objective(config.objective, config.data.vocabulary, seed=config.run.seed)
     batches = ValidationBatches(
@@ -83,6 +77,30 @@ def evaluate_checkpoint(
                 "any_order_perplexity": to_perplexity(nats),
             }
     return answer
+
+
+def choose_weights(
+    checkpoint: Path, record: CheckpointState, validation: ValidationData, weights: str | None
+) -> str:
+    """Return `ema` or `raw`, and check that the shards fit the checkpoint.
+
+    Args:
+        checkpoint: The checkpoint.
+        record: Its `state.json`.
+        validation: The shards to evaluate on.
+        weights: `ema` or `raw`; None: EMA if the checkpoint has it.
+
+    Raises:
+        CheckpointError: The checkpoint lacks these weights.
+        DataError: The shards are of another tokenizer.
+    """
+    if record.data is not None:  # a converted checkpoint has none
+        validation.check_tokenizer(record.data["tokenizer"])
+    has_ema = record.ema_updates is not None
+    weights = weights or ("ema" if has_ema else "raw")
+    if weights == "ema" and not has_ema:
+        raise CheckpointError(f"{checkpoint}: holds no EMA weights; use --weights raw")
+    return weights
 
 
 def load_state(

@@ -67,6 +67,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.batches": CONFIG,
     "megatron_eso.objectives": ERRORS + CONFIG + RANDOMNESS + BATCHES,
     "megatron_eso.objectives.noise": CONFIG + RANDOMNESS + ("megatron_eso.batches.dealing",),
+    "megatron_eso.sensitivity": ERRORS + CONFIG + RANDOMNESS + OBJECTIVES,
     "megatron_eso.runs": ERRORS
     + ("megatron_eso.files", "megatron_eso.locks", "megatron_eso.quantities")
     + (*SECTIONS, "megatron_eso.config.loading"),
@@ -89,7 +90,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.training.records.tags": (),
     "megatron_eso.training.checkpointing": ("megatron_eso.files", "megatron_eso.retries")
     + (ERRORS + RANKS + CONFIG + RUNS + FINGERPRINT + STEPS + GUARDS + RECORDS),
-    "megatron_eso.training": ERRORS + RANKS + CONFIG + OBJECTIVES + RUNS + ESTIMATES + SAMPLES,
+    "megatron_eso.training": ("megatron_eso.sensitivity",)
+    + (ERRORS + RANKS + CONFIG + OBJECTIVES + RUNS + ESTIMATES + SAMPLES),
     "megatron_eso.simulation": (*ERRORS, "megatron_eso.quantities")
     + CONFIG
     + OBJECTIVES

@@ -3,7 +3,7 @@
 Shapes: N samples of a step, B samples of a micro-batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -174,8 +174,11 @@ class ValidationBatches:
 
     def plan(self, data_parallel_rank: int, data_parallel_size: int) -> Iterator[MicroBatch]:
         """Plan this rank's part of the set; each sample comes once in each phase."""
-        for samples in self._read(data_parallel_rank, data_parallel_size):
-            yield self._pad(self.objective.plan_validation(samples, self.num_samples))
+        return self.plan_by(self.plan_nelbo, data_parallel_rank, data_parallel_size)
+
+    def plan_nelbo(self, samples: Samples) -> MicroBatch:
+        """Plan samples of the set in each phase."""
+        return self.objective.plan_validation(samples, self.num_samples)
 
     def plan_order(
         self, number: int, data_parallel_rank: int, data_parallel_size: int
@@ -187,8 +190,27 @@ class ValidationBatches:
             data_parallel_rank: This rank's number.
             data_parallel_size: The number of ranks that share the set.
         """
+        return self.plan_by(
+            lambda samples: self.objective.plan_order(samples, number),
+            data_parallel_rank,
+            data_parallel_size,
+        )
+
+    def plan_by(
+        self,
+        plan: Callable[[Samples], MicroBatch],
+        data_parallel_rank: int,
+        data_parallel_size: int,
+    ) -> Iterator[MicroBatch]:
+        """Plan this rank's part of the set by a function of the samples of a micro-batch.
+
+        Args:
+            plan: Returns the rows of samples and their targets, without padding.
+            data_parallel_rank: This rank's number.
+            data_parallel_size: The number of ranks that share the set.
+        """
         for samples in self._read(data_parallel_rank, data_parallel_size):
-            yield self._pad(self.objective.plan_order(samples, number))
+            yield self._pad(plan(samples))
 
     def _read(self, data_parallel_rank: int, data_parallel_size: int) -> Iterator[Samples]:
         """Read this rank's samples of the set, one micro-batch at a time."""

@@ -1,0 +1,1 @@
+"""Likelihoods over orders and schedules that a model was not trained on: plans and reports."""
