@@ -1,12 +1,13 @@
-"""Orders of generation and parallel schedules, and the row plans of their likelihoods.
+"""Orders of generation, parallel schedules and NELBOs, and the row plans of their likelihoods.
 
 The orders of a sample are functions of its index in the validation set.
 
 Shapes: B samples of a micro-batch, T positions.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,110 +15,133 @@ from numpy.typing import NDArray
 from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.batches.sets import predict_in_sets
 from megatron_eso.config.objective import ObjectiveConfig
+from megatron_eso.config.sections import Vocabulary
 from megatron_eso.errors import ConfigError
 from megatron_eso.objectives.any_order_ar import AnyOrderArObjective
+from megatron_eso.objectives.build import build_objective
 from megatron_eso.objectives.noise.orders import OrderLaw, sort_slots
-from megatron_eso.objectives.objective import VALIDATION_SEED, Objective, Samples
+from megatron_eso.objectives.objective import VALIDATION_SEED, Samples
 from megatron_eso.randomness.bits import random_bits
 from megatron_eso.randomness.purposes import Purpose
+
+Plan = Callable[[Samples], MicroBatch]
+"""Returns the rows of samples of the validation set and their targets."""
 
 Keys = Callable[[NDArray[np.uint64]], NDArray[np.uint64]]
 """Keys of orders, as in `noise/orders.py`, from 64 random bits for every position, `[B, T]`."""
 
-TRAINED = "trained"
 STRIDES = (2, 4, 8)
 BLOCK_SIZES = (4, 16, 64)
+ORDERED = ("eso_lm", "set_dlm", "any_order_ar")
+"""Objectives with an exact likelihood in every order."""
+
+NELBO_SETTINGS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "eso_lm": ("alpha_0", (0.0, 0.125, 0.25, 0.5, 1.0)),
+    "bd3_lm": ("block_size", (1, 2, 4, 8, 16, 32, 64)),
+}
+"""For each objective whose NELBO has a free setting: its key and other values."""
+
 REFUSALS = {
     "ar": "has one order, left to right; `pretrain.evaluate` reports its exact likelihood",
-    "mdlm": "has no exact likelihood in an order; `pretrain.evaluate` reports its NELBO",
-    "bd3_lm": "has no exact likelihood in an order; `pretrain.evaluate` reports its NELBO",
+    "mdlm": "has one NELBO and no order; `pretrain.evaluate` reports it",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """An order of generation, and the number of tokens that a step generates.
+    """A way to generate a text.
 
     Attributes:
-        order: Name of the order.
-        keys: Keys of the order; None: the order that the objective trains on.
-        set_size: Tokens of a step.
+        name: The order, or the setting of a NELBO.
+        tokens_per_step: Tokens that a step generates; None for a NELBO.
+        plan: Plans rows whose losses add up to the negative log-likelihood of a sample, or to its
+            NELBO.
     """
 
-    order: str
-    keys: Keys | None
-    set_size: int = 1
-
-    def plan(self, objective: Objective, mask_token_id: int, samples: Samples) -> MicroBatch:
-        """Plan samples with every token predicted from the sets before its own.
-
-        Args:
-            objective: An objective with an exact likelihood in every order.
-            mask_token_id: The mask token.
-            samples: Samples of the validation set.
-        """
-        if self.keys is None:
-            batch = objective.plan_order(samples, 0)
-        else:
-            # With every token masked, all these objectives have the rows of any-order AR.
-            planner = AnyOrderArObjective(
-                seed=VALIDATION_SEED, mask_token_id=mask_token_id, order=OrderLaw(name="uniform")
-            )
-            batch = planner.plan_orders(samples, _draw_orders(samples, self.keys))
-        return batch if self.set_size == 1 else predict_in_sets(batch, self.set_size)
+    name: str
+    tokens_per_step: int | None
+    plan: Plan
 
 
 def check_objective(config: ObjectiveConfig, source: str) -> None:
-    """Refuse an objective without an exact likelihood in several orders.
+    """Refuse an objective with a single schedule.
 
     Args:
         config: The section `objective`.
         source: File of the configuration, for the error.
 
     Raises:
-        ConfigError: The objective has one order or none.
+        ConfigError: The objective has one order, or one NELBO.
     """
     if config.name in REFUSALS:
         raise ConfigError(f'{source}: objective.name = "{config.name}" {REFUSALS[config.name]}')
 
 
-def list_schedules(config: ObjectiveConfig, length: int) -> list[Schedule]:
-    """List the schedules: the trained order first, then other orders, then sets of 2, 4, 8 ...
-
-    Sets follow the trained order, and the uniform one where that is another.
+def list_schedules(
+    config: ObjectiveConfig, vocabulary: Vocabulary, *, length: int, num_samples: int
+) -> list[Schedule]:
+    """List the schedules of an objective; the first one is that of training.
 
     Args:
         config: The section `objective`.
+        vocabulary: The vocabulary of the run.
+        length: T, the tokens of a sample.
+        num_samples: N, the samples of the validation set.
+    """
+    nelbos = list(_list_nelbos(config, vocabulary, length, num_samples))
+    if config.name not in ORDERED:
+        return nelbos
+    # The orders.
+    in_order = partial(_plan_order, mask_token_id=vocabulary.mask_token_id)
+    objective = build_objective(config, vocabulary, seed=VALIDATION_SEED)
+    orders: dict[str, Plan] = {"trained": partial(objective.plan_order, number=0)}
+    for name, keys in list_orders(config, length).items():
+        orders[name] = partial(in_order, keys=keys)
+    # The parallel schedules; evenly spaced sets are those of the paper's block sampler.
+    sizes = [1 << number for number in range(1, length.bit_length())]
+    names = ("trained",) if config.order == "uniform" else ("trained", "uniform")
+    parallel = [(name, size, orders[name]) for name in names for size in sizes]
+    parallel += [
+        ("evenly spaced", size, partial(in_order, keys=_strided_keys(length // size)))
+        for size in sizes
+        if length % size == 0 and size < length
+    ]
+    reads_masks = config.name == "eso_lm"
+    return [
+        *(Schedule(name=name, tokens_per_step=1, plan=plan) for name, plan in orders.items()),
+        *(
+            Schedule(
+                name=name, tokens_per_step=size, plan=partial(_plan_sets, plan, size, reads_masks)
+            )
+            for name, size, plan in parallel
+        ),
+        *nelbos,
+    ]
+
+
+def list_orders(config: ObjectiveConfig, length: int) -> dict[str, Keys]:
+    """Return the orders of generation by name.
+
+    Args:
+        config: The section `objective`, with the sets of a staggered order.
         length: T, the tokens of a sample.
     """
     staggered = OrderLaw(
         name="staggered", set_size=config.set_size, max_set_size=config.max_set_size
     )
-    uniform = OrderLaw(name="uniform").keys
-    orders: dict[str, Keys] = {
-        "uniform": uniform,
+    sets = f"staggered {config.set_size}/{config.max_set_size}"
+    return {
+        "uniform": OrderLaw(name="uniform").keys,
         "left to right": OrderLaw(name="left_to_right").keys,
         "right to left": _right_to_left_keys,
-        **{f"strided by {s}": _strided_keys(s) for s in STRIDES if s < length},
-        **{f"blocks of {b}": _block_keys(b) for b in BLOCK_SIZES if b < length},
-        f"staggered {config.set_size}/{config.max_set_size}": staggered.keys,
+        **{f"strided by {stride}": _strided_keys(stride) for stride in STRIDES if stride < length},
+        **{f"blocks of {size}": _block_keys(size) for size in BLOCK_SIZES if size < length},
+        **({sets: staggered.keys} if staggered.fits(length) else {}),
     }
-    in_sets = {TRAINED: None} if config.order == "uniform" else {TRAINED: None, "uniform": uniform}
-    powers = [1 << number for number in range(1, length.bit_length()) if 1 << number < length]
-    sizes = [*powers, length] if length > 1 else []
-    return [
-        Schedule(order=TRAINED, keys=None),
-        *(Schedule(order=name, keys=keys) for name, keys in orders.items()),
-        *(
-            Schedule(order=name, keys=keys, set_size=size)
-            for name, keys in in_sets.items()
-            for size in sizes
-        ),
-    ]
 
 
-def _draw_orders(samples: Samples, keys: Keys) -> NDArray[np.int64]:
-    """Return `permutation[b, slot] = position` of each sample."""
+def _plan_order(samples: Samples, *, keys: Keys, mask_token_id: int) -> MicroBatch:
+    """Plan samples with every token masked and predicted from those before it in an order."""
     num_tokens = samples.tokens_BT.shape[1]
     bits = [
         random_bits(VALIDATION_SEED, Purpose.ANY_ORDER, int(index), num_tokens)
@@ -125,7 +149,38 @@ def _draw_orders(samples: Samples, keys: Keys) -> NDArray[np.int64]:
     ]
     keys_BT = keys(np.stack(bits))
     is_real_BT = np.arange(num_tokens) < samples.length_B[:, None]
-    return sort_slots(is_real_BT, is_real_BT, clean_keys_BT=keys_BT, masked_keys_BT=keys_BT)
+    permutation_BT = sort_slots(
+        is_real_BT, is_real_BT, clean_keys_BT=keys_BT, masked_keys_BT=keys_BT
+    )
+    # With every token masked, all these objectives have the rows of any-order AR.
+    planner = AnyOrderArObjective(
+        seed=VALIDATION_SEED, mask_token_id=mask_token_id, order=OrderLaw(name="uniform")
+    )
+    return planner.plan_orders(samples, permutation_BT)
+
+
+def _plan_sets(plan: Plan, set_size: int, reads_masks: bool, samples: Samples) -> MicroBatch:
+    """Plan an order in sets."""
+    return predict_in_sets(plan(samples), set_size, reads_masks=reads_masks)
+
+
+def _list_nelbos(
+    config: ObjectiveConfig, vocabulary: Vocabulary, length: int, num_samples: int
+) -> Iterator[Schedule]:
+    """Yield the NELBO of training, then those with other values of its setting."""
+    configs = {"NELBO": config}
+    if config.name in NELBO_SETTINGS:
+        key, values = NELBO_SETTINGS[config.name]
+        trained = getattr(config, key)
+        others = [value for value in values if value <= length and value != trained]
+        configs = {
+            f"NELBO, {key} = {value:g}": replace(config, **{key: value})
+            for value in (trained, *others)
+        }
+    for name, each in configs.items():
+        objective = build_objective(each, vocabulary, seed=VALIDATION_SEED)
+        plan = partial(objective.plan_validation, num_samples=num_samples)
+        yield Schedule(name=name, tokens_per_step=None, plan=plan)
 
 
 def _right_to_left_keys(bits_BT: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -1,7 +1,5 @@
 """Measures the likelihoods of a checkpoint over orders and parallel schedules, on any layout."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +7,14 @@ import numpy as np
 from megatron.core.process_groups_config import ProcessGroupCollection
 from numpy.typing import NDArray
 
-from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.config.sections import Config
 from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.objectives.build import build_objective
-from megatron_eso.objectives.objective import Samples
+from megatron_eso.progress import Progress
+from megatron_eso.ranks import is_first_rank
 from megatron_eso.runs.checkpoint_state import read_checkpoint_state
 from megatron_eso.sensitivity.report import Likelihood
-from megatron_eso.sensitivity.schedules import list_schedules
+from megatron_eso.sensitivity.schedules import Schedule, list_schedules
 from megatron_eso.training.checkpoint_evaluation import choose_weights, load_state
 from megatron_eso.training.distributed.parallel import (
     find_timeout,
@@ -40,7 +38,7 @@ def measure_checkpoint(
         weights: `ema` or `raw`; by default EMA if the checkpoint has it.
 
     Returns:
-        What was measured, and the likelihoods: the NELBO, the trained order, all other schedules.
+        What was measured, and the likelihoods; the first one is that of the schedule of training.
 
     Raises:
         CheckpointError: The checkpoint is damaged, or lacks these weights.
@@ -53,31 +51,32 @@ def measure_checkpoint(
     batches = ValidationBatches(
         objective, validation, config.validation, row_multiple=config.parallel.row_multiple
     )
-    schedules = list_schedules(config.objective, config.data.sequence_length)
-    mask_token_id = config.data.vocabulary.mask_token_id
-    # The nats per token of every sample: of the NELBO, then of the schedules.
+    schedules = list_schedules(
+        config.objective,
+        config.data.vocabulary,
+        length=config.data.sequence_length,
+        num_samples=batches.num_samples,
+    )
+    # The nats per token of every sample under each schedule.
     timeout = find_timeout(config.watchdog)
     with process_group(timeout), model_parallel_groups(config.parallel) as groups:
         state = load_state(checkpoint, config, weights, groups)
-        nelbo_N = measure(state, batches, groups, batches.plan_nelbo)
-        nats = [
-            measure(state, batches, groups, partial(schedule.plan, objective, mask_token_id))
-            for schedule in schedules
-        ]
+        progress = Progress("sensitivity", len(schedules), unit="schedules")
+        nats = []
+        for schedule in schedules:
+            nats.append(measure(state, batches, groups, schedule))
+            if is_first_rank():
+                progress.advance(1)
     head = {
         "step": record.counters.step,
         "weights": weights,
         "objective": config.objective.name,
-        "order": config.objective.order,
         "num_samples": batches.num_samples,
         "sequence_length": config.data.sequence_length,
     }
     return head, [
-        Likelihood.of("NELBO", None, nelbo_N, nats[0]),
-        *(
-            Likelihood.of(schedule.order, schedule.set_size, nats_N, nats[0])
-            for schedule, nats_N in zip(schedules, nats, strict=True)
-        ),
+        Likelihood.of(schedule.name, schedule.tokens_per_step, nats_N, nats[0])
+        for schedule, nats_N in zip(schedules, nats, strict=True)
     ]
 
 
@@ -85,10 +84,10 @@ def measure(
     state: TrainState,
     batches: ValidationBatches,
     groups: ProcessGroupCollection,
-    plan: Callable[[Samples], MicroBatch],
+    schedule: Schedule,
 ) -> NDArray[np.float64]:
-    """Return the nats per token of each sample `[N]` under a plan; collective over the world."""
-    micro_batches = batches.plan_by(plan, groups.dp.rank(), groups.dp.size())
+    """Return the nats per token of each sample `[N]`; collective over the world."""
+    micro_batches = batches.plan_by(schedule.plan, groups.dp.rank(), groups.dp.size())
     sums_PN = sum_over_samples(state, micro_batches, batches, groups).numpy()
     nats_N: NDArray[np.float64] = sums_PN.sum(axis=0) / batches.num_targets
     return nats_N

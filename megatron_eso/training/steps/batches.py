@@ -174,11 +174,11 @@ class ValidationBatches:
 
     def plan(self, data_parallel_rank: int, data_parallel_size: int) -> Iterator[MicroBatch]:
         """Plan this rank's part of the set; each sample comes once in each phase."""
-        return self.plan_by(self.plan_nelbo, data_parallel_rank, data_parallel_size)
-
-    def plan_nelbo(self, samples: Samples) -> MicroBatch:
-        """Plan samples of the set in each phase."""
-        return self.objective.plan_validation(samples, self.num_samples)
+        return self.plan_by(
+            lambda samples: self.objective.plan_validation(samples, self.num_samples),
+            data_parallel_rank,
+            data_parallel_size,
+        )
 
     def plan_order(
         self, number: int, data_parallel_rank: int, data_parallel_size: int
