@@ -26,14 +26,17 @@ class Progress:
     def __init__(
         self,
         label: str,
-        total_bytes: int,
-        done_bytes: int = 0,
+        total: int,
+        done: int = 0,
         report: Callable[[str], None] | None = None,
+        *,
+        unit: str | None = None,
     ) -> None:
         self._label = label
-        self._total = total_bytes
-        self._earlier = done_bytes
-        self._done = done_bytes
+        self._total = total
+        self._earlier = done
+        self._done = done
+        self._unit = unit
         self._report = report
         self._start = time.monotonic()
         self._is_terminal = report is None and sys.stderr.isatty()
@@ -41,10 +44,10 @@ class Progress:
         self._next = self._start + self._interval_seconds
         self._lock = threading.Lock()
 
-    def advance(self, num_bytes: int) -> None:
-        """Add bytes that are done, and report every few seconds; a negative number removes them."""
+    def advance(self, number: int) -> None:
+        """Add bytes or parts that are done, or remove them, and report every few seconds."""
         with self._lock:
-            self._done += num_bytes
+            self._done += number
             now = time.monotonic()
             if now >= self._next:
                 self._next = now + self._interval_seconds
@@ -72,13 +75,13 @@ class Progress:
 
     def _describe(self, seconds: float) -> str:
         speed = (self._done - self._earlier) / seconds
-        parts = [format_mb(self._done)]
-        if self._total:
-            parts = [
-                f"{100 * self._done / self._total:.0f} %",
-                f"{self._done / 1e6:.1f} of {format_mb(self._total)}",
-            ]
-        parts += [f"{format_mb(speed)}/s", f"{format_seconds(seconds)} elapsed"]
+        parts = [f"{100 * self._done / self._total:.0f} %"] if self._total else []
+        if self._unit is not None:
+            parts.append(f"{self._done} of {self._total} {self._unit}")
+        else:
+            done = f"{self._done / 1e6:.1f} of " if self._total else ""
+            parts += [f"{done}{format_mb(self._total or self._done)}", f"{format_mb(speed)}/s"]
+        parts.append(f"{format_seconds(seconds)} elapsed")
         if self._total and speed:
             left_seconds = (self._total - self._done) / speed
             parts.append(f"{format_seconds(left_seconds)} left")

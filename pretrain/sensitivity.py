@@ -1,9 +1,9 @@
 """Measures how far the likelihood of a checkpoint depends on the order of generation.
 
-Measures the NELBO, exact likelihoods in orders that the run may not have trained on, and bounds of
-the likelihood for schedules that generate 2, 4, 8 ... tokens in a step. Runs on any layout, under
-torchrun or alone. Prints a table, and writes sensitivity.json and sensitivity.svg to the run
-directory. Objectives: eso_lm, set_dlm, any_order_ar.
+Measures exact likelihoods in orders that the run may not have trained on, and for schedules that
+generate 2, 4, 8 ... tokens in a step; NELBOs at other values of alpha_0 or block_size. Runs on any
+layout, under torchrun or alone. Prints a table, and writes sensitivity.json and sensitivity.svg to
+the run directory. Objectives: eso_lm, set_dlm, any_order_ar, bd3_lm.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from megatron_eso.files import is_wrong_place, write_json, write_text
 from megatron_eso.ranks import is_first_rank
 from megatron_eso.runs.run_directory import CONFIG_FILE
 from megatron_eso.sensitivity.report import Likelihood, draw_chart, format_table, to_json
-from megatron_eso.sensitivity.schedules import TRAINED, check_objective
+from megatron_eso.sensitivity.schedules import check_objective
 from megatron_eso.training.records.log import start_logging
 from pretrain.evaluate import add_checkpoint, choose_checkpoint, configure
 
@@ -72,11 +72,10 @@ def write_report(run: Path, answer: Mapping[str, Any], likelihoods: Sequence[Lik
     Raises:
         ConfigError: This user may not write there.
     """
-    trained = next(each for each in likelihoods if each.name == TRAINED)
     title = f"step {answer['step']:,}, {answer['objective']}, {answer['num_samples']} samples"
     try:
         write_json(run / "sensitivity.json", answer)
-        write_text(run / "sensitivity.svg", draw_chart(title, likelihoods, trained))
+        write_text(run / "sensitivity.svg", draw_chart(title, likelihoods))
     except OSError as error:
         if not is_wrong_place(error):
             raise

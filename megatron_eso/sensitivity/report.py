@@ -21,16 +21,16 @@ LEFT, BAR_WIDTH, LINE, TOP = 210, 420, 20, 54
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Likelihood:
-    """The likelihood of a validation set under one schedule, or its NELBO.
+    """The likelihood of a validation set under one schedule, or a NELBO.
 
     Attributes:
-        name: `NELBO`, or the name of the order.
-        tokens_per_step: Tokens that a step generates; None for the NELBO.
+        name: The order, or the setting of the NELBO.
+        tokens_per_step: Tokens that a step generates; None for a NELBO.
         nats_per_token: Mean over the samples.
         stderr: Standard error of that mean; None for one sample.
         perplexity: Exponential of `nats_per_token`.
-        difference: Nats per token more than in the trained order.
-        difference_stderr: Standard error of the difference over the same samples.
+        difference: Nats per token more than under the schedule of training.
+        difference_stderr: Standard error of the difference, whose samples are paired.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Likelihood:
         nats_N: NDArray[np.float64],
         trained_N: NDArray[np.float64],
     ) -> Self:
-        """Summarize the nats per token of N samples, and those in the trained order."""
+        """Summarize the nats per token of N samples, and of the same under that of training."""
         mean = float(nats_N.mean())
         return cls(
             name=name,
@@ -73,7 +73,7 @@ def to_json(head: Mapping[str, Any], likelihoods: Sequence[Likelihood]) -> dict[
 
     Args:
         head: What was measured: step, weights, samples and length.
-        likelihoods: The NELBO and the schedules.
+        likelihoods: The likelihood of each schedule.
     """
     schedules = [asdict(each) for each in likelihoods]
     return {"format_version": FORMAT_VERSION, **head, "likelihoods": schedules}
@@ -91,13 +91,12 @@ def format_table(likelihoods: Sequence[Likelihood]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_chart(title: str, likelihoods: Sequence[Likelihood], trained: Likelihood) -> str:
-    """Return an SVG bar chart of nats per token; a line marks the trained order.
+def draw_chart(title: str, likelihoods: Sequence[Likelihood]) -> str:
+    """Return an SVG bar chart of nats per token; a line marks the schedule of training.
 
     Args:
         title: Its title.
-        likelihoods: The NELBO and the schedules.
-        trained: The one of the trained order.
+        likelihoods: The likelihood of each schedule, that of training first.
     """
     scale = BAR_WIDTH / (max(each.nats_per_token for each in likelihoods) or 1.0)
     parts = [_text(16, 26, title, size=15), _text(LEFT, 44, "nats per token", color=PALE)]
@@ -112,7 +111,7 @@ def draw_chart(title: str, likelihoods: Sequence[Likelihood], trained: Likelihoo
             _text(LEFT + value * scale + 6, y + 12, f"{value:.3f}{error}", color=PALE),
         ]
     bottom = TOP + len(likelihoods) * LINE
-    x = LEFT + trained.nats_per_token * scale
+    x = LEFT + likelihoods[0].nats_per_token * scale
     parts.append(f'<path d="M{x:.1f} {TOP - 4}V{bottom}" stroke="{INK}" stroke-dasharray="3 3"/>')
     width, height = LEFT + BAR_WIDTH + 120, bottom + 16
     return "\n".join(

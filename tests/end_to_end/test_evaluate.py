@@ -18,21 +18,12 @@ from megatron_eso.objectives.noise.slots import draw_any_order
 from megatron_eso.objectives.objective import VALIDATION_SEED
 from megatron_eso.sampler import EsoLM
 from tests.ranks.loop import run_loop
+from tests.support.torchrun import run_module
 from tests.support.training import TINY
 from tests.support.world import World
 
 NELBO_TOLERANCE = 1e-6  # relative
 NUM_SAMPLES, NUM_ORDERS = 6, 3
-
-
-def run_module(*arguments: str, ranks: int = 1) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    prefix = launcher if ranks > 1 else []
-    finished = subprocess.run(
-        [sys.executable, *prefix, "-m", *arguments], capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Real training jobs of two ranks under torchrun, to be interrupted."""
+"""Commands under torchrun: training jobs of two ranks, to be interrupted, and others."""
 
 import contextlib
 import json
@@ -16,6 +16,17 @@ from tests.support.training import Overrides, tiny_arguments
 
 NUM_RANKS = 2
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={NUM_RANKS}")
+
+
+def run_module(*arguments: str, ranks: int = 1) -> str:
+    """Run a module to its end, under torchrun if there are several ranks; return its output."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    prefix = launcher if ranks > 1 else []
+    finished = subprocess.run(
+        [sys.executable, *prefix, "-m", *arguments], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
 
 
 def launch(

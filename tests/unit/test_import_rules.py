@@ -90,7 +90,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.training.records.tags": (),
     "megatron_eso.training.checkpointing": ("megatron_eso.files", "megatron_eso.retries")
     + (ERRORS + RANKS + CONFIG + RUNS + FINGERPRINT + STEPS + GUARDS + RECORDS),
-    "megatron_eso.training": ("megatron_eso.sensitivity",)
+    "megatron_eso.training": ("megatron_eso.progress", "megatron_eso.sensitivity")
     + (ERRORS + RANKS + CONFIG + OBJECTIVES + RUNS + ESTIMATES + SAMPLES),
     "megatron_eso.simulation": (*ERRORS, "megatron_eso.quantities")
     + CONFIG

@@ -36,13 +36,24 @@ def test_other_texts_are_not_counts(text: str) -> None:
 
 def test_progress_reports_share_speed_and_time_left() -> None:
     lines: list[str] = []
-    progress = Progress("work", 4_000_000, done_bytes=1_000_000, report=lines.append)
+    progress = Progress("work", 4_000_000, done=1_000_000, report=lines.append)
     progress.advance(2_000_000)
     progress.advance(-1_000_000)
     assert not lines
     progress.finish()
     (line,) = lines
     assert line.startswith("work: 50 %, 2.0 of 4.0 MB, ")
+    assert line.endswith(" left")
+
+
+def test_progress_counts_parts() -> None:
+    lines: list[str] = []
+    progress = Progress("work", 4, report=lines.append, unit="schedules")
+    progress.advance(1)
+    progress.finish()
+    (line,) = lines
+    assert line.startswith("work: 25 %, 1 of 4 schedules, ")
+    assert " elapsed, " in line
     assert line.endswith(" left")
 
 

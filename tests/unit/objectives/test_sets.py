@@ -1,4 +1,4 @@
-"""Sets of tokens predicted at once, held to whole texts under dense masks, and their orders."""
+"""Sets of tokens predicted at once, held to whole texts under dense masks."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,8 @@ import torch
 
 from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.batches.sets import predict_in_sets
-from megatron_eso.config.objective import ObjectiveConfig
-from megatron_eso.errors import ConfigError
 from megatron_eso.model.attention_backend import BACKENDS
 from megatron_eso.objectives.objective import Samples
-from megatron_eso.sensitivity.schedules import check_objective, list_schedules
 from tests.support.dense_oracle import (
     OracleConfig,
     dense_logits,
@@ -44,7 +41,9 @@ def losses_of(batch: MicroBatch) -> torch.Tensor:
     return nll[: batch.loss.num_real]
 
 
-def dense_losses(batch: MicroBatch, samples: Samples, set_size: int) -> torch.Tensor:
+def dense_losses(
+    batch: MicroBatch, samples: Samples, set_size: int, *, reads_masks: bool
+) -> torch.Tensor:
     """Return `-log p` of each query, from each stream with its queries under a dense mask."""
     real = slice(batch.loss.num_real)
     positions = batch.rows.positions_R[batch.rows.loss_rows_E][real].numpy()
@@ -61,6 +60,8 @@ def dense_losses(batch: MicroBatch, samples: Samples, set_size: int) -> torch.Te
         slots = torch.arange(len(order))
         earlier = slots[:, None] // set_size > slots // set_size
         own, clean = slots[:, None] == slots, slots[:, None] >= slots
+        if reads_masks:
+            own = clean & (slots[:, None] // set_size == slots // set_size)
         mask = torch.cat(
             [torch.cat([own, earlier], 1), torch.cat([torch.zeros_like(own), clean], 1)]
         )
@@ -72,19 +73,24 @@ def dense_losses(batch: MicroBatch, samples: Samples, set_size: int) -> torch.Te
 
 
 @pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("reads_masks", [False, True])
 @pytest.mark.parametrize("set_size", [1, 2, 3, 8, LENGTH, 2 * LENGTH])
 @pytest.mark.parametrize("name", ORDERED)
-def test_a_query_reads_earlier_sets_and_itself(name: str, set_size: int, documents: bool) -> None:
+def test_a_query_reads_earlier_sets(
+    name: str, set_size: int, reads_masks: bool, documents: bool
+) -> None:
     samples = draw_samples(documents=documents)
     plan = family_objective(name, MASK).plan_order(samples, 0)
-    found = losses_of(predict_in_sets(plan, set_size))
-    assert (found - dense_losses(plan, samples, set_size)).abs().max() < TOLERANCE
+    found = losses_of(predict_in_sets(plan, set_size, reads_masks=reads_masks))
+    expected = dense_losses(plan, samples, set_size, reads_masks=reads_masks)
+    assert (found - expected).abs().max() < TOLERANCE
 
 
-def test_sets_of_one_token_are_the_exact_likelihood() -> None:
+@pytest.mark.parametrize("reads_masks", [False, True])
+def test_sets_of_one_token_are_the_exact_likelihood(reads_masks: bool) -> None:
     plan = family_objective("any_order_ar", MASK).plan_order(draw_samples(), 0)
-    exact = losses_of(plan)
-    assert (losses_of(predict_in_sets(plan, 1)) - exact).abs().max() < TOLERANCE
+    in_sets = losses_of(predict_in_sets(plan, 1, reads_masks=reads_masks))
+    assert (in_sets - losses_of(plan)).abs().max() < TOLERANCE
 
 
 def test_in_one_set_every_token_is_predicted_from_nothing() -> None:
@@ -92,44 +98,10 @@ def test_in_one_set_every_token_is_predicted_from_nothing() -> None:
     plan = family_objective("eso_lm", MASK).plan_order(samples, 0)
     for position, found, target in zip(
         plan.rows.positions_R[plan.rows.loss_rows_E].tolist(),
-        losses_of(predict_in_sets(plan, LENGTH)).tolist(),
+        losses_of(predict_in_sets(plan, LENGTH, reads_masks=False)).tolist(),
         plan.loss.targets_E,
         strict=True,
     ):
         alone = torch.tensor([[MASK]]), torch.tensor([[position]])
         logits = dense_logits(PARAMETERS, CONFIG, *alone, torch.ones(1, 1, dtype=torch.bool))
         assert abs(found - float(token_losses(logits, target[None, None], MASK))) < TOLERANCE
-
-
-def test_every_schedule_has_its_order() -> None:
-    samples = Samples.blank(2, 20, MASK)
-    section = ObjectiveConfig(name="eso_lm")
-    objective = family_objective("eso_lm", MASK)
-    plans = {
-        (schedule.order, schedule.set_size): schedule.plan(objective, MASK, samples)
-        for schedule in list_schedules(section, 20)
-    }
-    orders = {
-        name: plan.rows.positions_R[plan.rows.loss_rows_E].reshape(2, 20).tolist()
-        for (name, set_size), plan in plans.items()
-        if set_size == 1
-    }
-    natural = list(range(20))
-    assert all(sorted(order) == natural for both in orders.values() for order in both)
-    assert orders["left to right"] == [natural, natural]
-    assert orders["right to left"] == [natural[::-1], natural[::-1]]
-    assert orders["strided by 8"][0] == sorted(natural, key=lambda p: (p % 8, p))
-    for order in orders["blocks of 4"]:
-        assert [p // 4 for p in order] == [p // 4 for p in natural]
-    assert orders["blocks of 4"][0] != orders["blocks of 4"][1] != natural
-    assert orders["uniform"][0] != orders["uniform"][1]
-    assert "blocks of 64" not in orders
-    sizes = [2, 4, 8, 16, 20]
-    assert list(plans)[-10:] == [(name, s) for name in ("trained", "uniform") for s in sizes]
-
-
-@pytest.mark.parametrize("name", ["ar", "mdlm", "bd3_lm"])
-def test_an_objective_without_orders_is_refused(name: str) -> None:
-    settings = {"block_size": 4} if name == "bd3_lm" else {}
-    with pytest.raises(ConfigError, match=f'config.json: objective.name = "{name}" has '):
-        check_objective(ObjectiveConfig(name=name, **settings), "config.json")
