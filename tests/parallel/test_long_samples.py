@@ -1,4 +1,4 @@
-"""A model continues at T = 10240 with the shipped layer: one step of a tiny one, in bounded memory."""
+"""A tiny model continues at T = 10240 with the shipped layer: one step, in bounded memory."""
 
 import json
 import math

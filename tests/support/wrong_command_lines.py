@@ -13,6 +13,7 @@ import checkpoints_conversion.__main__
 import data_tools.__main__
 import megatron_eso.sampler.__main__
 import pretrain.evaluate
+import pretrain.sensitivity
 from megatron_eso.errors import run_command
 
 MAINS: dict[str, Callable[[list[str] | None], int | None]] = {
@@ -20,6 +21,7 @@ MAINS: dict[str, Callable[[list[str] | None], int | None]] = {
     "checkpoints_conversion": checkpoints_conversion.__main__.main,
     "sampler": megatron_eso.sampler.__main__.main,
     "evaluate": pretrain.evaluate.main,
+    "sensitivity": pretrain.sensitivity.main,
 }
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -165,6 +167,14 @@ def _model_commands(places: Places) -> list[Command]:
     choice = {"--weights": NO_CHOICES}
     step = {"--step": (*NO_COUNTS, "99")}
     mask = {"--mask-token-id": NO_COUNTS}
+    evaluated = {"run": run, "--data": [str(places.shards / "validation")]}
+    not_evaluated = {
+        "run": NO_PATHS,
+        **step,
+        **choice,
+        "--data": NO_PATHS,
+        "overrides": ("x", "model.num_layers=3", "a.b=1", "validation.num_samples=-1"),
+    }
     return [
         (
             "checkpoints_conversion",
@@ -206,18 +216,8 @@ def _model_commands(places: Places) -> list[Command]:
             {"": ["score"], "directory": sampler, "file": text},
             {"directory": NO_PATHS, "file": NO_PATHS, "--batch-size": NO_SIZES},
         ),
-        (
-            "evaluate",
-            {"run": run, "--data": [str(places.shards / "validation")]},
-            {
-                "run": NO_PATHS,
-                **step,
-                **choice,
-                "--data": NO_PATHS,
-                "--any-order": NO_SIZES,
-                "overrides": ("x", "model.num_layers=3", "a.b=1", "validation.num_samples=-1"),
-            },
-        ),
+        ("evaluate", evaluated, {**not_evaluated, "--any-order": NO_SIZES}),
+        ("sensitivity", evaluated, not_evaluated),
     ]
 
 

@@ -138,7 +138,7 @@ def test_a_deeply_nested_file_is_one_line(tmp_path: Path) -> None:
 def test_a_similar_name_is_suggested(name: str, meant: str) -> None:
     line = refuse(name)
     assert f"did you mean {meant}?" in line
-    assert "; the package has base_1p7b.toml, base_1p7b_tp.toml, owt_small.toml, quick" in line
+    assert "; the package has base_1p7b.toml, base_1p7b_tp.toml, long_10240.toml, owt_small" in line
 
 
 def test_a_file_here_is_suggested(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ TENSOR_PARALLEL_BASE = ["base_1p7b.toml", "base_1p7b_tp.toml"]
 WHOLE = {
     "quickstart.toml": ["quickstart.toml"],
     "owt_small.toml": ["owt_small.toml"],
+    "long_10240.toml": ["owt_small.toml", "long_10240.toml"],
     "base_1p7b.toml": ["base_1p7b.toml"],
     "base_1p7b_tp.toml": TENSOR_PARALLEL_BASE,
 }
@@ -63,6 +64,13 @@ def test_a_dry_run_says_what_the_run_takes() -> None:
         "# checkpoint: 2.42 GiB; 2 are kept, so up to 7.26 GiB while one is saved",
     ):
         assert line in text
+
+
+def test_a_dry_run_says_what_long_samples_take() -> None:
+    layers = ["owt_small.toml", "long_10240.toml", "data.vocab_size=50258"]
+    text = format_dry_run(load_config(layers, folder=SHIPPED_CONFIGS), 64)
+    assert "# step: 512 samples, 5,242,880 tokens; each rank 2 micro-batches of 4, " in text
+    assert "# memory of the fullest rank, GiB: 47.5 = weights 0.302 + " in text
 
 
 def test_a_dry_run_refuses_ranks_that_do_not_fit_and_repeats_warnings() -> None:
