@@ -108,7 +108,7 @@ def draw_chart(title: str, likelihoods: Sequence[Likelihood]) -> str:
         parts += [
             _text(LEFT - 10, y + 13, each.label, anchor="end"),
             f'<rect x="{LEFT}" y="{y}" width="{value * scale:.1f}" height="14" fill="{color}"/>',
-            _text(LEFT + value * scale + 6, y + 12, f"{value:.3f}{error}", color=PALE),
+            _text(LEFT + BAR_WIDTH + 10, y + 13, f"{value:.3f}{error}", color=PALE),
         ]
     bottom = TOP + len(likelihoods) * LINE
     x = LEFT + likelihoods[0].nats_per_token * scale

@@ -1,6 +1,9 @@
 """Evaluates a checkpoint on any layout."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,25 @@ from megatron_eso.training.distributed.parallel import (
 from megatron_eso.training.steps.batches import ValidationBatches
 from megatron_eso.training.steps.evaluation import evaluate, evaluate_orders
 from megatron_eso.training.steps.train_state import TrainState, build_empty_state
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedCheckpoint:
+    """The weights of a checkpoint on these ranks, and the validation set.
+
+    Attributes:
+        step: The step of the checkpoint.
+        weights: `ema` or `raw`.
+        batches: The validation set.
+        state: The model with these weights.
+        groups: The groups of this rank.
+    """
+
+    step: int
+    weights: str
+    batches: ValidationBatches
+    state: TrainState
+    groups: ProcessGroupCollection
 
 
 def evaluate_checkpoint(
@@ -48,21 +70,12 @@ def evaluate_checkpoint(
         CheckpointError: The checkpoint is damaged, or lacks these weights.
         DataError: The shards are of another tokenizer.
     """
-    record = read_checkpoint_state(checkpoint)
-    weights = choose_weights(checkpoint, record, validation, weights)
-    # The validation set.
-    objective = build_objective(config.objective, config.data.vocabulary, seed=config.run.seed)
-    batches = ValidationBatches(
-        objective, validation, config.validation, row_multiple=config.parallel.row_multiple
-    )
-    # The estimates, on all ranks.
-    timeout = find_timeout(config.watchdog)
-    with process_group(timeout), model_parallel_groups(config.parallel) as groups:
-        state = load_state(checkpoint, config, weights, groups)
+    with load_checkpoint(checkpoint, config, validation, weights) as loaded:
+        state, batches, groups = loaded.state, loaded.batches, loaded.groups
         estimate = evaluate(state, batches, groups, use_ema=False)
         answer = {
-            "step": record.counters.step,
-            "weights": weights,
+            "step": loaded.step,
+            "weights": loaded.weights,
             "num_samples": batches.num_samples,
             "nelbo": estimate.nelbo,
             "nelbo_stderr": estimate.standard_error,
@@ -77,6 +90,31 @@ def evaluate_checkpoint(
                 "any_order_perplexity": to_perplexity(nats),
             }
     return answer
+
+
+@contextmanager
+def load_checkpoint(
+    checkpoint: Path, config: Config, validation: ValidationData, weights: str | None
+) -> Iterator[LoadedCheckpoint]:
+    """Start the process groups, and load weights and validation set; collective over the world.
+
+    Arguments and errors are those of `evaluate_checkpoint`.
+    """
+    record = read_checkpoint_state(checkpoint)
+    weights = choose_weights(checkpoint, record, validation, weights)
+    objective = build_objective(config.objective, config.data.vocabulary, seed=config.run.seed)
+    batches = ValidationBatches(
+        objective, validation, config.validation, row_multiple=config.parallel.row_multiple
+    )
+    timeout = find_timeout(config.watchdog)
+    with process_group(timeout), model_parallel_groups(config.parallel) as groups:
+        yield LoadedCheckpoint(
+            step=record.counters.step,
+            weights=weights,
+            batches=batches,
+            state=load_state(checkpoint, config, weights, groups),
+            groups=groups,
+        )
 
 
 def choose_weights(

@@ -37,6 +37,7 @@ def test_weights_of_short_samples_continue_at_10240(
     tokenizer = str(tiny_data.parent / "tokenizer")
     options = BuildOptions(inputs=[texts], tokenizer=tokenizer, out=shards, validation_share=0.4)
     build_dataset(options)
+    # One step of the shipped layer, made small, with a validation before and after it.
     run = tmp_path / "long"
     overrides: Overrides = SMALL | {
         "checkpoint.init_from": f'"{sampler}"',
@@ -50,8 +51,8 @@ def test_weights_of_short_samples_continue_at_10240(
     command = [sys.executable, "-m", "pretrain.train", LAYER, *of_layer]
     finished = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    log = finished.stderr
-    assert "data.sequence_length: 24 -> 10240" in log
+    assert "data.sequence_length: 24 -> 10240" in finished.stderr
+    # Its numbers and its memory.
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     step = next(record for record in records if "train/loss" in record)
     assert math.isfinite(step["train/grad_norm"])
