@@ -86,7 +86,7 @@ def test_rows_give_the_losses_and_gradients_of_dense_masks(
 
 @pytest.mark.parametrize("masked", ["none", "all", "one", "all but one", "last", "first"])
 @pytest.mark.parametrize("length", [1, 2, 9])
-@pytest.mark.parametrize("name", ["mdlm", "bd3_lm", "eso_lm a"])
+@pytest.mark.parametrize("name", ["mdlm", "bd3_lm", "eso_lm a", "eso_lm next"])
 def test_edge_cases_agree(name: str, length: int, masked: str) -> None:
     """Plan given masks, each for a sample of the diffusion and of the sequential phase."""
     position = np.arange(length)
