@@ -17,7 +17,7 @@ from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
 from megatron_eso.errors import CheckpointError, ConfigError
 from megatron_eso.files import is_wrong_place, new_folder, write_json
 from megatron_eso.sampler.network import network_eso_lm
-from megatron_eso.sampler.network.directory import FORMAT_VERSION, INDEX_FILE, WEIGHTS_FILE
+from megatron_eso.sampler.network.directory import INDEX_FILE, WEIGHTS_FILE, choose_version
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def write_sampler_directory(
             "AutoModelForMaskedLM": MODEL_CLASS,
         },
         "model_type": "eso_lm",
-        "format_version": FORMAT_VERSION,
+        "format_version": choose_version(description),
         **description,
         "dtype": str(dtype).removeprefix("torch."),
     }

@@ -118,11 +118,13 @@ def read_blocks(size: int) -> Grid:
 # The examples.
 
 
-def make_eso_lm(variant: str, *, is_sequential: bool, documents: Any = None) -> Panel:
+def make_eso_lm(
+    variant: str, *, is_sequential: bool, prediction: str = "own", documents: Any = None
+) -> Panel:
     """Return a sample of Eso-LM in one of its phases."""
     order = ORDER if is_sequential else DIFFUSION_ORDER
     noise = make_noise(order, masked=order[NUM_CLEAN:], is_sequential=is_sequential)
-    objective: Any = build(alpha_0=0.5, variant=variant)
+    objective: Any = build(alpha_0=0.5, variant=variant, sequential_prediction=prediction)
     mask = read_prefix_fully() if variant == "a" else read_causally()
     title = "Sequential phase" if is_sequential else "Diffusion phase"
     if documents is not None:
@@ -286,6 +288,10 @@ PANELS: Mapping[str, tuple[str, tuple[Callable[[], Panel], ...]]] = {
     "eso_lm_b.svg": (
         "Eso-LM, variant B",
         tuple(partial(make_eso_lm, "b", is_sequential=phase) for phase in (False, True)),
+    ),
+    "eso_lm_next.svg": (
+        'Eso-LM, sequential_prediction = "next"',
+        (partial(make_eso_lm, "b", is_sequential=True, prediction="next"),),
     ),
     "eso_lm_a.svg": (
         "Eso-LM, variant A",

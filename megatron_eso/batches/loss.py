@@ -92,7 +92,8 @@ def sum_samples(nll_E: Tensor, loss: LossRows, num_samples: int) -> Tensor:
     parts = torch.split(weighted_E, list(loss.lengths))
     last_rows = torch.tensor(loss.lengths, device=nll_E.device).cumsum(0) - 1
     samples = loss.sample_E[last_rows]
-    return sums_B.index_copy(0, samples, torch.stack([part.sum() for part in parts]))
+    # A sample has at most two runs of loss rows, so that the order of the additions has no effect.
+    return sums_B.index_add(0, samples, torch.stack([part.sum() for part in parts]))
 
 
 def estimate_nelbo(

@@ -124,7 +124,7 @@ def pack_parts(
     """Pack parts in their order, and number the rows.
 
     Args:
-        parts: The parts; a part comes after its stream. Losses of one sample are consecutive.
+        parts: The parts; a part comes after its stream. Losses of one sample are at most two runs.
         indices_B: Indices of the samples.
         phase_B: Phases of the samples.
         mask_token_id: The mask token, which padding holds.

@@ -3,6 +3,8 @@
 Shapes: N tokens of a stream.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -85,6 +87,42 @@ def plan_queries(stream: Stream, clean: Part, mask_token_id: int) -> Part:
         stream=clean,
         is_loss_N=np.ones(num_masked, dtype=np.bool_),
         targets_N=stream.tokens_N[-num_masked:],
+    )
+
+
+def plan_next_tokens(stream: Stream, mask_token_id: int) -> tuple[Part, Part]:
+    """Plan a clean stream whose rows predict the next token, and queries for the other targets.
+
+    The row of the slot before predicts a masked token if it has the token before it in the text.
+    That row has read all earlier slots and itself, which is what a query would read. A query
+    predicts each other masked token: the first one of every run.
+
+    Args:
+        stream: The tokens of the stream; the masked ones have the last slots.
+        mask_token_id: The mask token.
+
+    Returns:
+        The clean stream of N - 1 rows, and the queries, which read it before their slots.
+    """
+    positions_N, num_clean = stream.positions_N, stream.length - stream.num_masked
+    is_next_N = np.diff(positions_N, prepend=-2) == 1
+    is_next_N[:num_clean] = False
+    clean = replace(
+        plan_clean(stream, read_causally(stream.length - 1)),
+        is_loss_N=is_next_N[1:],
+        targets_N=stream.tokens_N[1:],
+    )
+    # The queries, one span for those of consecutive slots.
+    slots = num_clean + np.flatnonzero(~is_next_N[num_clean:])
+    runs = np.split(slots, np.flatnonzero(np.diff(slots) > 1) + 1)
+    return clean, Part(
+        sample=stream.sample,
+        tokens_N=np.full(len(slots), mask_token_id),
+        positions_N=positions_N[slots],
+        spans=tuple(Span(Reading.STRICT, len(run), 0, int(run[-1])) for run in runs if len(run)),
+        stream=clean,
+        is_loss_N=np.ones(len(slots), dtype=np.bool_),
+        targets_N=stream.tokens_N[slots],
     )
 
 

@@ -100,7 +100,7 @@ class LossRows:
         elbo_weights_E: float32, weight in the NELBO; 0 for padding.
         phase_E: int64, number of the phase; 0 for padding.
         sample_E: int64, number of each loss row's sample in the micro-batch; 0 for padding.
-        lengths: Loss rows of each sample that has any, in the order of the rows.
+        lengths: Loss rows of each run of one sample; a sample has at most two runs.
     """
 
     targets_E: Tensor

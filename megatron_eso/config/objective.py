@@ -15,6 +15,8 @@ Order = Literal["uniform", "staggered", "left_to_right"]
 """Order of generation."""
 FirstToken = Literal["mask", "bos", "none"]
 """Token before the first one of a sample."""
+Prediction = Literal["own", "next"]
+"""Row that predicts a token of the sequential phase."""
 BLOCKED = Only("bd3_lm")
 ORDERED = Only("eso_lm", "set_dlm", "any_order_ar")
 TIMED = Only("eso_lm", "mdlm", "bd3_lm")
@@ -41,10 +43,14 @@ class ObjectiveConfig:
     """Share of tokens that the diffusion phase reveals: 1 is pure diffusion, 0 pure AR."""
     batch_split: Annotated[float, Interval(ge=0, le=1), Logged(), Only("eso_lm")] = DERIVED
     """Share of samples for the diffusion phase; by default 1 at alpha_0 = 1, 0 at 0, else 0.5."""
+    alpha_0_warmup_steps: Annotated[int, Ge(0), Logged(), Only("eso_lm")] = 0
+    """Steps over which alpha_0 rises from 0 to its value; validation always has that value."""
     loss_type: Annotated[Literal["elbo", "low_var"], Logged(), Only("eso_lm", "mdlm")] = "elbo"
     """Weight of a masked token in the diffusion phase: of the bound, or 1."""
     sampling_eps: Annotated[float, Interval(ge=0, lt=1), Logged(), TIMED] = 1e-3
     """Diffusion times are drawn from [sampling_eps, 1]."""
+    sequential_prediction: Annotated[Prediction, Frozen("run"), Logged(), Only("eso_lm")] = "own"
+    """What predicts a token: a mask query at its `own` slot, or the row before, for the `next`."""
     order: Annotated[Order, Logged(), ORDERED] = DERIVED
     """Order of the tokens that are predicted one by one; the default depends on the objective."""
     set_size: Annotated[int, Gt(0), Largest(MAX_SET), Logged(), ORDERED] = 8

@@ -20,6 +20,7 @@ def check_objective_keys(traced: TracedConfig) -> None:
         )
     if objective.has_key("batch_split"):
         check_split(traced)
+    check_sequential_prediction(traced)
     check_order(traced)
     check_blocks(traced)
     traced.require(
@@ -63,6 +64,28 @@ def check_split(traced: TracedConfig) -> None:
     else:
         remedy = f"objective.alpha_0 = {json.dumps(alpha_0)} needs both phases; use 0.5"
         traced.require(0 < split < 1, key, remedy)
+
+
+def check_sequential_prediction(traced: TracedConfig) -> None:
+    """Refuse next-token rows without a left-to-right order, and a rise of alpha_0 to 0 or 1."""
+    objective = traced.config.objective
+    if objective.sequential_prediction == "next":
+        key = "objective.sequential_prediction"
+        traced.require(
+            objective.variant == "b", key, 'needs objective.variant = "b"; use "b" or "own"'
+        )
+        traced.require(
+            objective.order == "left_to_right",
+            key,
+            'needs objective.order = "left_to_right", in which tokens follow each other; leave '
+            "objective.order out",
+        )
+    traced.require(
+        objective.alpha_0_warmup_steps == 0 or 0 < objective.alpha_0 < 1,
+        "objective.alpha_0_warmup_steps",
+        f"needs both phases, but objective.alpha_0 = {json.dumps(objective.alpha_0)} has one; "
+        "leave it out",
+    )
 
 
 def check_order(traced: TracedConfig) -> None:

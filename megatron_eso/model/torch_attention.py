@@ -178,34 +178,34 @@ class PrefixAttention(torch.autograd.Function):
 def _tiles(spans: tuple[Span, ...]) -> Iterator[_Tile]:
     """Yield the tiles that read any row but the query itself, in the order of their queries.
 
-    Strict spans are cut; small blocks of the same stream share a tile.
+    Long spans are cut; small ones of the same stream share a tile.
     """
+    cut = _cut_strict if spans[0].reading is Reading.STRICT else _cut_blocks
     first_query, merged = 0, list[Span]()
     for span in spans:
-        if span.reading is Reading.STRICT:
-            yield from _cut_strict(span, first_query)
-            first_query += span.num_rows
-            continue
         size = sum(each.num_rows for each in merged)
         if merged and (
             size + span.num_rows > TILE_QUERIES or span.first_key != merged[-1].first_key
         ):
-            yield from _cut_blocks(merged, first_query)
+            yield from cut(merged, first_query)
             first_query, merged = first_query + size, []
         merged.append(span)
-    if merged:
-        yield from _cut_blocks(merged, first_query)
+    yield from cut(merged, first_query)
 
 
-def _cut_strict(span: Span, first_query: int) -> Iterator[_Tile]:
-    for start in range(0, span.num_rows, TILE_QUERIES):
-        end = min(start + TILE_QUERIES, span.num_rows)
-        num_keys = span.num_keys - span.num_rows + end
+def _cut_strict(spans: list[Span], first_query: int) -> Iterator[_Tile]:
+    """Yield the tiles of one span, or the one tile of several."""
+    num_queries = sum(span.num_rows for span in spans)
+    fewest_keys = min(span.num_keys - span.num_rows + 1 for span in spans)
+    most_keys = max(span.num_keys for span in spans)
+    for start in range(0, num_queries, TILE_QUERIES):
+        end = min(start + TILE_QUERIES, num_queries)
+        num_keys = most_keys - num_queries + end
         if num_keys:
             yield _Tile(
                 queries=slice(first_query + start, first_query + end),
-                keys=slice(span.first_key, span.first_key + num_keys),
-                num_common=max(num_keys - (end - start) + 1, 0),
+                keys=slice(spans[0].first_key, spans[0].first_key + num_keys),
+                num_common=fewest_keys + start,
                 own=slice(0),
                 is_merged=False,
             )

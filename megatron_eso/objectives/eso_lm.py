@@ -8,7 +8,7 @@ Shapes: B samples of a micro-batch, T positions, N samples of a validation set.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -20,6 +20,7 @@ from megatron_eso.batches.packing import Part, Stream, pack_parts
 from megatron_eso.batches.parts import (
     plan_clean,
     plan_mixed,
+    plan_next_tokens,
     plan_queries,
     read_causally,
     read_prefix_fully,
@@ -40,6 +41,7 @@ from megatron_eso.objectives.objective import VALIDATION_SEED, Phase, Samples, S
 from megatron_eso.objectives.row_counts import (
     RowCounts,
     expect_diffusion_rows,
+    expect_next_token_rows,
     expect_sequential_rows,
 )
 
@@ -60,6 +62,8 @@ class EsoLmObjective:
         sampling_eps: Lowest time.
         order: Order of the masked tokens in the sequential phase.
         reads_both_ways: Whether clean tokens read each other both ways: variant A.
+        predicts_next: Whether rows of the sequential phase predict the next token where they can.
+        warmup_steps: Steps over which alpha_0 rises from 0.
     """
 
     seed: int
@@ -70,6 +74,8 @@ class EsoLmObjective:
     sampling_eps: float
     order: OrderLaw
     reads_both_ways: bool
+    predicts_next: bool
+    warmup_steps: int
 
     @classmethod
     def from_config(cls, config: ObjectiveConfig, vocabulary: Vocabulary, *, seed: int) -> Self:
@@ -83,6 +89,8 @@ class EsoLmObjective:
             sampling_eps=config.sampling_eps,
             order=OrderLaw.from_config(config),
             reads_both_ways=config.variant == "a",
+            predicts_next=config.sequential_prediction == "next",
+            warmup_steps=config.alpha_0_warmup_steps,
         )
 
     @property
@@ -98,8 +106,15 @@ class EsoLmObjective:
         split = PhaseSplit(step.batch_size, self.batch_split)
         return split.phases(np.arange(step.batch_size))
 
+    def find_schedule(self, step: Step) -> LogLinearSchedule:
+        """Return the noise schedule of a training step."""
+        if step.number >= self.warmup_steps:
+            return self.schedule
+        return LogLinearSchedule(self.schedule.alpha_0 * step.number / self.warmup_steps)
+
     def plan(self, samples: Samples, step: Step) -> MicroBatch:
         """Plan a micro-batch, each sample in the phase of its place."""
+        schedule = self.find_schedule(step)
         # The place of a sample in its step decides its phase and its stratum of times.
         split = PhaseSplit(step.batch_size, self.batch_split)
         places_B = samples.indices_B - step.first_index
@@ -110,12 +125,12 @@ class EsoLmObjective:
             diffusion_times(
                 self.seed, step.first_index, split, places_B, sampling_eps=self.sampling_eps
             ),
-            self.schedule,
+            schedule,
             samples.tokens_BT.shape[1],
             length_B=samples.length_B,
             order=self.order,
         )
-        return self.plan_noise(samples, noise)
+        return replace(self, schedule=schedule).plan_noise(samples, noise)
 
     def count_targets(self, length_B: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the lengths: the loss is a mean over all tokens, masked or not."""
@@ -157,13 +172,37 @@ class EsoLmObjective:
         )
         return self.plan_noise(samples, noise, for_nelbo=True)
 
+    def plan_orders(self, samples: Samples, permutation_BT: NDArray[np.int64]) -> MicroBatch:
+        """Plan samples of the sequential phase with every token masked, in given orders.
+
+        Args:
+            samples: The samples.
+            permutation_BT: `permutation[b, slot] = position`.
+        """
+        noise = Noise(
+            length_B=samples.length_B,
+            is_masked_BT=np.ones_like(permutation_BT, dtype=np.bool_),
+            permutation_BT=permutation_BT,
+            t_B=np.full(len(permutation_BT), np.nan),
+            is_sequential_B=np.ones(len(permutation_BT), dtype=np.bool_),
+        )
+        return self.plan_noise(samples, noise, for_nelbo=True)
+
     def plan_largest(self, phase_B: NDArray[np.int64], sequence_length: int) -> MicroBatch:
-        """Plan T rows per diffusion sample, T - 1 clean rows and T queries per sequential one."""
+        """Plan T rows per diffusion sample, T - 1 clean rows and T queries per sequential one.
+
+        With next-token rows, a sequential sample has half as many queries. It has that many where
+        every second token is masked, and as many losses where all are, but never both.
+        """
         shape = (len(phase_B), sequence_length)
+        permutation_T = np.arange(sequence_length)
+        if self.predicts_next:
+            # Pairs of tokens, the last pair first: a query predicts the first token of each.
+            permutation_T = np.argsort(-(permutation_T // 2), kind="stable")
         noise = Noise(
             length_B=np.full(shape[0], sequence_length),
             is_masked_BT=np.ones(shape, dtype=np.bool_),
-            permutation_BT=np.tile(np.arange(sequence_length), (shape[0], 1)),
+            permutation_BT=np.tile(permutation_T, (shape[0], 1)),
             t_B=np.where(phase_B == SEQUENTIAL, np.nan, 1.0),
             is_sequential_B=phase_B == SEQUENTIAL,
         )
@@ -181,17 +220,13 @@ class EsoLmObjective:
 
     def expect_rows(self, num_tokens: int) -> tuple[RowCounts, RowCounts]:
         """Return the expected rows of a sample, for each phase."""
-        return (
-            expect_diffusion_rows(
-                num_tokens,
-                self.schedule.alpha_0,
-                self.sampling_eps,
-                reads_both_ways=self.reads_both_ways,
-            ),
-            expect_sequential_rows(
-                num_tokens, self.schedule.alpha_0, reads_both_ways=self.reads_both_ways
-            ),
+        alpha_0, both_ways = self.schedule.alpha_0, self.reads_both_ways
+        diffusion = expect_diffusion_rows(
+            num_tokens, alpha_0, self.sampling_eps, reads_both_ways=both_ways
         )
+        if self.predicts_next:
+            return diffusion, expect_next_token_rows(num_tokens, alpha_0)
+        return diffusion, expect_sequential_rows(num_tokens, alpha_0, reads_both_ways=both_ways)
 
     def combine(self, losses_P: Tensor) -> Tensor:
         """Return the sum of both phases."""
@@ -211,9 +246,9 @@ class EsoLmObjective:
         queries: list[Part] = []
         for stream in samples.split(noise.permutation_BT, noise.is_masked_BT):
             if noise.is_sequential_B[stream.sample]:
-                spans = self._read_stream(stream, stream.length - 1)
-                clean.append(plan_clean(stream, spans))
-                queries.append(plan_queries(stream, clean[-1], self.mask_token_id))
+                planned = self._plan_sequential(stream)
+                clean.append(planned[0])
+                queries.append(planned[1])
             else:
                 mixed.append(
                     plan_mixed(
@@ -230,6 +265,13 @@ class EsoLmObjective:
             phase_B=noise.is_sequential_B.astype(np.int64),
             mask_token_id=self.mask_token_id,
         )
+
+    def _plan_sequential(self, stream: Stream) -> tuple[Part, Part]:
+        """Plan the clean stream and the queries of the sequential phase."""
+        if self.predicts_next:
+            return plan_next_tokens(stream, self.mask_token_id)
+        clean = plan_clean(stream, self._read_stream(stream, stream.length - 1))
+        return clean, plan_queries(stream, clean, self.mask_token_id)
 
     def _read_stream(self, stream: Stream, num_rows: int) -> tuple[Span, ...]:
         """Return what the first rows of a stream read, by the variant."""

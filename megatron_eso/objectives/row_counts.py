@@ -149,6 +149,38 @@ def expect_sequential_rows(
     )
 
 
+def expect_next_token_rows(num_tokens: int, alpha_0: float) -> RowCounts:
+    """Return the mean rows of a sequential sample whose clean rows predict the next token.
+
+    The masked tokens are in natural order after the clean ones, which are in random order.
+
+    Args:
+        num_tokens: T, the tokens of the sample.
+        alpha_0: Share of tokens that diffusion reveals.
+    """
+    own, masked = expect_sequential_rows(num_tokens, alpha_0), 1 - alpha_0
+    # A query stands at the start of each run. The slots before it hold the clean tokens and the
+    # masked ones at lower positions; a run that begins at position p > 0 has a clean one at p - 1.
+    later = num_tokens - 1
+    starts = masked * (1 + later * alpha_0)
+    keys = masked * (1 + later * alpha_0)
+    keys += masked * alpha_0 * later * (2 + (num_tokens - 2) * (alpha_0 + masked / 2))
+    # The first run needs no query where the last clean slot happens to hold the token before it:
+    # one of k clean tokens, if any of the T tokens before a masked one is clean.
+    mixed = 1 - alpha_0**num_tokens - masked**num_tokens
+    starts -= mixed / num_tokens
+    num_clean = num_tokens * (alpha_0 - alpha_0**num_tokens)
+    keys -= (num_clean + mixed) / num_tokens
+    # A row that predicts the next token reads one key less than a query of that token would.
+    clean_rows = later * (1 - alpha_0**num_tokens)
+    return RowCounts(
+        rows=clean_rows + starts,
+        pairs=clean_rows * num_tokens / 2 + keys,
+        loss_rows=own.loss_rows,
+        loss_pairs=own.loss_pairs - (own.loss_rows - starts),
+    )
+
+
 def expect_masked_pairs(num_tokens: int, first: float, second: float) -> float:
     """Return the mean of `count_masked_pairs` over the masks.
 

@@ -5,9 +5,10 @@ The orders of a sample are functions of its index in the validation set.
 Shapes: B samples of a micro-batch, T positions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,6 @@ from megatron_eso.batches.sets import predict_in_sets
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import Vocabulary
 from megatron_eso.errors import ConfigError
-from megatron_eso.objectives.any_order_ar import AnyOrderArObjective
 from megatron_eso.objectives.build import build_objective
 from megatron_eso.objectives.noise.orders import OrderLaw, sort_slots
 from megatron_eso.objectives.objective import VALIDATION_SEED, Samples
@@ -29,6 +29,9 @@ Plan = Callable[[Samples], MicroBatch]
 
 Keys = Callable[[NDArray[np.uint64]], NDArray[np.uint64]]
 """Keys of orders, as in `noise/orders.py`, from 64 random bits for every position, `[B, T]`."""
+
+PlanOrders = Callable[[Samples, NDArray[np.int64]], MicroBatch]
+"""Returns the same with every token masked, in orders `permutation[b, slot] = position`."""
 
 STRIDES = (2, 4, 8)
 BLOCK_SIZES = (4, 16, 64)
@@ -91,21 +94,18 @@ def list_schedules(
     nelbos = list(_list_nelbos(config, vocabulary, length, num_samples))
     if config.name not in ORDERED:
         return nelbos
-    # The orders.
-    in_order = partial(_plan_order, mask_token_id=vocabulary.mask_token_id)
-    objective = build_objective(config, vocabulary, seed=VALIDATION_SEED)
-    orders: dict[str, Plan] = {"trained": partial(objective.plan_order, number=0)}
-    for name, keys in list_orders(config, length).items():
-        orders[name] = partial(in_order, keys=keys)
-    # The parallel schedules; evenly spaced sets are those of the paper's block sampler.
+    orders = _list_order_plans(config, vocabulary, list_orders(config, length))
+    # The parallel schedules, by mask queries; evenly spaced sets are those of the paper's block
+    # sampler.
+    queried = replace(config, sequential_prediction="own")
     sizes = [1 << number for number in range(1, length.bit_length())]
     names = ("trained",) if config.order == "uniform" else ("trained", "uniform")
-    parallel = [(name, size, orders[name]) for name in names for size in sizes]
-    parallel += [
-        ("evenly spaced", size, partial(in_order, keys=_strided_keys(length // size)))
-        for size in sizes
-        if length % size == 0 and size < length
-    ]
+    plans = _list_order_plans(queried, vocabulary, list_orders(config, length))
+    parallel = [(name, size, plans[name]) for name in names for size in sizes]
+    even = [size for size in sizes if length % size == 0 and size < length]
+    spaced = {str(size): _strided_keys(length // size) for size in even}
+    plans = _list_order_plans(queried, vocabulary, spaced)
+    parallel += [("evenly spaced", size, plans[str(size)]) for size in even]
     reads_masks = config.name == "eso_lm"
     return [
         *(Schedule(name=name, tokens_per_step=1, plan=plan) for name, plan in orders.items()),
@@ -140,7 +140,24 @@ def list_orders(config: ObjectiveConfig, length: int) -> dict[str, Keys]:
     }
 
 
-def _plan_order(samples: Samples, *, keys: Keys, mask_token_id: int) -> MicroBatch:
+def _list_order_plans(
+    config: ObjectiveConfig, vocabulary: Vocabulary, orders: Mapping[str, Keys]
+) -> dict[str, Plan]:
+    """Return the plan of the trained order, and those of other orders by name."""
+    objective: Any = build_objective(
+        replace(config, warm_start_steps=0), vocabulary, seed=VALIDATION_SEED
+    )
+    plan_orders: PlanOrders = objective.plan_orders
+    return {
+        "trained": partial(objective.plan_order, number=0),
+        **{
+            name: partial(_plan_order, keys=keys, plan_orders=plan_orders)
+            for name, keys in orders.items()
+        },
+    }
+
+
+def _plan_order(samples: Samples, *, keys: Keys, plan_orders: PlanOrders) -> MicroBatch:
     """Plan samples with every token masked and predicted from those before it in an order."""
     num_tokens = samples.tokens_BT.shape[1]
     bits = [
@@ -152,11 +169,7 @@ def _plan_order(samples: Samples, *, keys: Keys, mask_token_id: int) -> MicroBat
     permutation_BT = sort_slots(
         is_real_BT, is_real_BT, clean_keys_BT=keys_BT, masked_keys_BT=keys_BT
     )
-    # With every token masked, all these objectives have the rows of any-order AR.
-    planner = AnyOrderArObjective(
-        seed=VALIDATION_SEED, mask_token_id=mask_token_id, order=OrderLaw(name="uniform")
-    )
-    return planner.plan_orders(samples, permutation_BT)
+    return plan_orders(samples, permutation_BT)
 
 
 def _plan_sets(plan: Plan, set_size: int, reads_masks: bool, samples: Samples) -> MicroBatch:

@@ -19,6 +19,9 @@ MODEL: Overrides = {
 }
 
 
+NEXT: Overrides = {"objective.sequential_prediction": '"next"'}
+
+
 def eso_lm(alpha_0: float) -> Overrides:
     return {"objective.alpha_0": alpha_0}
 
@@ -33,6 +36,11 @@ FAMILY: dict[str, Overrides] = {
     "eso_lm b, alpha_0 = 1": eso_lm(1.0),
     "eso_lm b, alpha_0 = 0.125": eso_lm(0.125),
     "eso_lm b, alpha_0 = 0": eso_lm(0.0),
+    "eso_lm b, alpha_0 = 0.25": eso_lm(0.25),
+    "eso_lm b, alpha_0 = 0.5": eso_lm(0.5),
+    "eso_lm next, alpha_0 = 0.125": eso_lm(0.125) | NEXT,
+    "eso_lm next, alpha_0 = 0.25": eso_lm(0.25) | NEXT,
+    "eso_lm next, alpha_0 = 0.5": eso_lm(0.5) | NEXT,
     "eso_lm a, alpha_0 = 1": eso_lm(1.0) | ESO_LM_A,
     "eso_lm a, alpha_0 = 0.125": eso_lm(0.125) | ESO_LM_A,
     "bd3_lm, block_size = 16": name("bd3_lm", block_size=16),
@@ -55,6 +63,6 @@ def test_a_step_takes_the_time_that_its_flops_say(
     print(f"\nT={length}, vocabulary {VOCAB_SIZE}, load {os.getloadavg()[0]:.1f}")
     for objective, (seconds, flops) in measured.items():
         print(
-            f"{objective:26s} {seconds:7.3f} s a step, {flops / seconds / 1e9:4.0f} GFLOP/s; "
+            f"{objective:28s} {seconds:7.3f} s a step, {flops / seconds / 1e9:4.0f} GFLOP/s; "
             f"over AR: time {seconds / ar_seconds:.2f}x, FLOPs {flops / ar_flops:.2f}x"
         )

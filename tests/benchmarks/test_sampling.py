@@ -34,6 +34,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "ar": {"name": "ar"},
     "eso_lm b, alpha_0 = 1": {"alpha_0": 1.0},
     "eso_lm b, alpha_0 = 0.125": {"alpha_0": 0.125},
+    "eso_lm next, alpha_0 = 0.125": {"alpha_0": 0.125, "sequential_prediction": "next"},
     "set_dlm": {"name": "set_dlm"},
     "bd3_lm, block_size = 16": {"name": "bd3_lm", "block_size": 16},
     "bd3_lm, block_size = 4": {"name": "bd3_lm", "block_size": 4},
@@ -114,7 +115,7 @@ def test_sampling_takes_the_time_that_its_rows_say() -> None:
             nfe = length if is_long else nfe
             latency[name, length] = seconds * nfe
             line = (
-                f"{name:26s} {seconds * 1e3:8.2f} ms a step, {nfe:4d} steps: {seconds * nfe:8.2f} s"
+                f"{name:28s} {seconds * 1e3:8.2f} ms a step, {nfe:4d} steps: {seconds * nfe:8.2f} s"
                 f"; over AR {latency[name, length] / latency['ar', length]:6.2f}x"
                 f", over T={LENGTHS[0]} {latency[name, length] / latency[name, LENGTHS[0]]:6.1f}x"
             )

@@ -105,7 +105,8 @@ def oracle_loss(config, oracle, parameters):  # type: ignore[no-untyped-def]
     if (
         config.data.document_attention
         or config.objective.variant == "a"
-        or (config.objective.name != "eso_lm")
+        or config.objective.sequential_prediction == "next"
+        or config.objective.name != "eso_lm"
     ):
         return family_loss(config, oracle, parameters)
     dataset, train, seed = TokenDataset.open(config.data.train), config.train, config.run.seed

@@ -44,6 +44,7 @@ SAME: dict[str, Overrides] = {
     "TP=2 SP, variant A": SEQUENCE_PARALLEL | ESO_LM_A,
     "DP=2, Set Diffusion": FAMILY["set_dlm"],
     "PP=2, any-order AR": PP2 | FAMILY["any_order_ar"],
+    "PP=2, next-token rows": PP2 | FAMILY["eso_lm next"] | {"objective.alpha_0_warmup_steps": 3},
 }
 CHANGED: dict[str, tuple[Overrides, Overrides]] = {
     "TP=2 to PP=2": (TP2, PP2),

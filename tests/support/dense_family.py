@@ -107,6 +107,29 @@ def sequential_losses(
     return _to_natural(losses, text)
 
 
+def next_token_losses(parameters: Parameters, config: OracleConfig, text: Text) -> Tensor:
+    """`-log p` of each masked token, where the row of the token before it predicts it if it can.
+
+    Rows as in `sequential_losses`: queries of all slots, then the clean text.
+    """
+    order = text.permutation_T
+    tokens, positions = text.tokens_T[order], text.positions_T[order]
+    own, causal = torch.eye(len(text)).bool(), torch.ones(len(text), len(text)).tril().bool()
+    mask = torch.cat(
+        [torch.cat([own, causal & ~own], dim=1), torch.cat([torch.zeros_like(own), causal], dim=1)]
+    )
+    queries = torch.full_like(tokens, config.mask_token_id)
+    logits = dense_logits(
+        parameters, config, torch.cat([queries, tokens])[None], positions.repeat(2)[None], mask
+    )[0]
+    chosen = [
+        len(text) + slot - 1 if slot and positions[slot - 1] + 1 == positions[slot] else slot
+        for slot in range(len(text))
+    ]
+    losses = token_losses(logits[chosen][None], tokens[None], config.mask_token_id)[0]
+    return _to_natural(losses, text)
+
+
 def _read_slots(text: Text, *, both_ways: bool) -> Tensor:
     """Mask `[T, T]` in slot order: causal; of variant A, clean tokens also read each other."""
     is_clean = torch.arange(len(text)) < len(text) - int(text.is_masked_T.sum())
@@ -142,13 +165,22 @@ def split_texts(
     return texts
 
 
-def read_texts(batch: MicroBatch, samples: Samples) -> list[list[Text]]:
-    """Return the streams of each sample; masks and orders are read from the loss rows."""
-    positions = batch.rows.positions_R[batch.rows.loss_rows_E].numpy()
+def read_texts(
+    batch: MicroBatch, samples: Samples, *, next_after: int | None = None
+) -> list[list[Text]]:
+    """Return the streams of each sample; masks and orders are read from the loss rows.
+
+    Args:
+        batch: The plan.
+        samples: What was planned.
+        next_after: As in `positions_of`; tokens of the sequential phase are in natural order.
+    """
+    keys = positions_of(batch, next_after=next_after)
     texts = []
     for b, length in enumerate(samples.length_B.tolist()):
-        of_sample = (batch.loss.sample_E.numpy() == b)[: batch.loss.num_real]
-        masked = positions[: batch.loss.num_real][of_sample]
+        masked = np.array([position for sample, position in keys if sample == b], dtype=np.int64)
+        if next_after is not None and batch.phase_B[b]:
+            masked = np.sort(masked)
         is_masked = np.isin(np.arange(length), masked)
         documents = None if samples.documents_BT is None else samples.documents_BT[b, :length]
         # The clean tokens' order, from the rows before the first loss row of the sample's stream.
@@ -190,6 +222,8 @@ def text_losses(
         case "eso_lm" if not is_sequential:
             both_ways = settings.get("variant") == "a"
             return diffusion_losses(parameters, config, text, both_ways=both_ways)
+        case "eso_lm" if settings.get("sequential_prediction") == "next":
+            return next_token_losses(parameters, config, text)
         case _:
             both_ways = settings.get("variant") == "a"
             return sequential_losses(parameters, config, text, both_ways=both_ways)
@@ -211,9 +245,11 @@ def dense_losses(
         batch: The plan, from which masks and orders are read.
         samples: What was planned.
     """
-    keys = positions_of(batch)
+    is_next = settings.get("sequential_prediction") == "next"
+    next_after = config.mask_token_id if is_next else None
+    keys = positions_of(batch, next_after=next_after)
     expected: dict[tuple[int, int], Tensor] = {}
-    for b, texts in enumerate(read_texts(batch, samples)):
+    for b, texts in enumerate(read_texts(batch, samples, next_after=next_after)):
         is_sequential = settings.get("name", "eso_lm") == "eso_lm" and bool(batch.phase_B[b])
         for text in texts:
             if text.is_masked_T.any():
@@ -228,8 +264,16 @@ def dense_losses(
     return torch.stack([expected[key] for key in keys])
 
 
-def positions_of(batch: MicroBatch) -> list[tuple[int, int]]:
-    """Return sample and position of each predicted token."""
-    real = slice(batch.loss.num_real)
-    positions = batch.rows.positions_R[batch.rows.loss_rows_E][real].tolist()
-    return list(zip(batch.loss.sample_E[real].tolist(), positions, strict=True))
+def positions_of(batch: MicroBatch, *, next_after: int | None = None) -> list[tuple[int, int]]:
+    """Return sample and position of each predicted token.
+
+    Args:
+        batch: The plan.
+        next_after: The mask token, where every row with another token predicts the token after its
+            own; None: a row has the position of its target.
+    """
+    rows, real = batch.rows, slice(batch.loss.num_real)
+    positions = rows.positions_R[rows.loss_rows_E][real]
+    if next_after is not None:
+        positions = positions + (rows.tokens_R[rows.loss_rows_E][real] != next_after)
+    return list(zip(batch.loss.sample_E[real].tolist(), positions.tolist(), strict=True))

@@ -34,6 +34,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "eso_lm": {"alpha_0": 0.5},
     "eso_lm a": {"alpha_0": 0.5, "variant": "a"},
     "eso_lm uniform": {"alpha_0": 0.3, "order": "uniform"},
+    "eso_lm next": {"alpha_0": 0.4, "sequential_prediction": "next"},
     "mdlm": {"name": "mdlm"},
     "ar": {"name": "ar"},
     "ar none": {"name": "ar", "prepend_token": "none"},

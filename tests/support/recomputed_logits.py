@@ -12,9 +12,17 @@ from megatron_eso.sampler.objectives.mdlm import MDLM
 from megatron_eso.sampler.objectives.model import SamplerModel
 from tests.support.networks import make_network_config
 
+ESO_LM: dict[str, object] = {
+    "objective": "eso_lm",
+    "variant": "b",
+    "alpha_0": 0.5,
+    "sequential_prediction": "own",
+    "order": "left_to_right",
+}
 CASES: dict[str, dict[str, object]] = {
-    "eso_lm_b": {"objective": "eso_lm", "variant": "b", "alpha_0": 0.5, "order": "left_to_right"},
-    "eso_lm_a": {"objective": "eso_lm", "variant": "a", "alpha_0": 0.5, "order": "left_to_right"},
+    "eso_lm_b": ESO_LM,
+    "eso_lm_next": ESO_LM | {"sequential_prediction": "next"},
+    "eso_lm_a": ESO_LM | {"variant": "a"},
     "mdlm": {"objective": "mdlm"},
     "ar_mask": {"objective": "ar", "prepend_token": "mask", "bos_token_id": None},
     "ar_bos": {"objective": "ar", "prepend_token": "bos", "bos_token_id": 1},
@@ -62,9 +70,10 @@ def recompute(model: SamplerModel, tokens: Tensor, order: Tensor, num_random: in
 
 
 def recompute_eso_lm(model: EsoLM, tokens: Tensor, order: Tensor, num_random: int) -> Tensor:
-    """Compute the same for an Eso-LM: in the sequential phase of variant A the prefix is fixed."""
+    """Compute the same for an Eso-LM, whose sequential phase may have rows of another kind."""
     num_clean = int((tokens[0] != model.config.mask_token_id).sum())
-    if not model.has_two_way_prefix or num_clean <= num_random:
+    has_other_rows = model.has_two_way_prefix or model.predicts_next
+    if not has_other_rows or num_clean < num_random:
         return model.diffusion_logits(tokens, order)
     later = order[:, num_random:]
     z_0 = tokens.scatter(1, later, model.config.mask_token_id)

@@ -30,8 +30,9 @@ OVERLAPPED = DISTRIBUTED | {
 
 Overrides = dict[str, Any]
 
-# The objectives besides Eso-LM of variant B.
+# The objectives besides Eso-LM of variant B with mask queries.
 FAMILY: dict[str, Overrides] = {
+    "eso_lm next": {"objective.sequential_prediction": '"next"', "objective.alpha_0": 0.4},
     "mdlm": {"objective.name": '"mdlm"'},
     "ar": {"objective.name": '"ar"'},
     "bd3_lm": {"objective.name": '"bd3_lm"', "objective.block_size": 4},

@@ -86,7 +86,7 @@ def test_rows_give_the_losses_and_gradients_of_dense_masks(
 
 @pytest.mark.parametrize("masked", ["none", "all", "one", "all but one", "last", "first"])
 @pytest.mark.parametrize("length", [1, 2, 9])
-@pytest.mark.parametrize("name", ["mdlm", "bd3_lm", "eso_lm a"])
+@pytest.mark.parametrize("name", ["mdlm", "bd3_lm", "eso_lm a", "eso_lm next"])
 def test_edge_cases_agree(name: str, length: int, masked: str) -> None:
     """Plan given masks, each for a sample of the diffusion and of the sequential phase."""
     position = np.arange(length)
@@ -125,13 +125,16 @@ def test_edge_cases_agree(name: str, length: int, masked: str) -> None:
         assert batch.rows.num_rows == batch.loss.num_real == 0
 
 
-def plan_losses(batch: MicroBatch) -> dict[tuple[int, int], float]:
+def plan_losses(
+    batch: MicroBatch, *, next_after: int | None = None
+) -> dict[tuple[int, int], float]:
     """Return the weighted loss of each predicted token, by sample and position."""
     config, parameters = build_model(2, 2)
     real = slice(batch.loss.num_real)
     nll = row_losses(parameters, config, batch, BACKENDS["torch"]())[real].detach()
     weighted = nll * batch.loss.weights_E[real].double()
-    return dict(zip(positions_of(batch), weighted.tolist(), strict=True))
+    keys = positions_of(batch, next_after=next_after)
+    return dict(zip(keys, weighted.tolist(), strict=True))
 
 
 def test_three_objectives_are_one_computation() -> None:
@@ -153,6 +156,26 @@ def test_three_objectives_are_one_computation() -> None:
     # A row of AR predicts the next token from the token before: another computation.
     ar = plan_losses(build(name="ar").plan(samples, STEP))
     assert max(abs(ar[key] - loss) for key, loss in found[0].items()) > 0.1
+
+
+def test_next_token_rows_without_a_diffusion_phase_are_ar() -> None:
+    """Compare all tokens but the first with AR's; both predict the first from the mask token."""
+    samples = draw_samples(9, cut=True, documents=False)
+    vocabulary = Vocabulary(size=VOCAB, mask_token_id=MASK)
+
+    def plan(**settings: Any) -> MicroBatch:
+        objective = build_objective(ObjectiveConfig(**settings), vocabulary, seed=1)
+        return objective.plan(samples, STEP)
+
+    batch = plan(alpha_0=0.0, sequential_prediction="next")
+    found = plan_losses(batch, next_after=MASK)
+    prepended = plan_losses(plan(name="ar"))
+    for key, loss in plan_losses(plan(name="ar", prepend_token="none")).items():
+        assert abs(found.pop(key) - loss) < TOLERANCE
+    # Each sample has one query, that of the first token.
+    assert batch.rows.num_rows == sum(samples.length_B)
+    assert {position for _, position in found} == {0}
+    assert all(abs(loss - prepended[key]) < TOLERANCE for key, loss in found.items())
 
 
 def test_one_block_is_mdlm() -> None:

@@ -45,7 +45,9 @@ def make_models(name: str) -> tuple[Any, OracleConfig, dict[str, Tensor]]:
 
 def score_sample(model: Any, x_0: Tensor, batch: MicroBatch, sample: int) -> dict[int, float]:
     """Return `-log p` of each predicted token of a sample, by its position."""
-    masked = [position for b, position in positions_of(batch) if b == sample]
+    predicts_next = getattr(model, "predicts_next", False)
+    keys = positions_of(batch, next_after=MASK if predicts_next else None)
+    masked = [position for b, position in keys if b == sample]
     if model.objective == "ar":
         # A row has the position of its target; without a prepended token the first has none.
         losses = -model.token_log_likelihoods(x_0)[0]
@@ -58,8 +60,10 @@ def score_sample(model: Any, x_0: Tensor, batch: MicroBatch, sample: int) -> dic
         losses = token_losses(logits, x_0, MASK)[0]
         return {position: float(losses[position]) for position in masked}
     clean = [position for position in read_order(batch, sample) if position not in masked]
+    is_sequential = bool(batch.phase_B[sample])
+    masked = sorted(masked) if predicts_next and is_sequential else masked
     order = torch.tensor([[*clean, *masked]])
-    if model.objective == "eso_lm" and int(batch.phase_B[sample]) == 0:
+    if model.objective == "eso_lm" and not is_sequential:
         logits = model.diffusion_logits(z, order)
     else:
         logits = model.sequential_logits(z, x_0, order)
@@ -74,7 +78,8 @@ def test_the_sampler_computes_the_losses_of_training(name: str) -> None:
     samples = Samples(tokens_BT=tokens, indices_B=np.arange(B), length_B=np.full(B, T))
     batch = family_objective(name, MASK).plan(samples, Step(number=0, first_index=0, batch_size=B))
     losses = row_losses(parameters, oracle, batch, BACKENDS["torch"]())[: batch.loss.num_real]
-    keys = positions_of(batch)
+    is_next = FAMILY[name].get("sequential_prediction") == "next"
+    keys = positions_of(batch, next_after=MASK if is_next else None)
     found = {
         sample: score_sample(model, torch.from_numpy(tokens[sample : sample + 1]), batch, sample)
         for sample in {sample for sample, _ in keys}

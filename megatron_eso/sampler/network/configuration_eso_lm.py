@@ -32,6 +32,7 @@ class EsoLMConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         max_length: int = 1024,
         objective: str = "eso_lm",
         variant: str = "b",
+        sequential_prediction: str = "own",
         block_size: int = 1,
         prepend_token: str = "mask",
         **kwargs: Any,
@@ -57,6 +58,7 @@ class EsoLMConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         self.max_length = max_length
         self.objective = objective
         self.variant = variant
+        self.sequential_prediction = sequential_prediction
         self.block_size = block_size
         self.prepend_token = prepend_token
 

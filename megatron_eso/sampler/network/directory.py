@@ -1,6 +1,7 @@
 """Reads a sampler directory: `config.json`, and `model.safetensors` or shards with an index."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,19 @@ from .layers_eso_lm import NetworkConfig
 from .network_eso_lm import EsoNetwork
 from .objective_fields import read_objective
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version of directories with a value that readers of version 1 would ignore."""
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+
+def choose_version(description: Mapping[str, Any]) -> int:
+    """Return the lowest format version whose readers understand a directory.
+
+    Args:
+        description: The fields of network and objective.
+    """
+    return FORMAT_VERSION if description.get("sequential_prediction", "own") != "own" else 1
 
 
 def read_description(directory: str | Path) -> dict[str, Any]:
@@ -38,10 +49,10 @@ def read_description(directory: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is no valid JSON ({error}); convert again") from None
     if not isinstance(config, dict) or config.get("model_type") != "eso_lm":
         raise CheckpointError(f"{path}: model_type is not eso_lm; give a sampler directory")
-    if config.get("format_version") != FORMAT_VERSION:
+    if config.get("format_version") not in (1, FORMAT_VERSION):
         raise CheckpointError(
             f"{path}: format_version {config.get('format_version')!r} is unknown, this version "
-            f"reads {FORMAT_VERSION}; use the release that wrote it"
+            f"reads 1 and {FORMAT_VERSION}; use the release that wrote it"
         )
     try:
         return {**config, **read_objective(config)}

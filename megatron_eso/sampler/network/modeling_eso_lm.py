@@ -99,7 +99,13 @@ class EsoLMModel(EsoNetworkMixin, PreTrainedModel):  # type: ignore[no-untyped-c
     def _compute_slot_logits(self, z: Tensor, permutation: Tensor, x_0: Tensor | None) -> Tensor:
         is_variant_a = self.config.objective == "eso_lm" and self.config.variant == "a"
         if x_0 is not None:
-            return self.sequential_logits(z, x_0, permutation, two_way_prefix=is_variant_a)
+            return self.sequential_logits(
+                z,
+                x_0,
+                permutation,
+                two_way_prefix=is_variant_a,
+                predicts_next=self.config.sequential_prediction == "next",
+            )
         if self.config.objective == "eso_lm":
             return self.diffusion_logits(z, permutation, two_way_prefix=is_variant_a)
         return self.set_logits(z, permutation)

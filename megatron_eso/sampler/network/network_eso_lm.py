@@ -106,7 +106,13 @@ class EsoNetworkMixin:
         return self.logits(self.hidden_states(z_BT, permutation, is_visible_BTT))
 
     def sequential_logits(
-        self, z_0: Tensor, x_0: Tensor, permutation: Tensor, *, two_way_prefix: bool = False
+        self,
+        z_0: Tensor,
+        x_0: Tensor,
+        permutation: Tensor,
+        *,
+        two_way_prefix: bool = False,
+        predicts_next: bool = False,
     ) -> Tensor:
         """Compute the logits of the sequential phase: a masked slot reads the slots before it.
 
@@ -120,6 +126,8 @@ class EsoNetworkMixin:
             permutation: Order of the slots, int64 `[B, T]`: `permutation[b, slot] = position`.
             two_way_prefix: Whether the slots that `z_0` leaves clean read each other both ways
                 (variant A).
+            predicts_next: Whether the row of the slot before predicts a masked slot where it has
+                the token before it in the text (`find_next`).
 
         Returns:
             Logits in slot order, `[B, T, V]`, with zeros at clean slots.
@@ -130,14 +138,16 @@ class EsoNetworkMixin:
         _, is_masked_BT = self._sort(permutation, z_0=z_0, x_0=x_0)
         if bool(((z_0 != self.network_config.mask_token_id) & (z_0 != x_0)).any()):
             raise ValueError("z_0 and x_0 differ at a position that z_0 does not mask")
-        num_slots = permutation.shape[1]
-        num_queries = int(is_masked_BT.sum(1).max())
+        first = permutation.shape[1] - int(is_masked_BT.sum(1).max())
         prefix_B = (~is_masked_BT).sum(1) if two_way_prefix else None
-        logits_BMV = self._query_logits(
-            x_0.gather(1, permutation), permutation, num_queries, prefix_B
-        )
-        logits_BMV = logits_BMV * is_masked_BT[:, num_slots - num_queries :, None]
-        return F.pad(logits_BMV, (0, 0, num_slots - num_queries, 0))
+        x_BT = x_0.gather(1, permutation)
+        clean_BTC, queries_BMC = self._compute_queries(x_BT, permutation, first, prefix_B)
+        if predicts_next:
+            before_BMC = F.pad(clean_BTC[:, :-1], (0, 0, 1, 0))[:, first:]
+            is_next_BM1 = find_next(permutation)[:, first:, None]
+            queries_BMC = torch.where(is_next_BM1, before_BMC, queries_BMC)
+        logits_BMV = self.logits(queries_BMC) * is_masked_BT[:, first:, None]
+        return F.pad(logits_BMV, (0, 0, first, 0))
 
     def two_way_logits(self, z_t: Tensor) -> Tensor:
         """Compute the logits of MDLM: every position reads all positions.
@@ -207,20 +217,20 @@ class EsoNetworkMixin:
         )
         return self.logits(hidden_BRC[:, num_clean:])
 
-    def _query_logits(
-        self, x_BT: Tensor, permutation_BT: Tensor, num_queries: int, prefix_B: Tensor | None
-    ) -> Tensor:
-        """Compute the logits `[B, M, V]` of queries at the last M slots."""
+    def _compute_queries(
+        self, x_BT: Tensor, permutation_BT: Tensor, first: int, prefix_B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the clean rows `[B, T, C]`, and queries `[B, M, C]` at the slots from `first`."""
         num_slots = x_BT.shape[1]
-        query_positions_BM = permutation_BT[:, num_slots - num_queries :]
+        query_positions_BM = permutation_BT[:, first:]
         queries_BM = torch.full_like(query_positions_BM, self.network_config.mask_token_id)
         slots_T = _range_like(x_BT)
         hidden_BRC = self.hidden_states(
             torch.cat([x_BT, queries_BM], dim=1),
             torch.cat([permutation_BT, query_positions_BM], dim=1),
-            query_mask(slots_T, slots_T[num_slots - num_queries :], prefix_B),
+            query_mask(slots_T, slots_T[first:], prefix_B),
         )
-        return self.logits(hidden_BRC[:, num_slots:])
+        return hidden_BRC[:, :num_slots], hidden_BRC[:, num_slots:]
 
     def _sort(self, permutation: Tensor, **tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the first text in slot order, and which slots it masks, each `[B, T]`."""
@@ -258,6 +268,12 @@ class EsoNetworkMixin:
 def _range_like(tokens_BT: Tensor) -> Tensor:
     """Return 0 .. T-1, int64 `[T]`."""
     return torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+
+
+def find_next(permutation_BT: Tensor) -> Tensor:
+    """Return which slots have the token that follows that of the slot before, bool `[B, T]`."""
+    is_next_BT = permutation_BT.diff(dim=1) == 1
+    return F.pad(is_next_BT, (1, 0))
 
 
 def check_permutation(permutation_BT: Tensor) -> None:

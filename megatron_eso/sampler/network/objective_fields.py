@@ -49,6 +49,7 @@ OBJECTIVE_FIELDS: dict[str, dict[str, ObjectiveField]] = {
     "eso_lm": {
         "variant": one_of("a", "b"),
         "alpha_0": ALPHA_0,
+        "sequential_prediction": one_of("own", "next", default="own"),
         "order": one_of(*ORDERS, default="left_to_right"),
         **SETS,
     },

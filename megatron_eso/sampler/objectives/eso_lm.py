@@ -18,6 +18,9 @@ class EsoLM(SlotModel):
     phase read each other both ways, and still do so in the sequential phase; so each step of the
     diffusion phase computes all its rows, and only the sequential phase has a cache.
 
+    With `sequential_prediction` `next`, a step of the sequential phase reads one row, that of the
+    token before, where this is the token of the slot before; otherwise it also reads a mask.
+
     By default `generate` has the paper's ancestral schedule of T time steps, then one token at a
     time. The order is random up to `alpha_0 T` slots, then that of training, which is left to right
     by default.
@@ -35,6 +38,11 @@ class EsoLM(SlotModel):
     def has_two_way_prefix(self) -> bool:
         """Whether the model is of variant A."""
         return bool(self.description["variant"] == "a")
+
+    @property
+    def predicts_next(self) -> bool:
+        """Whether rows of the sequential phase predict the next token where they can."""
+        return bool(self.description["sequential_prediction"] == "next")
 
     @torch.no_grad()
     def diffusion_logits(self, z_t: Tensor, permutation: Tensor) -> Tensor:

@@ -27,6 +27,11 @@ class SlotModel(SamplerModel):
         return False
 
     @property
+    def predicts_next(self) -> bool:
+        """Whether rows of the sequential phase predict the next token where they can."""
+        return False
+
+    @property
     def law(self) -> OrderLaw:
         """The distribution of orders."""
         return OrderLaw(
@@ -42,7 +47,11 @@ class SlotModel(SamplerModel):
         See `EsoNetworkMixin.sequential_logits` for arguments, result and errors.
         """
         return self.network.sequential_logits(
-            z_0, x_0, permutation, two_way_prefix=self.has_two_way_prefix
+            z_0,
+            x_0,
+            permutation,
+            two_way_prefix=self.has_two_way_prefix,
+            predicts_next=self.predicts_next,
         )
 
     @torch.no_grad()
@@ -60,7 +69,9 @@ class SlotModel(SamplerModel):
             ValueError: A shape, dtype or token is wrong, or `T > max_length`.
         """
         masked = torch.full_like(x_0, self.config.mask_token_id)
-        logits_BTV = self.network.sequential_logits(masked, x_0, permutation)
+        logits_BTV = self.network.sequential_logits(
+            masked, x_0, permutation, predicts_next=self.predicts_next
+        )
         return log_probabilities(logits_BTV, x_0.gather(1, permutation), self.config.mask_token_id)
 
     def log_likelihood(self, x_0: Tensor, permutation: Tensor) -> Tensor:
@@ -86,13 +97,14 @@ class SlotModel(SamplerModel):
         known_N = (slots_NT != self.config.mask_token_id).sum(1).cpu().numpy()
         random_N = np.array([plan.num_random for plan in plans])
         prefix_N = np.maximum(random_N, known_N) if self.has_two_way_prefix else 0 * known_N
+        first_next_N = random_N if self.predicts_next else np.full_like(random_N, slots_NT.shape[1])
         nfe = reveal_slots(
             self.network,
             slots_NT,
             permutation_NT,
             [plan.schedule for plan in plans],
             choice,
-            SlotReading(prefix_N=prefix_N, by_sets=self.by_sets),
+            SlotReading(prefix_N=prefix_N, by_sets=self.by_sets, first_next_N=first_next_N),
         )
         tokens_NT.scatter_(1, permutation_NT, slots_NT)
         return nfe

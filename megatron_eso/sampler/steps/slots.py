@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..network.masks_eso_lm import set_mask, slot_mask
-from ..network.network_eso_lm import EsoNetworkMixin
+from ..network.network_eso_lm import EsoNetworkMixin, find_next
 from .cache import Int64, Mask, RowCache, StepRows, forward_rows
 from .choice import TokenChoice, choose_tokens
 
@@ -30,6 +30,8 @@ class SlotReading:
     """
     by_sets: bool
     """Whether a mask does not read the masks before it (Set Diffusion)."""
+    first_next_N: Int64
+    """First slot of the sequential phase, in which a token's row may predict the next token."""
 
 
 def reveal_slots(
@@ -56,21 +58,25 @@ def reveal_slots(
     # The cache holds the slots before `start`; the tokens before `clean` are known.
     start_N = np.zeros(num_samples, dtype=np.int64)
     clean_N = np.array([num_slots - sum(schedule) for schedule in schedules], dtype=np.int64)
+    is_next_NT = find_next(permutation_NT).cpu().numpy()
     num_steps = max((len(schedule) for schedule in schedules), default=0)
     for step in range(num_steps):
-        # The rows of the step: known tokens that are not in the cache, then the masks to reveal. A
-        # sample that is complete has padding rows only. While a two-way prefix grows, all its rows
-        # change with it.
+        # The rows of the step: known tokens that are not in the cache, then the masks to reveal,
+        # or no mask where the last known token predicts the next one. A sample that is complete has
+        # padding rows only. While a two-way prefix grows, all its rows change with it.
         reveal_N = np.array([s[step] if step < len(s) else 0 for s in schedules], dtype=np.int64)
         first_N = np.where(clean_N <= reading.prefix_N, 0, start_N)
-        rows = StepRows(first_N, np.where(reveal_N > 0, clean_N + reveal_N, first_N))
-        is_mask_NR = rows.is_real & (rows.numbers >= clean_N[:, None])
-        # One forward pass, which gives a token for each mask.
+        slot_N = np.minimum(clean_N, num_slots - 1)
+        is_next_N = is_next_NT[np.arange(num_samples), slot_N] & (clean_N >= reading.first_next_N)
+        lag_N = (is_next_N & (reveal_N == 1)).astype(np.int64)
+        rows = StepRows(first_N, np.where(reveal_N > 0, clean_N + reveal_N - lag_N, first_N))
+        is_chosen_NR = rows.is_real & (rows.numbers >= (clean_N - lag_N)[:, None])
+        # One forward pass, which gives a token for each slot to reveal.
         mask = _build_mask(clean_N, reading, device)
         hidden_NRC = forward_rows(network, cache, tokens_NT, permutation_NT, rows, mask)
-        hidden_EC = hidden_NRC[torch.from_numpy(is_mask_NR).to(device)]
-        sample_E, row_E = np.nonzero(is_mask_NR)
-        slot_E = rows.numbers[sample_E, row_E]
+        hidden_EC = hidden_NRC[torch.from_numpy(is_chosen_NR).to(device)]
+        sample_E, row_E = np.nonzero(is_chosen_NR)
+        slot_E = rows.numbers[sample_E, row_E] + lag_N[sample_E]
         logits_EV = network.logits(hidden_EC)
         chosen_E = choose_tokens(logits_EV, config.mask_token_id, sample_E, slot_E, choice)
         # The next step reads the new tokens, since the cache has the keys of their masks.

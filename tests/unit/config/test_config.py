@@ -154,6 +154,18 @@ REFUSALS = [
         ["objective.name=ar", "objective.prepend_token=none", "data.document_attention=true"],
         'use "mask" or "bos"',
     ),
+    (
+        ["objective.sequential_prediction=next", "objective.variant=a"],
+        'needs objective.variant = "b"; use "b" or "own"',
+    ),
+    (
+        ["objective.sequential_prediction=next", "objective.order=uniform"],
+        'needs objective.order = "left_to_right"',
+    ),
+    (
+        ["objective.alpha_0_warmup_steps=5", "objective.alpha_0=1"],
+        "needs both phases, but objective.alpha_0 = 1.0 has one; leave it out",
+    ),
     (["objective.name=gpt"], 'must be one of "eso_lm"'),
     (["objective.variant=c"], 'must be one of "a", "b"'),
     (

@@ -56,6 +56,7 @@ POSITIVE = [
 ]
 NOT_NEGATIVE = [
     "run.seed",
+    "objective.alpha_0_warmup_steps",
     "objective.warm_start_steps",
     "data.mask_token_id",
     "data.bos_token_id",
@@ -128,6 +129,7 @@ OBJECTIVE_KEYS = (
     "objective.variant",
     "objective.block_size",
     "objective.prepend_token",
+    "objective.sequential_prediction",
 )
 
 
@@ -256,7 +258,8 @@ def test_the_keys_of_eso_lm_are_its_own() -> None:
         if "eso_lm" in key.objectives
     }
     ordered = {"order", "set_size", "max_set_size"}
-    assert own == {"variant", "alpha_0", "batch_split", "loss_type", "sampling_eps"} | ordered
+    eso_lm = {"variant", "alpha_0", "alpha_0_warmup_steps", "batch_split", "sequential_prediction"}
+    assert own == eso_lm | {"loss_type", "sampling_eps"} | ordered
 
 
 def test_every_section_is_in_the_table_of_keys() -> None:

@@ -83,6 +83,7 @@ def test_every_key_of_the_model_is_in_the_table_or_for_training_only() -> None:
 def test_transformers_configuration_has_the_fields_of_the_network() -> None:
     parameters = inspect.signature(EsoLMConfig.__init__).parameters
     others = {"self", "kwargs", "objective", "variant", "block_size", "prepend_token"}
+    others |= {"sequential_prediction"}
     assert [name for name in parameters if name not in others] == names_of(NetworkConfig)
     values = dataclasses.asdict(make_network_config(**{"norm_epsilon": 1e-3, "rotary_base": 777.0}))
     config = EsoLMConfig(**values)
@@ -106,6 +107,7 @@ def test_every_field_is_kept_through_a_run(field: str) -> None:
     "objective",
     [
         {"objective": "eso_lm", "variant": "a", "alpha_0": 0.25, "order": "uniform"},
+        {"objective": "eso_lm", "variant": "b", "sequential_prediction": "next"},
         {"objective": "mdlm"},
         {"objective": "ar", "prepend_token": "none"},
         {"objective": "ar", "prepend_token": "bos", "bos_token_id": 2},

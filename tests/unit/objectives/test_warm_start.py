@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_eso.batches.dealing import Dealing
+from megatron_eso.batches.rows import MicroBatch
+from megatron_eso.objectives.eso_lm import EsoLmObjective
 from megatron_eso.objectives.objective import Samples, Step
-from tests.support.planning import FAMILY, WARM, family_objective
+from tests.support.planning import FAMILY, WARM, eso_lm, family_objective
 
 MASK, LENGTH, SIZE = 9, 12, 16
 
@@ -41,6 +44,34 @@ def test_the_share_of_next_token_prediction_falls_from_one_to_zero(name: str) ->
         for phase in objective.phases[:ar]:
             left = (phase_N == objective.phases.index(phase)).sum()
             assert abs(left - phase.share * SIZE * number / 10) <= 1
+
+
+@pytest.mark.parametrize("prediction", ["own", "next"])
+def test_alpha_0_rises_to_its_value_in_training_alone(prediction: str) -> None:
+    """At step n of N the masks and weights are those of a run at `alpha_0 n / N`."""
+
+    def build(alpha_0: float, **settings: int) -> EsoLmObjective:
+        return eso_lm(MASK, alpha_0=alpha_0, sequential_prediction=prediction, **settings)
+
+    rising = build(0.5, alpha_0_warmup_steps=4, batch_split=0.5)
+    for number, alpha_0 in ((1, 0.125), (2, 0.25), (4, 0.5), (9, 0.5)):
+        step = step_of(number)
+        assert_same(
+            rising.plan(samples_of(step), step), build(alpha_0).plan(samples_of(step), step)
+        )
+    samples = samples_of(step_of(0))
+    assert_same(rising.plan_validation(samples, SIZE), build(0.5).plan_validation(samples, SIZE))
+    # The first step masks every token, and the diffusion phase has no weight yet.
+    loss = rising.plan(samples, step_of(0)).loss
+    assert loss.num_real == SIZE * LENGTH
+    assert (loss.weights_E == loss.phase_E).all()
+
+
+def assert_same(found: MicroBatch, expected: MicroBatch) -> None:
+    assert found.rows.spans == expected.rows.spans
+    assert torch.equal(found.rows.tokens_R, expected.rows.tokens_R)
+    assert torch.equal(found.loss.targets_E, expected.loss.targets_E)
+    assert torch.equal(found.loss.weights_E, expected.loss.weights_E)
 
 
 def test_ranks_get_equal_shares() -> None:

@@ -31,7 +31,8 @@ def make_model(
     generator = torch.Generator().manual_seed(2)
     for parameter in network.parameters():
         parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
-    return EsoLM(network, {"variant": variant, "alpha_0": 0.25, "order": "left_to_right"})
+    description = {"variant": variant, "alpha_0": 0.25, "order": "left_to_right"}
+    return EsoLM(network, {**description, "sequential_prediction": "own"})
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS.keys())

@@ -179,7 +179,7 @@ def test_a_wrong_command_line_exits_with_2(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version 2"),
+        ({"format_version": 3}, "format_version 3"),
         ({"variant": "c"}, "variant is 'c', none of a, b"),
         ({"objective": "duo"}, "objective 'duo' is unknown"),
         ({"model_type": "gpt2"}, "model_type"),

@@ -58,6 +58,13 @@ def left_to_right() -> Iterator[Way]:
     yield 1.0, [0, 1, 2], [1, 1, 1]
 
 
+def sorted_after(num_random: int) -> Iterator[Way]:
+    """Yield random orders that are left to right from a slot on."""
+    for order in ORDERS:
+        sorted_order = [*order[:num_random], *sorted(order[num_random:])]
+        yield 1 / len(ORDERS), sorted_order, [1] * T
+
+
 def ancestral_blocks(block_size: int, steps: int) -> Iterator[Way]:
     """Yield the ways of ancestral diffusion: each token of a block has a step of its own.
 
@@ -99,6 +106,14 @@ CASES: dict[str, tuple[str, dict[str, Any], Any, int]] = {
         *("eso_lm_b", {"schedule": [2, 1], "alpha_0": 2 / 3}),
         *(lambda model: all_orders(2, 1), 2),
     ),
+    "eso_lm_next, both phases": (
+        *("eso_lm_next", {"schedule": [1, 1, 1], "alpha_0": 1 / 3}),
+        *(lambda model: sorted_after(1), 1),
+    ),
+    "eso_lm_next, sequential alone": (
+        *("eso_lm_next", {"schedule": [1, 1, 1], "alpha_0": 0.0}),
+        *(lambda model: left_to_right(), 0),
+    ),
     "eso_lm_a, diffusion alone": (
         *("eso_lm_a", {"schedule": [1, 2], "alpha_0": 1.0}),
         *(lambda model: all_orders(1, 2), 3),
@@ -128,7 +143,7 @@ def test_samples_have_the_exact_distribution(name: str) -> None:
     assert chi_square(out.sequences, torch.full((27,), 1 / 27, dtype=torch.float64)) > 100
 
 
-@pytest.mark.parametrize("case", ["eso_lm_a", "eso_lm_b"])
+@pytest.mark.parametrize("case", ["eso_lm_a", "eso_lm_b", "eso_lm_next"])
 def test_samples_of_the_ancestral_schedule_have_the_exact_distribution(case: str) -> None:
     """The samples of a batch share the schedule of its seed, so batches are many."""
     model: Any = make_small(case)

@@ -64,6 +64,14 @@ def test_masks_of_a_set_read_each_other_as_in_the_sampler(name: str, num_keys: l
     assert reads_4E[3, :4].tolist() == num_keys * 2
 
 
+def test_next_token_rows_predict_where_one_token_comes_at_a_time() -> None:
+    own, plans = plan_all(name="eso_lm"), plan_all(name="eso_lm", sequential_prediction="next")
+    assert plans["left to right", 1].rows.num_rows == NUM_SAMPLES * LENGTH
+    for key, plan in plans.items():
+        if key[0] == "right to left" or (key[1] or 0) > 1:
+            assert plan.rows.spans == own[key].rows.spans
+
+
 def test_nelbos_have_other_settings() -> None:
     nelbos = [name for name, size in plan_all(name="eso_lm", alpha_0=0.3) if size is None]
     assert nelbos == [f"NELBO, alpha_0 = {value}" for value in ("0.3", 0, 0.125, 0.25, 0.5, 1)]
