@@ -111,7 +111,7 @@ def _estimate_micro_batch(config: Config, objective: Objective, gpu: Gpu) -> flo
     vocab_size = config.data.vocab_size or 0
     # Matrix products at their speed, attention among them at its own.
     pairs = (model.num_layers - 1) * (counts.pairs - strict)
-    flash = BACKWARD_AND_FORWARD * 4.0 * model.hidden_size * pairs
+    flash = BACKWARD_AND_FORWARD * 4.0 * model.query_size * pairs
     products = BACKWARD_AND_FORWARD * forward_flops(model, vocab_size, counts) - flash
     peak = gpu.bf16_flops if COMPUTE_BYTES[config.train.precision] == 2 else gpu.fp32_flops
     seconds = products / peak / EFFICIENCY.gemm + flash / peak / EFFICIENCY.flash
