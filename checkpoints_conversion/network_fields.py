@@ -12,7 +12,6 @@ from megatron_eso.config.keys import describe_keys
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import (
-    KEYS,
     Config,
     DataConfig,
     OptimizerConfig,
@@ -45,7 +44,7 @@ class SharedField:
     """A value that both configurations have."""
 
     path: str
-    """`section.name` in a run's configuration: a key, or a property that follows from keys."""
+    """`section.name` in a run's configuration."""
     field: str
     """Name in `NetworkConfig` and in `config.json`."""
     to_network: Callable[[Any], Any] = keep
@@ -62,14 +61,20 @@ SHARED_FIELDS = (
     SharedField("model.hidden_size", "hidden_size"),
     SharedField("model.num_attention_heads", "num_attention_heads"),
     SharedField("model.num_query_groups", "num_key_value_heads"),
-    SharedField("model.head_dim", "head_dim"),
+    SharedField("model.kv_channels", "head_dim"),
     SharedField("model.ffn_hidden_size", "intermediate_size"),
     SharedField("model.normalization", "normalization"),
     SharedField("model.norm_epsilon", "norm_epsilon"),
     SharedField("model.activation", "activation"),
     SharedField("model.rotary_base", "rotary_base", float, as_rotary_base),
+    SharedField("model.rope_scaling", "use_rope_scaling"),
+    SharedField("model.rope_scaling_factor", "rope_scaling_factor", float, float),
+    SharedField("model.rope_low_freq_factor", "rope_low_freq_factor", float, float),
+    SharedField("model.rope_high_freq_factor", "rope_high_freq_factor", float, float),
+    SharedField("model.rope_original_length", "rope_original_length"),
     SharedField("model.qk_layernorm", "qk_layernorm"),
     SharedField("model.add_bias_linear", "add_bias_linear"),
+    SharedField("model.add_qkv_bias", "add_qkv_bias"),
     SharedField("model.share_embeddings_and_output_weights", "tie_word_embeddings"),
     SharedField("model.head_bias", "head_bias"),
 )
@@ -125,16 +130,10 @@ def build_run_config(
     Raises:
         CheckpointError: Megatron-Core has no such network.
     """
-    if network.head_dim * network.num_attention_heads != network.hidden_size:
-        raise CheckpointError(
-            f"head_dim {network.head_dim} x {network.num_attention_heads} heads is not hidden_size "
-            f"{network.hidden_size}; a run cannot describe such a network"
-        )
     values: dict[str, dict[str, Any]] = {"data": {}, "model": {}}
     for shared in SHARED_FIELDS:
-        if shared.path in KEYS:  # a property is not set
-            section, _, name = shared.path.partition(".")
-            values[section][name] = shared.to_run(getattr(network, shared.field))
+        section, _, name = shared.path.partition(".")
+        values[section][name] = shared.to_run(getattr(network, shared.field))
     name = description.get("objective", "eso_lm")
     keys = list_objective_keys(name)
     objective = {key: description[key] for key in keys if description.get(key) is not None}

@@ -74,7 +74,6 @@ def _list_layer(config: NetworkConfig, old: str, new: str) -> list[Entry]:
         new: Prefix of the layer in the sampler.
     """
     is_gated = config.activation == "swiglu"
-    linear_kinds = ("weight", "bias") if config.add_bias_linear else ("weight",)
     attention, mlp = f"{old}self_attention.", f"{old}mlp."
     up_names = ("gate_proj", "up_proj") if is_gated else ("up_proj",)
     # The norms, which Megatron-Core fuses into the projections that read them.
@@ -93,11 +92,15 @@ def _list_layer(config: NetworkConfig, old: str, new: str) -> list[Entry]:
                 for which in ("q", "k")
             ]
     # The projections.
-    for kind in linear_kinds:
-        qkv = tuple(f"{new}self_attn.{name}_proj.{kind}" for name in ("q", "k", "v"))
+    for kind in ("weight", "bias"):
+        is_weight = kind == "weight"
+        if is_weight or config.add_bias_linear or config.add_qkv_bias:
+            qkv = tuple(f"{new}self_attn.{name}_proj.{kind}" for name in ("q", "k", "v"))
+            entries.append(Entry(f"{attention}linear_qkv.{kind}", qkv, Layout.QKV))
+        if not (is_weight or config.add_bias_linear):
+            continue
         up = tuple(f"{new}mlp.{name}.{kind}" for name in up_names)
         entries += [
-            Entry(f"{attention}linear_qkv.{kind}", qkv, Layout.QKV),
             Entry(
                 f"{attention}linear_proj.{kind}",
                 (f"{new}self_attn.o_proj.{kind}",),

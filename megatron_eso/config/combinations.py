@@ -169,15 +169,17 @@ def check_model(traced: TracedConfig) -> None:
     """Refuse a transformer whose sizes do not divide, or that cannot be trained."""
     model = traced.config.model
     hidden, heads = model.hidden_size, model.num_attention_heads
+    # The heads.
     traced.require(
-        hidden % heads == 0,
+        model.kv_channels is not None,
         "model.num_attention_heads",
-        f"must divide model.hidden_size = {hidden}; use {nearest_divisors(hidden, heads)}",
+        f"must divide model.hidden_size = {hidden}; use {nearest_divisors(hidden, heads)}, "
+        "or set model.kv_channels",
     )
     traced.require(
-        model.head_dim % 2 == 0,
-        "model.num_attention_heads",
-        f"gives heads of {model.head_dim} channels; rotary embedding needs an even number",
+        model.kv_channels % 2 == 0,
+        "model.num_attention_heads" if model.query_size == hidden else "model.kv_channels",
+        f"gives heads of {model.kv_channels} channels; rotary embedding needs an even number",
     )
     traced.require(
         heads % model.num_query_groups == 0,
@@ -185,12 +187,36 @@ def check_model(traced: TracedConfig) -> None:
         f"must divide model.num_attention_heads = {heads}; "
         f"use {nearest_divisors(heads, model.num_query_groups)}",
     )
+    # The head and the biases.
     traced.require(
         not (model.zero_init_head and model.share_embeddings_and_output_weights),
         "model.zero_init_head",
         "a tied head is the embedding, which must not start at zero; "
         "set model.share_embeddings_and_output_weights = false",
     )
+    traced.require(
+        not (model.add_qkv_bias and model.add_bias_linear),
+        "model.add_qkv_bias",
+        "model.add_bias_linear = true has these biases and more; set one of the two to false",
+    )
+    check_rope_scaling(traced)
+
+
+def check_rope_scaling(traced: TracedConfig) -> None:
+    """Refuse factors that leave no frequencies between them, or that nothing reads."""
+    model = traced.config.model
+    traced.require(
+        model.rope_low_freq_factor < model.rope_high_freq_factor,
+        "model.rope_low_freq_factor",
+        f"must be below model.rope_high_freq_factor = {model.rope_high_freq_factor}",
+    )
+    for path, key in KEYS.items():
+        is_read = model.rope_scaling or not path.startswith("model.rope_")
+        traced.require(
+            is_read or traced.config.get(path) == key.default,
+            path,
+            "needs model.rope_scaling = true; set it, or leave this key out",
+        )
 
 
 def check_corpora(traced: TracedConfig) -> None:

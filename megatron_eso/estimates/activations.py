@@ -56,8 +56,8 @@ class RowBytes:
         compute = COMPUTE_BYTES[config.train.precision]
         ranks = parallel.tensor_model_parallel_size
         hidden = model.hidden_size / parallel.row_multiple
-        query = model.num_attention_heads * model.head_dim * compute / ranks
-        key = model.num_query_groups * model.head_dim * compute / ranks
+        query = model.query_size * compute / ranks
+        key = model.num_query_groups * model.kv_channels * compute / ranks
         # Norms over heads keep their input in float32, which bf16 has to be copied to.
         upcast = FLOAT32_BYTES / compute if compute < FLOAT32_BYTES else 0.0
         qk_norm = upcast * (query + key) if model.qk_layernorm else 0.0
@@ -70,7 +70,7 @@ class RowBytes:
             queries=3 * query,
             branch=hidden * (compute * model.residual_gates + (model.hidden_dropout > 0)),
             mlp=widths * model.ffn_hidden_size * compute / ranks,
-            rotary=model.head_dim * FLOAT32_BYTES,
+            rotary=model.kv_channels * FLOAT32_BYTES,
             logit=(compute * (compute < FLOAT32_BYTES) + 2 * FLOAT32_BYTES) / ranks,
             output=query / compute * FLOAT32_BYTES,
             key=key / compute * FLOAT32_BYTES,

@@ -22,10 +22,10 @@ def forward_flops(model: ModelConfig, vocab_size: int, counts: RowCounts) -> flo
         counts: Rows of any number of samples.
     """
     hidden = model.hidden_size
-    key_value = 2 * model.num_query_groups * model.head_dim * hidden
+    key_value = 2 * model.num_query_groups * model.kv_channels * hidden
     mlp = (3 if model.activation == "swiglu" else 2) * model.ffn_hidden_size * hidden
-    others = 2 * hidden * hidden + mlp  # queries, projection, MLP
-    pair = 4 * hidden  # a score and its share of the output
+    others = 2 * model.query_size * hidden + mlp  # queries, projection, MLP
+    pair = 4 * model.query_size  # a score and its share of the output
     body = 2 * (key_value + others) * counts.rows + pair * counts.pairs
     last = 2 * (key_value * counts.rows + others * counts.loss_rows) + pair * counts.loss_pairs
     head = 2 * hidden * vocab_size * counts.loss_rows

@@ -36,7 +36,7 @@ def parameter_shapes(model: ModelConfig, vocab_size: int) -> list[tuple[Group, s
     """
     hidden, width = model.hidden_size, model.ffn_hidden_size
     vocab = model.pad_vocabulary(vocab_size)
-    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim
+    qkv = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
     fc1 = width * (2 if model.activation == "swiglu" else 1)
     norm = 2 if model.normalization == "LayerNorm" else 1
     # What every model has.
@@ -44,22 +44,23 @@ def parameter_shapes(model: ModelConfig, vocab_size: int) -> list[tuple[Group, s
         ("embedding", "word_embeddings.weight", vocab * hidden, True),
         ("layer", "input_layernorm", norm * hidden, False),
         ("layer", "linear_qkv.weight", qkv * hidden, True),
-        ("layer", "linear_proj.weight", hidden * hidden, True),
+        ("layer", "linear_proj.weight", model.query_size * hidden, True),
         ("layer", "pre_mlp_layernorm", norm * hidden, False),
         ("layer", "linear_fc1.weight", fc1 * hidden, True),
         ("layer", "linear_fc2.weight", width * hidden, True),
         ("final_norm", "final_layernorm", norm * hidden, False),
     ]
     # What depends on the section `model`.
+    if model.has_qkv_bias:
+        shapes.append(("layer", "linear_qkv.bias", qkv, True))
     if model.add_bias_linear:
         shapes += [
-            ("layer", "linear_qkv.bias", qkv, True),
             ("layer", "linear_proj.bias", hidden, False),
             ("layer", "linear_fc1.bias", fc1, True),
             ("layer", "linear_fc2.bias", hidden, False),
         ]
     if model.qk_layernorm:
-        shapes.append(("layer", "q_layernorm and k_layernorm", 2 * norm * model.head_dim, False))
+        shapes.append(("layer", "q_layernorm and k_layernorm", 2 * norm * model.kv_channels, False))
     if model.residual_gates:
         shapes.append(("layer", "linear_proj.gate and linear_fc2.gate", 2 * hidden, False))
     if not model.share_embeddings_and_output_weights:

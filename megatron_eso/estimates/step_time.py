@@ -14,8 +14,10 @@ from megatron_eso.estimates.parameters import count_rank_parameters
 from megatron_eso.objectives.objective import Objective
 from megatron_eso.objectives.row_counts import RowCounts
 
-ELEMENTWISE_BYTES = 530
+ELEMENTWISE_BYTES = 230
 """Moved for a row and channel of a layer, forward and backward, by all but matrix products."""
+HEAD_BYTES = 300
+"""Moved in addition for a row and channel of the query heads."""
 STRICT_BYTES = 172
 """Moved for a strict query, a key that it reads, and a head, forward and backward."""
 LOGIT_BYTES = 90
@@ -111,13 +113,14 @@ def _estimate_micro_batch(config: Config, objective: Objective, gpu: Gpu) -> flo
     vocab_size = config.data.vocab_size or 0
     # Matrix products at their speed, attention among them at its own.
     pairs = (model.num_layers - 1) * (counts.pairs - strict)
-    flash = BACKWARD_AND_FORWARD * 4.0 * model.hidden_size * pairs
+    flash = BACKWARD_AND_FORWARD * 4.0 * model.query_size * pairs
     products = BACKWARD_AND_FORWARD * forward_flops(model, vocab_size, counts) - flash
     peak = gpu.bf16_flops if COMPUTE_BYTES[config.train.precision] == 2 else gpu.fp32_flops
     seconds = products / peak / EFFICIENCY.gemm + flash / peak / EFFICIENCY.flash
     # Everything else at the memory's speed, or at the pace of its kernels.
     split = ranks if parallel.sequence_parallel else (1 + ranks) / 2
-    elementwise = ELEMENTWISE_BYTES * model.hidden_size * counts.rows * model.num_layers / split
+    channels = ELEMENTWISE_BYTES * model.hidden_size + HEAD_BYTES * model.query_size
+    elementwise = channels * counts.rows * model.num_layers / split
     strict_pairs = strict * (model.num_layers - 1) + counts.loss_pairs
     moved = elementwise + STRICT_BYTES * model.num_attention_heads * strict_pairs / ranks
     moved += LOGIT_BYTES * model.pad_vocabulary(vocab_size) * counts.loss_rows / ranks

@@ -20,41 +20,8 @@ from torch import Tensor
 
 from megatron_eso.batches.rows import Rows
 from megatron_eso.model.attention_backend import choose_backend
+from megatron_eso.model.rotary import rotate
 from megatron_eso.model.row_attention import attend_loss_rows, attend_rows
-
-
-def rotary_table(positions_R: Tensor, head_size: int, base: float) -> Tensor:
-    """Return cosine and sine of every row's rotary angles, [2, R, 1, F] float32.
-
-    The angle of a row depends on its position in the text, not on its slot.
-
-    Args:
-        positions_R: Positions of the rows in the text.
-        head_size: D, even.
-        base: Base of the angles' geometric sequence.
-    """
-    exponents_F = torch.arange(0, head_size, 2, device=positions_R.device).float() / head_size
-    angles_R1F = (positions_R.float()[:, None] * base**-exponents_F)[:, None]
-    return torch.stack((angles_R1F.cos(), angles_R1F.sin()))
-
-
-def rotate(states_RHD: Tensor, table_2R1F: Tensor) -> Tensor:
-    """Rotate the two halves of each head by its row's angle, in float32.
-
-    Args:
-        states_RHD: Queries or keys.
-        table_2R1F: The output of `rotary_table` for these rows.
-
-    Returns:
-        The rotated states in their own dtype.
-    """
-    first_RHF, second_RHF = states_RHD.float().chunk(2, dim=-1)
-    cosine_R1F, sine_R1F = table_2R1F
-    rotated = (
-        first_RHF * cosine_R1F - second_RHF * sine_R1F,
-        second_RHF * cosine_R1F + first_RHF * sine_R1F,
-    )
-    return torch.cat(rotated, dim=-1).to(states_RHD.dtype)
 
 
 class RowCoreAttention(torch.nn.Module):

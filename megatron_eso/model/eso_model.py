@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_eso.batches.rows import Rows
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.sections import Vocabulary
-from megatron_eso.model.attention import rotary_table
 from megatron_eso.model.layer_specs import build_block_submodules
+from megatron_eso.model.rotary import rotary_table
 
 
 class EsoModel(LanguageModule):
@@ -51,7 +51,7 @@ class EsoModel(LanguageModule):
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = model.share_embeddings_and_output_weights
-        self.rotary_base = model.rotary_base
+        self.model = model
         # The first stage embeds tokens.
         if pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -110,11 +110,10 @@ class EsoModel(LanguageModule):
             float32 [E], with any value at padding. On other stages, the hidden states for the next
             stage.
         """
-        head_size = self.config.kv_channels
         hidden: Tensor = self.decoder(
             hidden_states=self.embed(rows) if self.pre_process else None,
             attention_mask=None,
-            rotary_pos_emb=rotary_table(rows.positions_R, head_size, self.rotary_base),
+            rotary_pos_emb=rotary_table(rows.positions_R, self.model),
             packed_seq_params=rows,
         )
         if not self.post_process:

@@ -172,7 +172,7 @@ FILLS = "arange fill_ full full_like new_full new_ones new_zeros ones ones_like 
 FILLS += " zeros zeros_like"
 STREAMS = """
     _softmax _softmax_backward_data abs add add_ addcdiv_ addcmul_ all amax any argmax bernoulli_
-    bitwise_and bitwise_not bitwise_or cat clone cos cumsum div div_ eq exp exp_ ge gelu
+    bitwise_and bitwise_not bitwise_or cat clamp clone cos cumsum div div_ eq exp exp_ ge gelu
     gelu_backward gt isfinite isinf isnan le lerp_ linalg_vector_norm log logaddexp logical_and
     logical_not logical_or logsumexp lt masked_fill masked_fill_ max maximum mean minimum mul mul_
     native_dropout native_dropout_backward native_layer_norm native_layer_norm_backward ne neg

@@ -19,7 +19,6 @@ from megatron.core.tensor_parallel.random import CheckpointFunction
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlock
 
-from megatron_eso.model.attention import rotary_table, rotate
 from megatron_eso.model.eso_model import EsoModel
 from megatron_eso.model.layers import (
     GatedRowParallelLinear,
@@ -27,6 +26,7 @@ from megatron_eso.model.layers import (
     RMSNorm,
     get_bias_dropout_add,
 )
+from megatron_eso.model.rotary import rotary_table, rotate
 from megatron_eso.model.row_attention import attend_loss_rows, attend_rows
 from megatron_eso.model.torch_attention import TorchAttention
 from megatron_eso.training.optimization.ema import ExponentialMovingAverage

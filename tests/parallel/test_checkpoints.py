@@ -135,6 +135,7 @@ def test_a_new_run_starts_from_weights(world: World, tiny_data: Path, tmp_path: 
         "checkpoint.init_from": f'"{tmp_path / "a"}"',
         "data.sequence_length": 32,
         "model.rotary_base": 50000,
+        "model.rope_scaling": "true",
         "objective.alpha_0": 0.5,
     }
     run = tmp_path / "b"
@@ -145,6 +146,7 @@ def test_a_new_run_starts_from_weights(world: World, tiny_data: Path, tmp_path: 
         "learning-rate schedule, the counters and the order of the samples start fresh",
         "changed since step_00000002: data.sequence_length: 24 -> 32",
         "changed since step_00000002: model.rotary_base: 10000 -> 50000",
+        "changed since step_00000002: model.rope_scaling: false -> true",
         "changed since step_00000002: objective.alpha_0: 0.25 -> 0.5",
     ):
         assert line in log

@@ -15,6 +15,7 @@ from tests.support.training import (
     INTERLEAVED,
     LLAMA,
     PP2,
+    SCALED,
     TP2,
     Overrides,
     read_checkpoint,
@@ -34,6 +35,10 @@ CASES: dict[str, tuple[Overrides, str]] = {
         "raw",
     ),
     "RMSNorm SwiGLU GQA QK-norm tied, PP=2 interleaved": (LLAMA | INTERLEAVED, "ema"),
+    "the same with wide heads, biases of queries, keys, values, scaled rope, TP=2 SP": (
+        LLAMA | SCALED | TP2 | {"parallel.sequence_parallel": "true"},
+        "ema",
+    ),
     "gates, head bias, DP=2 distributed optimizer": (GATED | DISTRIBUTED, "raw"),
     "gates, head bias, PP=2": (GATED | PP2, "ema"),
 }
@@ -86,7 +91,7 @@ def test_conversion_gives_the_same_bytes_from_every_layout(
 
 
 def test_weights_go_to_the_sampler_and_back(world: World, tiny_data: Path, tmp_path: Path) -> None:
-    overrides = LLAMA | TP2
+    overrides = LLAMA | SCALED | TP2
     trained = world.run(train_tiny, 2, tmp_path / "run", tiny_data, overrides, NUM_STEPS)[0]
     convert(["to-sampler", str(tmp_path / "run"), str(tmp_path / "s"), "--weights", "raw"])
     convert(["to-megatron", str(tmp_path / "s"), str(tmp_path / "back")])
@@ -101,7 +106,9 @@ def test_weights_go_to_the_sampler_and_back(world: World, tiny_data: Path, tmp_p
         assert not tensor[rows:].any(), name
     # Training starts from it, on another layout.
     run = tmp_path / "continued"
-    world.run(train_tiny, 2, run, tiny_data, LLAMA | PP2 | start_from(tmp_path / "back"), 1)
+    world.run(
+        train_tiny, 2, run, tiny_data, LLAMA | SCALED | PP2 | start_from(tmp_path / "back"), 1
+    )
 
 
 def start_from(run: Path) -> Overrides:

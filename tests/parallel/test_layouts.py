@@ -12,6 +12,7 @@ from tests.support.training import (
     FAMILY,
     LAYOUTS,
     OVERLAPPED,
+    SCALED,
     Overrides,
     read_checkpoint,
 )
@@ -41,6 +42,7 @@ EDGES: dict[str, Overrides] = {
     "sequential phase alone": {"objective.alpha_0": 0.0},
     "diffusion phase alone": {"objective.alpha_0": 1.0},
     "half of the samples cut short": {"data.ssl_ratio": 0.5},
+    "wide heads, biases of queries, keys, values, scaled rope": SCALED,
 }
 
 
@@ -124,7 +126,7 @@ def test_steps_move_every_tensor(
 def test_edges_train_on_every_layout(
     edge: str, world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Train one phase alone: every parameter still takes part in every micro-batch."""
+    """Check that every parameter takes part in every micro-batch, also where one phase trains."""
     expected = world.run(train_tiny, 1, tmp_path / "one", tiny_data, EDGES[edge], 2)[0]
     for number, overrides in enumerate((SMALL, LAYOUTS["TP=2 SP"][1], LAYOUTS["PP=2"][1])):
         run = tmp_path / str(number)

@@ -26,7 +26,7 @@ from tests.support.dense_oracle import (
     draw_parameters,
 )
 from tests.support.planning import objective_of
-from tests.support.training import FAMILY, TP2, Overrides, tiny_config
+from tests.support.training import FAMILY, SCALED, TP2, Overrides, tiny_config
 from tests.support.world import World
 
 pytestmark = pytest.mark.parallel
@@ -52,6 +52,8 @@ CASES: dict[str, tuple[int, Overrides]] = {
     "cut short, framed, TP=2 SP": (2, CUT | FRAMED | SEQUENCE_PARALLEL),
     "recomputed": (1, {"train.recompute_granularity": '"full"'}),
     "TP=2 SP": (2, SEQUENCE_PARALLEL | {"model.num_query_groups": 2}),
+    "wide heads, biases of queries, keys, values, scaled rope": (1, SCALED),
+    "the same, TP=2 SP": (2, SEQUENCE_PARALLEL | SCALED | {"model.num_query_groups": 2}),
     "eso_lm a": (1, {"objective.variant": '"a"'}),
     **{name: (1, overrides) for name, overrides in FAMILY.items()},
     "documents, TP=2 SP": (2, SEQUENCE_PARALLEL | {"data.document_attention": "true"}),
@@ -73,8 +75,16 @@ def test_loss_and_gradients_equal_the_oracles(
         num_heads=model.num_attention_heads,
         num_groups=model.num_query_groups,
         mask_token_id=mask_id,
+        rope_scaling=(4.0, 0.2, 4.0, 40) if model.rope_scaling else None,
     )
-    parameters = draw_parameters(oracle, hidden_size=model.hidden_size, vocab_size=vocab_size)
+    parameters = draw_parameters(
+        oracle,
+        hidden_size=model.hidden_size,
+        vocab_size=vocab_size,
+        head_dim=model.kv_channels,
+        biases=model.add_bias_linear,
+        qkv_biases=model.add_bias_linear or model.add_qkv_bias,
+    )
     network = describe_network(config, tmp_path)
     padded = model.pad_vocabulary(vocab_size)
     plain = {name: tensor.detach().float() for name, tensor in parameters.items()}

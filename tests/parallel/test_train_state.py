@@ -13,6 +13,7 @@ from tests.support.training import (
     LAYOUTS,
     LLAMA,
     OVERLAPPED,
+    SCALED,
     TP2,
     Overrides,
     read_checkpoint,
@@ -23,7 +24,7 @@ from tests.support.world import World
 pytestmark = pytest.mark.parallel
 
 
-@pytest.mark.parametrize("model", [{}, LLAMA, GATED], ids=["plain", "llama", "gated"])
+@pytest.mark.parametrize("model", [{}, LLAMA | SCALED, GATED], ids=["plain", "llama", "gated"])
 def test_every_layout_starts_from_the_same_values(
     model: Overrides, world: World, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -38,6 +38,17 @@ CELLS = {
         "model.num_query_groups=4",
         "model.hidden_dropout=0.1",
     ),
+    "wide heads": (
+        *BASE,
+        "model.hidden_size=1024",
+        "model.num_attention_heads=16",
+        "model.kv_channels=128",
+        "model.num_query_groups=8",
+        "model.qk_layernorm=true",
+        "model.add_bias_linear=false",
+        "model.add_qkv_bias=true",
+        "model.rope_scaling=true",
+    ),
 }
 
 

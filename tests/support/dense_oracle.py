@@ -42,6 +42,8 @@ class OracleConfig:
     mask_token_id: int
     norm_epsilon: float = 1e-5
     rotary_base: float = 10000.0
+    rope_scaling: tuple[float, float, float, float] | None = None
+    """Llama 3.1's factor, low and high limit, and original length; None: frequencies are kept."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,15 @@ def draw_parameters(
     hidden_size: int,
     vocab_size: int,
     seed: int = 0,
+    head_dim: int | None = None,
     head_bias: bool = True,
     biases: bool = True,
+    qkv_biases: bool | None = None,
 ) -> Parameters:
     """Draws float64 parameters of a LayerNorm, tanh-GELU network; none is left at zero or one."""
     generator = torch.Generator().manual_seed(seed)
-    head_dim = hidden_size // config.num_heads
+    head_dim = head_dim or hidden_size // config.num_heads
+    qkv_biases = biases if qkv_biases is None else qkv_biases
     parameters: Parameters = {}
 
     def draw(name: str, *shape: int, scale: float, shift: float = 0.0) -> None:
@@ -84,13 +89,10 @@ def draw_parameters(
     for i in range(config.num_layers):
         layer = f"layers.{i}"
         draw_norm(f"{layer}.input_layernorm")
-        for name, heads in (("q", config.num_heads), ("k", config.num_groups)):
+        for name, heads in zip("qkv", (config.num_heads, *[config.num_groups] * 2), strict=True):
             draw_linear(
-                f"{layer}.self_attn.{name}_proj", heads * head_dim, hidden_size, bias=biases
+                f"{layer}.self_attn.{name}_proj", heads * head_dim, hidden_size, bias=qkv_biases
             )
-        draw_linear(
-            f"{layer}.self_attn.v_proj", config.num_groups * head_dim, hidden_size, bias=biases
-        )
         draw_linear(
             f"{layer}.self_attn.o_proj", hidden_size, config.num_heads * head_dim, bias=biases
         )
@@ -291,7 +293,7 @@ def _project_qkv(
             norm = f"{layer}.self_attn.{name}_norm"
             states = _normalize(parameters, norm, states, config.norm_epsilon)
         projected[name] = states
-    q, k = (_rotate(projected[name], positions, config.rotary_base) for name in "qk")
+    q, k = (_rotate(projected[name], positions, config) for name in "qk")
     return q, k, projected["v"]
 
 
@@ -331,11 +333,11 @@ def _normalize(parameters: Parameters, name: str, states: Tensor, epsilon: float
     return normed + parameters[f"{name}.bias"] if f"{name}.bias" in parameters else normed
 
 
-def _rotate(states: Tensor, positions: Tensor, base: float) -> Tensor:
-    """Rotates pairs (d, d + D/2) of `[*, heads, D]` by `position * base^(-2d/D)`."""
+def _rotate(states: Tensor, positions: Tensor, config: OracleConfig) -> Tensor:
+    """Rotates pairs (d, d + D/2) of `[*, heads, D]` by `position * base^(-2d/D)`, or scaled."""
     half = states.shape[-1] // 2
-    frequencies = base ** (-torch.arange(half, dtype=torch.float64) / half)
-    angles = positions[..., None, None].double() * frequencies
+    frequencies = [_scale(config.rotary_base ** (-d / half), config) for d in range(half)]
+    angles = positions[..., None, None].double() * torch.tensor(frequencies, dtype=torch.float64)
     first, second = states[..., :half], states[..., half:]
     return torch.cat(
         [
@@ -344,3 +346,17 @@ def _rotate(states: Tensor, positions: Tensor, base: float) -> Tensor:
         ],
         dim=-1,
     )
+
+
+def _scale(frequency: float, config: OracleConfig) -> float:
+    """Scales a frequency as Llama 3.1 does: by its wavelength, in three cases."""
+    if config.rope_scaling is None:
+        return frequency
+    factor, low, high, length = config.rope_scaling
+    wavelength = 2 * math.pi / frequency
+    if wavelength < length / high:
+        return frequency
+    if wavelength > length / low:
+        return frequency / factor
+    share = (length / wavelength - low) / (high - low)
+    return (1 - share) * frequency / factor + share * frequency

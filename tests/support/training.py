@@ -61,6 +61,17 @@ LLAMA: Overrides = {
     "model.share_embeddings_and_output_weights": "true",
     "model.rotary_base": 500,
 }
+# Heads of another width, biases of queries, keys and values alone, and scaled frequencies: some
+# kept, some divided, some between.
+SCALED: Overrides = {
+    "model.kv_channels": 12,
+    "model.add_bias_linear": "false",
+    "model.add_qkv_bias": "true",
+    "model.rope_scaling": "true",
+    "model.rope_scaling_factor": 4.0,
+    "model.rope_low_freq_factor": 0.2,
+    "model.rope_original_length": 40,
+}
 GATED: Overrides = {
     "model.residual_gates": "true",
     "model.zero_init_head": "true",

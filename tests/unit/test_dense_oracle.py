@@ -168,9 +168,19 @@ def test_the_objective_does_not_depend_on_micro_batches_and_ranks(
     assert_agree(x_0, noise, dealing, alpha_0=0.3, num_layers=2)
 
 
-@pytest.mark.parametrize("options", [{"num_groups": 1}, {"num_groups": 2}, {"num_layers": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_groups": 1},
+        {"num_groups": 2},
+        {"num_layers": 1},
+        {"num_groups": 2, "head_dim": 6, "qkv_biases": True},
+    ],
+)
 @pytest.mark.parametrize("biases", [False, True])
-def test_grouped_queries_and_one_layer_agree(options: dict[str, int], biases: bool) -> None:
+def test_grouped_queries_wide_heads_and_one_layer_agree(
+    options: dict[str, int], biases: bool
+) -> None:
     dealing = Dealing(4, 4, 1, 0.5)
     x_0, noise = draw_batch(dealing, 0.4, 9)
     assert_agree(x_0, noise, dealing, alpha_0=0.4, biases=biases, head_bias=biases, **options)

@@ -29,14 +29,36 @@ SIZES = {
     "intermediate_size": 64,
     "mask_token_id": MASK,
 }
+# Heads of another width, biases of queries, keys and values alone, and scaled frequencies, of
+# which one is kept, one divided, and one between.
+SCALED = {
+    "head_dim": 6,
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "use_rope_scaling": True,
+    "rope_scaling_factor": 4.0,
+    "rope_low_freq_factor": 0.2,
+    "rope_original_length": 40,
+}
 
 
-def make_models(name: str) -> tuple[Any, OracleConfig, dict[str, Tensor]]:
+def make_models(name: str, *, is_scaled: bool) -> tuple[Any, OracleConfig, dict[str, Tensor]]:
     """Return a sampler's model, and the same network for the rows of training."""
-    oracle = OracleConfig(num_layers=2, num_heads=4, num_groups=2, mask_token_id=MASK)
-    parameters = draw_parameters(oracle, hidden_size=16, vocab_size=VOCAB)
+    scaling = (4.0, 0.2, 4.0, 40) if is_scaled else None
+    sizes = {"num_layers": 2, "num_heads": 4, "num_groups": 2}
+    oracle = OracleConfig(**sizes, mask_token_id=MASK, rope_scaling=scaling)
+    head_dim, biases = (6, False) if is_scaled else (4, True)
+    parameters = draw_parameters(
+        oracle,
+        hidden_size=16,
+        vocab_size=VOCAB,
+        head_dim=head_dim,
+        biases=biases,
+        qkv_biases=True,
+    )
     parameters = {key: tensor.detach() for key, tensor in parameters.items()}
-    network = EsoNetwork(make_network_config(**SIZES)).double().eval().requires_grad_(False)
+    changes = SIZES | (SCALED if is_scaled else {})
+    network = EsoNetwork(make_network_config(**changes)).double().eval().requires_grad_(False)
     network.load_state_dict(parameters)
     config = ObjectiveConfig(**FAMILY[name])
     fields = {key: getattr(config, key, None) for key in OBJECTIVE_FIELDS[config.name]}
@@ -71,9 +93,10 @@ def score_sample(model: Any, x_0: Tensor, batch: MicroBatch, sample: int) -> dic
     return {int(order[0, slot]): float(losses[slot]) for slot in range(len(clean), T)}
 
 
+@pytest.mark.parametrize("is_scaled", [False, True])
 @pytest.mark.parametrize("name", FAMILY)
-def test_the_sampler_computes_the_losses_of_training(name: str) -> None:
-    model, oracle, parameters = make_models(name)
+def test_the_sampler_computes_the_losses_of_training(name: str, is_scaled: bool) -> None:
+    model, oracle, parameters = make_models(name, is_scaled=is_scaled)
     tokens = np.random.default_rng(1).integers(0, MASK, (B, T))
     samples = Samples(tokens_BT=tokens, indices_B=np.arange(B), length_B=np.full(B, T))
     batch = family_objective(name, MASK).plan(samples, Step(number=0, first_index=0, batch_size=B))

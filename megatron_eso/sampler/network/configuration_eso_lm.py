@@ -24,7 +24,13 @@ class EsoLMConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         normalization: str = "LayerNorm",
         norm_epsilon: float = 1e-5,
         rotary_base: float = 10000.0,
+        use_rope_scaling: bool = False,
+        rope_scaling_factor: float = 8.0,
+        rope_low_freq_factor: float = 1.0,
+        rope_high_freq_factor: float = 4.0,
+        rope_original_length: int = 8192,
         add_bias_linear: bool = True,
+        add_qkv_bias: bool = False,
         qk_layernorm: bool = False,
         head_bias: bool = False,
         tie_word_embeddings: bool = False,
@@ -40,27 +46,30 @@ class EsoLMConfig(PretrainedConfig):  # type: ignore[no-untyped-call]
         """Keep the fields of network and objective, and pass the others to transformers."""
         kwargs["tie_word_embeddings"] = tie_word_embeddings
         super().__init__(**kwargs)
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
+        # The network.
+        self.vocab_size, self.hidden_size = vocab_size, hidden_size
         self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
+        self.num_attention_heads, self.head_dim = num_attention_heads, head_dim
         self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
         self.intermediate_size = intermediate_size
         self.activation = activation
-        self.normalization = normalization
-        self.norm_epsilon = norm_epsilon
+        self.normalization, self.norm_epsilon = normalization, norm_epsilon
         self.rotary_base = rotary_base
+        self.use_rope_scaling = use_rope_scaling
+        self.rope_scaling_factor = rope_scaling_factor
+        self.rope_low_freq_factor = rope_low_freq_factor
+        self.rope_high_freq_factor = rope_high_freq_factor
+        self.rope_original_length = rope_original_length
         self.add_bias_linear = add_bias_linear
+        self.add_qkv_bias = add_qkv_bias
         self.qk_layernorm = qk_layernorm
         self.head_bias = head_bias
         self.mask_token_id = mask_token_id
         self.max_length = max_length
-        self.objective = objective
-        self.variant = variant
+        # The objective.
+        self.objective, self.variant = objective, variant
         self.sequential_prediction = sequential_prediction
-        self.block_size = block_size
-        self.prepend_token = prepend_token
+        self.block_size, self.prepend_token = block_size, prepend_token
 
     def _get_generation_parameters(self) -> dict[str, Any]:
         """Return no parameter: transformers would use `max_length` for its own generation."""

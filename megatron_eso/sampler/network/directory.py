@@ -28,7 +28,10 @@ def choose_version(description: Mapping[str, Any]) -> int:
     Args:
         description: The fields of network and objective.
     """
-    return FORMAT_VERSION if description.get("sequential_prediction", "own") != "own" else 1
+    is_misread = description.get("sequential_prediction", "own") != "own" or description.get(
+        "use_rope_scaling", False
+    )
+    return FORMAT_VERSION if is_misread else 1
 
 
 def read_description(directory: str | Path) -> dict[str, Any]:

@@ -7,8 +7,9 @@ Shape suffixes: B samples, R rows of a forward pass, K keys, H heads, G key/valu
 D head dimension, V vocabulary, C width of the model, F width of the MLP, E rows given to the head.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Protocol, Self
 
 import torch
@@ -34,7 +35,15 @@ class NetworkConfig:
     """`LayerNorm` (weight and bias) or `RMSNorm` (weight)."""
     norm_epsilon: float
     rotary_base: float
+    use_rope_scaling: bool = False
+    """Whether low rotary frequencies are divided, by `rope_type` llama3 of transformers."""
+    rope_scaling_factor: float = 8.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_length: int = 8192
     add_bias_linear: bool
+    add_qkv_bias: bool = False
+    """Biases of queries, keys and values, where `add_bias_linear` gives none."""
     qk_layernorm: bool
     head_bias: bool
     tie_word_embeddings: bool
@@ -58,6 +67,12 @@ class NetworkConfig:
             raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd")
+        if self.use_rope_scaling and not (
+            self.rope_scaling_factor >= 1
+            and 0 < self.rope_low_freq_factor < self.rope_high_freq_factor
+            and self.rope_original_length > 0
+        ):
+            raise ValueError("the factors and the original length scale no rotary frequencies")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ValueError(
                 f"mask_token_id {self.mask_token_id} is not in 0..{self.vocab_size - 1}"
@@ -67,16 +82,20 @@ class NetworkConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Take the fields from the content of a `config.json`, and ignore its other keys.
 
+        A directory of an older version lacks the fields that have a default.
+
         Raises:
             ValueError: A field is missing or has another type, or no network has these values.
         """
+        found = {}
         for field in fields(cls):
-            value = values.get(field.name)
+            default = None if field.default is MISSING else field.default
+            value = found[field.name] = values.get(field.name, default)
             if type(value) is not field.type and not (field.type is float and type(value) is int):
                 raise ValueError(
                     f"{field.name} is {value!r}, no {getattr(field.type, '__name__', '')}"
                 )
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        return cls(**found)
 
 
 class KeyValueStore(Protocol):
@@ -131,10 +150,24 @@ def build_norm(config: NetworkConfig, size: int) -> nn.Module:
     return WideRMSNorm(size, eps=config.norm_epsilon)
 
 
+def scale_frequencies(config: NetworkConfig, frequencies: Tensor) -> Tensor:
+    """Divide the low rotary frequencies by the factor, and keep the high ones (Llama 3.1).
+
+    Between the two limits, which count the turns within the original length, the share of the
+    undivided frequency grows from 0 to 1.
+    """
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = config.rope_original_length / (2 * math.pi / frequencies)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / config.rope_scaling_factor + kept * frequencies
+
+
 def rotary_tables(config: NetworkConfig, positions_BR: Tensor) -> tuple[Tensor, Tensor]:
     """Compute cosine and sine of the rotary angles, float32 `[B, R, 1, D]`, with equal halves."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions_BR.device)
     inverse_frequency = 1.0 / (config.rotary_base ** (exponents / config.head_dim))
+    if config.use_rope_scaling:
+        inverse_frequency = scale_frequencies(config, inverse_frequency)
     angles = positions_BR.to(torch.float32)[..., None] * inverse_frequency
     angles = torch.cat([angles, angles], dim=-1)[:, :, None, :]
     return angles.cos(), angles.sin()
@@ -158,11 +191,11 @@ class Attention(nn.Module):
         self.heads_per_group = config.num_attention_heads // config.num_key_value_heads
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
-        bias = config.add_bias_linear
+        bias = config.add_bias_linear or config.add_qkv_bias
         self.q_proj = nn.Linear(config.hidden_size, query_size, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, key_size, bias=bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.add_bias_linear)
         self.q_norm = build_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
         self.k_norm = build_norm(config, config.head_dim) if config.qk_layernorm else nn.Identity()
 

@@ -92,7 +92,7 @@ class EsoLMModel(EsoNetworkMixin, PreTrainedModel):  # type: ignore[no-untyped-c
         prepended = {
             "none": None,
             "mask": self.network_config.mask_token_id,
-            "bos": self.config.bos_token_id,
+            "bos": getattr(self.config, "bos_token_id", None),
         }[self.config.prepend_token]
         return self.next_token_logits(tokens, prepended)[:, -tokens.shape[1] :]
 

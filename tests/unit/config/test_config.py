@@ -78,6 +78,14 @@ def test_a_config_survives_its_dictionary() -> None:
     assert config_from_dict(config_to_dict(config), "config.json") == config
 
 
+def test_a_config_of_an_older_version_has_the_defaults_of_newer_keys() -> None:
+    config, written = make_config(), config_to_dict(make_config())
+    older = {"kv_channels", "add_qkv_bias", *(key for key in written["model"] if "rope_" in key)}
+    model = {key: value for key, value in written["model"].items() if key not in older}
+    assert len(model) == len(written["model"]) - 7
+    assert config_from_dict(written | {"model": model}, "config.json") == config
+
+
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         make_config().run.seed = 2  # type: ignore[misc]
@@ -85,7 +93,16 @@ def test_a_config_cannot_be_changed() -> None:
 
 REFUSALS = [
     (["model.num_attention_heads=5"], "must divide model.hidden_size = 64; use 4 or 8"),
-    (["model.num_attention_heads=64"], "even number"),
+    (["model.num_attention_heads=5"], ", or set model.kv_channels"),
+    (["model.num_attention_heads=64"], "num_attention_heads = 64: gives heads of 1 channels"),
+    (["model.kv_channels=15"], "model.kv_channels = 15: gives heads of 15 channels; rotary"),
+    (["model.add_qkv_bias=true"], "model.add_bias_linear = true has these biases and more"),
+    (["model.rope_scaling_factor=4"], "needs model.rope_scaling = true; set it, or leave"),
+    (["model.rope_original_length=4"], "needs model.rope_scaling = true; set it, or leave"),
+    (
+        ["model.rope_scaling=true", "model.rope_low_freq_factor=4"],
+        "must be below model.rope_high_freq_factor = 4.0",
+    ),
     (["model.num_query_groups=3"], "must divide model.num_attention_heads = 4; use 2 or 4"),
     (["parallel.tensor_model_parallel_size=8"], "must divide model.num_attention_heads = 4; use 4"),
     (

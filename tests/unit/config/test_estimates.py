@@ -5,7 +5,11 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from checkpoints_conversion.network_fields import describe_network
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.objective import ObjectiveConfig
 from megatron_eso.config.sections import (
@@ -29,6 +33,7 @@ from megatron_eso.objectives.row_counts import (
     expect_diffusion_rows,
     expect_sequential_rows,
 )
+from megatron_eso.sampler.network.network_eso_lm import EsoNetwork
 
 NUM_TOKENS = 12
 VOCAB_SIZE = 50258
@@ -119,6 +124,34 @@ def test_a_causal_model_costs_what_the_textbook_says() -> None:
     weights = 12 * 12 * 768**2 + 768 * VOCAB_SIZE
     attention = 12 * 4 * 768 * 1024 * 1025 / 2
     assert forward_flops(SMALL, VOCAB_SIZE, counts) == 2 * 1024 * weights + attention
+
+
+@pytest.mark.parametrize("kv_channels", [4, 6])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_a_forward_pass_has_the_flops_and_parameters_that_torch_counts(
+    activation: str, kv_channels: int
+) -> None:
+    model = ModelConfig(
+        num_layers=3,
+        hidden_size=16,
+        num_attention_heads=4,
+        kv_channels=kv_channels,
+        num_query_groups=2,
+        activation=activation,  # type: ignore[arg-type]
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        make_vocab_size_divisible_by=1,
+    )
+    data = DataConfig(train="shards", sequence_length=12, vocab_size=11, mask_token_id=10)
+    network = EsoNetwork(describe_network(build(model=model, data=data), "config.json"))
+    tokens = torch.zeros(1, 12, dtype=torch.int64)
+    # The network's attention computes all pairs of rows.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        network.logits(network.hidden_states(tokens, torch.arange(12)[None]))
+    counts = RowCounts(rows=12, pairs=12 * 12, loss_rows=12, loss_pairs=12 * 12)
+    assert forward_flops(model, 11, counts) == counter.get_total_flops()
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    assert count_parameters(model, 11).total == parameters
 
 
 def test_the_hybrid_objective_costs_a_quarter_more_than_a_causal_model() -> None:

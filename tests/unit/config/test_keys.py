@@ -30,10 +30,14 @@ POSITIVE = [
     "model.num_layers",
     "model.hidden_size",
     "model.num_attention_heads",
+    "model.kv_channels",
     "model.num_query_groups",
     "model.ffn_hidden_size",
     "model.norm_epsilon",
     "model.rotary_base",
+    "model.rope_low_freq_factor",
+    "model.rope_high_freq_factor",
+    "model.rope_original_length",
     "model.init_method_std",
     "model.make_vocab_size_divisible_by",
     "data.sequence_length",
@@ -98,6 +102,7 @@ RANGES = [
     *((key, "at least 0 and below 1", (-0.1, 1, 1.5), (0, 0.5)) for key in FROM_0_BELOW_1),
     *((key, "between 0 and 1", (-0.1, 1.1), (0, 0.5, 1)) for key in FROM_0_TO_1),
     *((key, "2 or greater", (1, 0, -1), (2, 7)) for key in FROM_2),
+    ("model.rope_scaling_factor", "1 or greater", (0.5, 0, -1), (1, 7)),
 ]
 # Paths, URLs, names and lists: a rule checks them, or the code that uses them.
 FREE = [
@@ -122,7 +127,7 @@ FREE_MODEL_KEYS = (
     "model.zero_init_head",
     "model.fp32_residual_connection",
 )
-FREE_WEIGHTS_KEYS = (*FREE_MODEL_KEYS, "model.rotary_base")
+FREE_WEIGHTS_KEYS = (*FREE_MODEL_KEYS, "model.rotary_base", "model.rope_")
 INITIAL_KEYS = ("model.", "objective.", "data.sequence_length", "data.framing")
 OBJECTIVE_KEYS = (
     "objective.name",
@@ -181,7 +186,7 @@ def test_any_bounds_are_put_in_words(markers: tuple[Any, ...], words: str) -> No
 def test_the_policy_of_every_key_is_the_one_written_down(path: str) -> None:
     key = KEYS[path]
     in_run = path.startswith(RUN_KEYS) and path not in FREE_MODEL_KEYS
-    of_weights = path.startswith(WEIGHTS_KEYS) and path not in FREE_WEIGHTS_KEYS
+    of_weights = path.startswith(WEIGHTS_KEYS) and not path.startswith(FREE_WEIGHTS_KEYS)
     assert key.is_frozen("run") == (in_run or path in OBJECTIVE_KEYS)
     assert key.is_frozen("weights") == of_weights
     if not of_weights:
@@ -207,6 +212,7 @@ def test_a_key_says_what_its_line_says() -> None:
         "objective.batch_split",
         "objective.order",
         "objective.max_set_size",
+        "model.kv_channels",
         "model.num_query_groups",
         "model.ffn_hidden_size",
         "validation.micro_batch_size",

@@ -67,6 +67,13 @@ CONFIGS = {
         "head_bias": False,
     },
     "tied_qk_norm": {"tie_word_embeddings": True, "qk_layernorm": True, "num_key_value_heads": 1},
+    "wide_heads_qkv_bias": {
+        "head_dim": 6,
+        "num_key_value_heads": 2,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "use_rope_scaling": True,
+    },
     "swiglu_bias_qk_rms": {
         "activation": "swiglu",
         "normalization": "RMSNorm",

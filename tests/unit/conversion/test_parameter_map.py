@@ -25,15 +25,17 @@ def test_queries_keys_and_values_are_interleaved_by_group(
     config: NetworkConfig, tensors: dict[str, Tensor]
 ) -> None:
     megatron = map_to_megatron(config, tensors, padded_vocab_size=PADDED)
-    rows = []
     size, repeats = config.head_dim, config.num_attention_heads // config.num_key_value_heads
-    for group in range(config.num_key_value_heads):
-        heads = [("q", head) for head in range(group * repeats, (group + 1) * repeats)]
-        for name, head in [*heads, ("k", group), ("v", group)]:
-            weight = tensors[f"layers.1.self_attn.{name}_proj.weight"]
-            rows.append(weight[head * size : (head + 1) * size])
-    found = megatron["decoder.layers.1.self_attention.linear_qkv.weight"]
-    assert torch.equal(found, torch.cat(rows))
+    has_bias = config.add_bias_linear or config.add_qkv_bias
+    for kind in ("weight", "bias") if has_bias else ("weight",):
+        rows = []
+        for group in range(config.num_key_value_heads):
+            heads = [("q", head) for head in range(group * repeats, (group + 1) * repeats)]
+            for name, head in [*heads, ("k", group), ("v", group)]:
+                tensor = tensors[f"layers.1.self_attn.{name}_proj.{kind}"]
+                rows.append(tensor[head * size : (head + 1) * size])
+        found = megatron[f"decoder.layers.1.self_attention.linear_qkv.{kind}"]
+        assert torch.equal(found, torch.cat(rows))
 
 
 def test_the_gate_half_comes_first_and_the_vocabulary_is_padded_with_zeros(

@@ -1,5 +1,6 @@
 """`transformers.AutoModel` gives the logits of each objective without this package."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints_conversion.__main__ import main
+from checkpoints_conversion.sampler_directory import write_sampler_directory
 from megatron_eso.sampler import load
+from megatron_eso.sampler.network.network_eso_lm import EsoNetwork
+from tests.support.networks import make_network_config
 from tests.support.processes import WITHOUT_PACKAGE
 
 ROOT = Path(__file__).parents[3]
@@ -79,6 +83,20 @@ def list_calls(model: Any, z: Tensor, x_0: Tensor) -> list[tuple[dict[str, Tenso
     ]
 
 
+def write_scaled(directory: Path) -> None:
+    """Write an AR model with wide heads, biases of queries, keys and values, and scaled rope."""
+    sizes = {"vocab_size": 98, "mask_token_id": MASK, "max_length": 48, "head_dim": 8}
+    biases = {"add_bias_linear": False, "add_qkv_bias": True}
+    rope = {"use_rope_scaling": True, "rope_low_freq_factor": 0.2, "rope_original_length": 40}
+    network = EsoNetwork(make_network_config(**sizes, **biases, **rope))
+    torch.manual_seed(1)
+    tensors = {
+        name: 0.3 * torch.randn(tensor.shape) for name, tensor in network.state_dict().items()
+    }
+    description = {**dataclasses.asdict(network.network_config), "objective": "ar", "source": {}}
+    write_sampler_directory(directory, description, tensors, dtype=torch.float32, tokenizer=None)
+
+
 @pytest.mark.slow
 def test_transformers_gives_the_logits_of_each_objective(
     tmp_path: Path, tiny_ckpt: Path, tiny_ar_ckpt: Path, golden: dict[str, Tensor]
@@ -92,12 +110,14 @@ def test_transformers_gives_the_logits_of_each_objective(
         "bd3_lm": (BARE, ["--objective", "bd3_lm", *SHAPE, "--block-size", "4"]),
         "set_dlm": (BARE, ["--objective", "set_dlm", *SHAPE]),
     }
-    # The directories, with the tensors of each call.
+    for name, (source, options) in sources.items():
+        main(["from-official", str(source), str(tmp_path / name), *options])
+    write_scaled(tmp_path / "scaled")
+    # The tensors of each call.
     calls: dict[str, list[str | None]] = {}
     z, x_0 = golden["b.sequential.z_0"], golden["b.diffusion.x0"]
-    for name, (source, options) in sources.items():
+    for name in (*sources, "scaled"):
         directory = tmp_path / name
-        main(["from-official", str(source), str(directory), *options])
         calls[str(directory)] = []
         for number, (tensors, message) in enumerate(list_calls(load(directory), z, x_0)):
             stored = {key: tensor.contiguous() for key, tensor in tensors.items()}

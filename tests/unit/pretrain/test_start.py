@@ -117,6 +117,8 @@ def finished_run(tiny_data: Path, tmp_path: Path) -> RunDirectory:
         ("run.seed=7", "run.seed = 7, but {checkpoint} was written with 1: a resumed run keeps"),
         ("model.hidden_size=64", "model.hidden_size = 64, but {checkpoint} was written with 32"),
         ("model.qk_layernorm=true", "model.qk_layernorm = true, but {checkpoint} was written with"),
+        ("model.kv_channels=12", "model.kv_channels = 12, but {checkpoint} was written with 8"),
+        ("model.rope_scaling=true", "model.rope_scaling = true, but {checkpoint} was written with"),
     ],
 )
 def test_a_refused_resume_leaves_the_run_as_it_is(

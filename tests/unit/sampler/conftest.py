@@ -16,6 +16,15 @@ KINDS = {
         "add_bias_linear": False,
         "head_bias": False,
     },
+    "wide_heads_qkv_bias_scaled_rope": {
+        "head_dim": 8,
+        "num_key_value_heads": 2,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+        "use_rope_scaling": True,
+        "rope_low_freq_factor": 0.2,
+        "rope_original_length": 40,
+    },
     "tied_qk_norm_mqa": {
         "tie_word_embeddings": True,
         "qk_layernorm": True,

@@ -40,9 +40,13 @@ def test_a_directory_of_each_objective_is_opened(case: str, tmp_path: Path) -> N
 def test_a_directory_of_an_older_version_is_an_eso_lm(tmp_path: Path) -> None:
     path = write_case("eso_lm_b", tmp_path / "out") / "config.json"
     fields = json.loads(path.read_text())
-    del fields["objective"], fields["order"]
+    added = ("use_rope_scaling", "rope_scaling_factor", "add_qkv_bias", "objective", "order")
+    for name in added:
+        del fields[name]
     path.write_text(json.dumps(fields))
     model = load(path.parent)
+    assert not model.config.use_rope_scaling
+    assert not model.config.add_qkv_bias
     assert isinstance(model, EsoLM)
     assert model.law.name == "left_to_right"
 
@@ -53,6 +57,7 @@ def test_only_a_directory_that_older_versions_would_misread_has_a_new_format(
     for case, version in (("eso_lm_b", 1), ("eso_lm_next", 2), ("ar_mask", 1)):
         path = write_case(case, tmp_path / case) / "config.json"
         assert json.loads(path.read_text())["format_version"] == version
+    assert choose_version({"use_rope_scaling": True}) == 2
 
 
 @pytest.mark.parametrize(
