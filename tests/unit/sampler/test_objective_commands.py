@@ -12,6 +12,7 @@ from checkpoints_conversion.sampler_directory import write_sampler_directory
 from megatron_eso.errors import CheckpointError, ConfigError
 from megatron_eso.sampler import EsoLM, load
 from megatron_eso.sampler.__main__ import main
+from megatron_eso.sampler.network.directory import choose_version
 from tests.support.recomputed_logits import CASES, make_sampler
 
 WITH_LIKELIHOOD = [case for case in CASES if case not in ("mdlm", "bd3_lm")]
