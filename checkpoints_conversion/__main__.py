@@ -1,4 +1,4 @@
-"""Converts and compares checkpoints: to-sampler, from-official, to-megatron, verify."""
+"""Converts and compares checkpoints of training, sampler, the reference and Hugging Face."""
 
 import argparse
 import logging
@@ -13,7 +13,9 @@ from checkpoints_conversion.conversions import (
     convert_to_sampler,
     verify_checkpoints,
 )
+from checkpoints_conversion.from_hugging_face import convert_from_hugging_face
 from checkpoints_conversion.official import OfficialOptions
+from checkpoints_conversion.to_hugging_face import convert_to_hugging_face
 from checkpoints_conversion.verify import Comparison
 from megatron_eso.command_line import (
     CommandLine,
@@ -68,6 +70,20 @@ def run_to_megatron(args: argparse.Namespace) -> None:
         f"{done.directory}: {done.num_parameters} parameters; to start training from it, set "
         f"checkpoint.init_from={done.directory}"
     )
+
+
+def run_from_hf(args: argparse.Namespace) -> None:
+    """Convert a Llama, Qwen2 or Qwen3 directory to an `ar` sampler directory."""
+    done = convert_from_hugging_face(
+        args.directory, args.out_dir, tokenizer=args.tokenizer, seed=args.seed
+    )
+    _say(f"{done.directory}: {done.num_parameters} parameters, a mask token included")
+
+
+def run_to_hf(args: argparse.Namespace) -> None:
+    """Export an `ar` sampler directory to a Llama, Qwen2 or Qwen3 directory."""
+    done = convert_to_hugging_face(args.sampler_dir, args.out_dir)
+    _say(f"{done.directory}: {done.weights} weights, {done.num_parameters} parameters")
 
 
 def run_verify(args: argparse.Namespace) -> int:
@@ -126,6 +142,8 @@ def build_command_line() -> CommandLine:
 
     _add_from_official(commands.add_parser("from-official", help=run_from_official.__doc__))
 
+    _add_hugging_face(commands)
+
     # To a run directory.
     command = commands.add_parser("to-megatron", help=run_to_megatron.__doc__)
     command.add_argument("sampler_dir", type=existing_path, metavar="SAMPLER_DIR")
@@ -153,6 +171,32 @@ def build_command_line() -> CommandLine:
     )
     command.set_defaults(run=run_verify)
     return parser
+
+
+def _add_hugging_face(commands: "argparse._SubParsersAction[CommandLine]") -> None:
+    # From transformers.
+    command = commands.add_parser("from-hf", help=run_from_hf.__doc__)
+    command.add_argument("directory", type=existing_path, metavar="DIR")
+    command.add_argument("out_dir", type=new_path, metavar="OUT_DIR")
+    command.add_argument(
+        "--tokenizer",
+        type=existing_path,
+        metavar="PATH",
+        help="tokenizer's file or directory to copy (default: that in DIR)",
+    )
+    command.add_argument(
+        "--seed",
+        type=count(),
+        default=0,
+        metavar="N",
+        help="seed of the mask token's row (default: %(default)s)",
+    )
+    command.set_defaults(run=run_from_hf)
+    # Back.
+    command = commands.add_parser("to-hf", help=run_to_hf.__doc__)
+    command.add_argument("sampler_dir", type=existing_path, metavar="SAMPLER_DIR")
+    command.add_argument("out_dir", type=new_path, metavar="OUT_DIR")
+    command.set_defaults(run=run_to_hf)
 
 
 def _add_from_official(command: CommandLine) -> None:

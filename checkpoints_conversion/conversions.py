@@ -75,7 +75,7 @@ def convert_to_sampler(
         directory=out_dir,
         step=checkpoint.step,
         weights=description["source"]["weights"],
-        num_parameters=_count(tensors),
+        num_parameters=count_parameters(tensors),
     )
 
 
@@ -121,7 +121,7 @@ def convert_from_official(
         directory=out_dir,
         step=official.step,
         weights=official.weights,
-        num_parameters=_count(tensors),
+        num_parameters=count_parameters(tensors),
     )
 
 
@@ -155,7 +155,7 @@ def convert_to_megatron(sampler_dir: Path, run_dir: Path) -> Conversion:
         directory=run_dir,
         step=0,
         weights=recorded_weights(sampler_dir) or "raw",
-        num_parameters=_count(tensors),
+        num_parameters=count_parameters(tensors),
     )
 
 
@@ -188,5 +188,6 @@ def verify_checkpoints(
     return compare(first, second)
 
 
-def _count(tensors: dict[str, torch.Tensor]) -> int:
+def count_parameters(tensors: dict[str, torch.Tensor]) -> int:
+    """Return the number of values of all tensors."""
     return sum(tensor.numel() for tensor in tensors.values())

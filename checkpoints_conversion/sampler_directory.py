@@ -22,6 +22,9 @@ from megatron_eso.sampler.network.directory import INDEX_FILE, WEIGHTS_FILE, cho
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 5_000_000_000
+CUT_ROWS_FILE = "rows_of_no_token.safetensors"
+"""Rows of embedding and head of a model from Hugging Face that belong to no token; for its export.
+"""
 CODE_FILES = (
     "modeling_eso_lm.py",
     "configuration_eso_lm.py",
@@ -41,6 +44,7 @@ def write_sampler_directory(
     dtype: torch.dtype,
     tokenizer: Path | None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    cut_rows: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a sampler directory; it appears complete or not at all, and replaces an older one.
 
@@ -51,6 +55,7 @@ def write_sampler_directory(
         dtype: Dtype in which the weights are stored.
         tokenizer: A tokenizer's file or directory, or None.
         max_shard_bytes: Size of weights above which they are split, with an index.
+        cut_rows: Rows of a vocabulary that the network leaves out and an export appends.
 
     Raises:
         ConfigError: The directory holds something else, or cannot be written.
@@ -78,6 +83,9 @@ def write_sampler_directory(
         copy_tokenizer(tokenizer, partial, description)
         stored = {name: tensors[name].to(dtype).contiguous() for name in sorted(tensors)}
         write_weights(partial, stored, max_shard_bytes)
+        if cut_rows:
+            rows = {name: tensor.contiguous() for name, tensor in cut_rows.items()}
+            save_file(rows, partial / CUT_ROWS_FILE)
         write_sorted_json(partial / "config.json", config)
         write_sorted_json(partial / "generation_config.json", generation)
         code = Path(network_eso_lm.__file__).parent

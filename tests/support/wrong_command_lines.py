@@ -183,6 +183,19 @@ def _model_commands(places: Places) -> list[Command]:
         ),
         (
             "checkpoints_conversion",
+            {"": ["from-hf"], "directory": sampler, "out": out},
+            {
+                **{"directory": (*NO_PATHS, *sampler), "out": bad_out},
+                **{"--tokenizer": NO_PATHS, "--seed": NO_COUNTS},
+            },
+        ),
+        (
+            "checkpoints_conversion",
+            {"": ["to-hf"], "sampler": sampler, "out": out},
+            {"sampler": NO_PATHS, "out": bad_out},
+        ),
+        (
+            "checkpoints_conversion",
             {"": ["from-official"], "ckpt": [str(GOLDEN / "tiny.ckpt")], "out": out},
             {"ckpt": NO_PATHS, "out": bad_out, **choice, **mask, "--tokenizer": NO_PATHS},
         ),

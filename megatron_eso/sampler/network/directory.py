@@ -63,8 +63,12 @@ def read_description(directory: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: {error}; convert again") from None
 
 
-def read_weights(directory: str | Path) -> dict[str, Tensor]:
+def read_weights(directory: str | Path, *, remedy: str = "convert again") -> dict[str, Tensor]:
     """Read all tensors to the CPU, in their stored dtype.
+
+    Args:
+        directory: A directory with `model.safetensors`, or with shards and their index.
+        remedy: What a user can do about a missing or damaged file, for errors.
 
     Raises:
         CheckpointError: A file is missing or damaged.
@@ -79,16 +83,14 @@ def read_weights(directory: str | Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name in files:
             if Path(name).name != name:
-                raise CheckpointError(f"{index}: {name} is no plain file name; convert again")
+                raise CheckpointError(f"{index}: {name} is no plain file name; {remedy}")
             tensors.update(load_file(directory / name))
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{directory}: {error.filename or error} is missing; convert again"
+            f"{directory}: {error.filename or error} is missing; {remedy}"
         ) from None
     except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{directory}: its weights are damaged ({error}); convert again"
-        ) from None
+        raise CheckpointError(f"{directory}: its weights are damaged ({error}); {remedy}") from None
     return tensors
 
 
