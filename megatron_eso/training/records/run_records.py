@@ -84,14 +84,20 @@ class RunRecords:
             log_once(logger, logging.WARNING, oddity)
 
     def record_validation(
-        self, estimate: NelboEstimate, raw: NelboEstimate | None, counters: Counters
+        self,
+        estimate: NelboEstimate,
+        raw: NelboEstimate | None,
+        counters: Counters,
+        *,
+        has_ema: bool,
     ) -> None:
         """Record a validation and log a line.
 
         Args:
             estimate: The estimate with EMA weights, or with raw weights if the run has no EMA.
-            raw: The estimate with raw weights if the run has EMA, else None.
+            raw: The second estimate of a run with EMA, with raw weights; None: there is none.
             counters: The progress of the run.
+            has_ema: Whether the run has EMA.
         """
         values = list_validation_values(estimate)
         if raw is not None:
@@ -99,7 +105,7 @@ class RunRecords:
             values |= {tags.with_raw_weights(tag): value for tag, value in of_raw.items()}
         if self.metrics is not None:
             self.metrics.log_validation(counters, values)
-        line = describe_validation(counters.step, estimate, has_ema=raw is not None)
+        line = describe_validation(counters.step, estimate, has_ema=has_ema)
         log_once(logger, logging.INFO, line)
 
     def flush(self) -> None:
