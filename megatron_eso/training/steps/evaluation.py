@@ -109,6 +109,7 @@ def sum_over_samples(
                 groups,
                 forward_only=True,
             )
+    # The reports come in the order of the micro-batches.
     num_phases = len(batches.objective.phases)
     sums_PN = torch.zeros(num_phases, batches.num_samples, dtype=torch.float64)
     for (phase_B, indices_B), report in zip(samples, reports, strict=False):
