@@ -9,6 +9,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from megatron_eso.config.sections import MAX_SECONDS, ParallelConfig, WatchdogConfig
 from megatron_eso.errors import ConfigError
-from megatron_eso.ranks import choose_gpu, launched_world_size, local_rank, own_rank
+from megatron_eso.ranks import (
+    choose_gpu,
+    launched_world_size,
+    local_rank,
+    num_local_ranks,
+    own_rank,
+)
+from megatron_eso.training.distributed.affinity import bind_to_cpus
 from megatron_eso.training.distributed.device import compare_devices
 from megatron_eso.training.distributed.failure import end_process, report_failure
 
@@ -109,7 +117,7 @@ def refuse_restarts() -> None:
 
 
 def use_gpu(number: int, num_visible: int) -> None:
-    """Make this rank use a GPU of its own.
+    """Make this rank use a GPU of its own, and the CPUs next to it.
 
     Args:
         number: The local rank.
@@ -125,6 +133,9 @@ def use_gpu(number: int, num_visible: int) -> None:
             "ranks on each node as it has GPUs"
         )
     torch.cuda.set_device(index)
+    found: Any = torch.cuda.get_device_properties(index)
+    place = (found.pci_domain_id, found.pci_bus_id, found.pci_device_id)
+    bind_to_cpus("{:04x}:{:02x}:{:02x}.0".format(*place), num_local_ranks())
 
 
 def _raise_file_limit() -> None:
