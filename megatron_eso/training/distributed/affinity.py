@@ -3,10 +3,19 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 logger = logging.getLogger(__name__)
+
+
+def find_address(properties: Any) -> str | None:
+    """Return the PCI address in torch's properties of a GPU; None with a torch that lacks it."""
+    if not hasattr(properties, "pci_bus_id"):
+        return None
+    place = (properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id)
+    return "{:04x}:{:02x}:{:02x}.0".format(*place)
 
 
 def bind_to_cpus(address: str, num_local_ranks: int) -> None:

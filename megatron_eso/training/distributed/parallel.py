@@ -9,7 +9,6 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,7 @@ from megatron_eso.ranks import (
     num_local_ranks,
     own_rank,
 )
-from megatron_eso.training.distributed.affinity import bind_to_cpus
+from megatron_eso.training.distributed.affinity import bind_to_cpus, find_address
 from megatron_eso.training.distributed.device import compare_devices
 from megatron_eso.training.distributed.failure import end_process, report_failure
 
@@ -133,9 +132,9 @@ def use_gpu(number: int, num_visible: int) -> None:
             "ranks on each node as it has GPUs"
         )
     torch.cuda.set_device(index)
-    found: Any = torch.cuda.get_device_properties(index)
-    place = (found.pci_domain_id, found.pci_bus_id, found.pci_device_id)
-    bind_to_cpus("{:04x}:{:02x}:{:02x}.0".format(*place), num_local_ranks())
+    address = find_address(torch.cuda.get_device_properties(index))
+    if address is not None:
+        bind_to_cpus(address, num_local_ranks())
 
 
 def _raise_file_limit() -> None:

@@ -4,11 +4,12 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from megatron_eso.training.distributed import affinity
-from megatron_eso.training.distributed.affinity import bind_to_cpus, parse_cpus
+from megatron_eso.training.distributed.affinity import bind_to_cpus, find_address, parse_cpus
 
 ADDRESS = "0000:1b:00.0"
 
@@ -25,6 +26,12 @@ def allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[in
 def write_near(folder: Path, near: str) -> None:
     (folder / ADDRESS).mkdir()
     (folder / ADDRESS / "local_cpulist").write_text(f"{near}\n")
+
+
+def test_the_address_of_a_gpu_is_that_of_its_folder() -> None:
+    properties = SimpleNamespace(pci_domain_id=0, pci_bus_id=0x1B, pci_device_id=0)
+    assert find_address(properties) == ADDRESS
+    assert find_address(SimpleNamespace()) is None
 
 
 def test_lists_of_the_kernel_are_read() -> None:
