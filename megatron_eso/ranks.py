@@ -35,6 +35,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def num_local_ranks() -> int:
+    """Return the number of ranks on this node; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def choose_gpu(number: int, num_visible: int) -> int | None:
     """Return the index of the GPU that a rank uses; None if there is none for it.
 

@@ -18,6 +18,7 @@ from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.format import MANIFEST_FILE
 from megatron_eso.data.shards.manifest import read_manifest
 from megatron_eso.errors import ConfigError, DataError, UserError
+from megatron_eso.ranks import local_rank
 from megatron_eso.runs.checkpoint_state import CheckpointState, read_checkpoint_state
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import newest
@@ -64,7 +65,9 @@ def open_inputs(loaded: LoadedConfig) -> Inputs:
     check_quarantine(traced)
     check_sequence_length(traced)
     data = traced.config.data
-    train, validation = open_run_data(data, traced.config.run.seed)
+    # Of a thousand ranks, one on each node checks the files of the data.
+    check_files = local_rank() == 0
+    train, validation = open_run_data(data, traced.config.run.seed, check_files=check_files)
     check_tokenizer_files(traced, train)
     if validation is not None:
         check_validation(traced, train, validation)

@@ -157,6 +157,8 @@ class ValidationConfig:
     """Samples of a validation; 0: all."""
     micro_batch_size: Annotated[int, Gt(0), Largest(MAX_BATCH)] = DERIVED
     """Samples that a rank validates at once; by default train.micro_batch_size."""
+    raw_weights: bool = True
+    """With `optimizer.ema_decay`: a second validation, of the weights without the average."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

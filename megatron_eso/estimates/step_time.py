@@ -4,22 +4,32 @@ The bytes that kernels move are those that the simulator counts for this network
 attention, per row and channel, per pair of a query and a key, and per logit.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
+from megatron_eso.batches.rows import STREAMS, Reading, Span
 from megatron_eso.config.sections import Config
 from megatron_eso.estimates.activations import COMPUTE_BYTES, FLOAT32_BYTES
 from megatron_eso.estimates.flops import BACKWARD_AND_FORWARD, forward_flops
 from megatron_eso.estimates.gpus import EFFICIENCY, GPUS_PER_NODE, Gpu
 from megatron_eso.estimates.parameters import count_rank_parameters
-from megatron_eso.objectives.objective import Objective
+from megatron_eso.objectives.objective import Objective, Samples, Step
 from megatron_eso.objectives.row_counts import RowCounts
 
 ELEMENTWISE_BYTES = 230
 """Moved for a row and channel of a layer, forward and backward, by all but matrix products."""
 HEAD_BYTES = 300
 """Moved in addition for a row and channel of the query heads."""
-STRICT_BYTES = 172
-"""Moved for a strict query, a key that it reads, and a head, forward and backward."""
+TILE_QUERIES = 256
+"""Queries of a tile of torch's own attention, outside streams."""
+SCORE_BYTES = 143
+"""Moved for a score of a tile and a head, forward and backward."""
+SCORE_PRODUCTS = 7
+"""Matrix products over the scores of a tile, in float32, forward and backward."""
+SHARED_TILE = 1.2
+"""A score of a tile with several blocks over another score: rows are copied, and more is hidden."""
+TILE_KERNELS = 6
+"""Kernels of a tile that are too small for more than their shortest time."""
 LOGIT_BYTES = 90
 """Moved for a logit, forward and backward."""
 LAYER_KERNELS = 150
@@ -30,6 +40,8 @@ UPDATE_BYTES = 90
 """Moved for a parameter that this rank updates."""
 RECOMPUTED = 4 / 3
 """A step with recomputation over one without: three forward passes' worth become four."""
+NUM_PLANNED = 32
+"""Samples whose planned rows stand for those of a run."""
 OVERLAPPED = 0.8
 """Share of a micro-batch's kernels that the exchange of gradients and weights can hide behind."""
 
@@ -93,39 +105,108 @@ def _bandwidth(gpu: Gpu) -> float:
     return gpu.bandwidth * EFFICIENCY.bandwidth
 
 
-def _expect_micro_batch(config: Config, objective: Objective) -> tuple[RowCounts, float]:
-    """Return the mean rows of a micro-batch, and the pairs of strict queries in a body layer."""
+def _expect_micro_batch(config: Config, objective: Objective) -> RowCounts:
+    """Return the mean rows of a micro-batch."""
     num_tokens, size = config.data.sequence_length, config.train.micro_batch_size
-    counts, strict = RowCounts(), 0.0
+    counts = RowCounts()
     for phase, rows in zip(objective.phases, objective.expect_rows(num_tokens), strict=True):
         counts += rows * (phase.share * size)
-        # Rows beyond the tokens are queries; what they read is what the last layer reads.
-        is_query = rows.rows > num_tokens
-        strict += phase.share * size * rows.loss_pairs * is_query
-    return counts, strict
+    return counts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tiled:
+    """The attention of a layer outside streams, which torch's own attention does in tiles.
+
+    Attributes:
+        pairs: Query-key pairs.
+        scores: Scores that are computed for them, hidden ones among them.
+        tiles: Tiles.
+    """
+
+    pairs: float = 0.0
+    scores: float = 0.0
+    tiles: float = 0.0
+
+    def __add__(self, other: "Tiled") -> "Tiled":
+        return Tiled(
+            pairs=self.pairs + other.pairs,
+            scores=self.scores + other.scores,
+            tiles=self.tiles + other.tiles,
+        )
+
+    def __mul__(self, factor: float) -> "Tiled":
+        return Tiled(
+            pairs=self.pairs * factor, scores=self.scores * factor, tiles=self.tiles * factor
+        )
+
+
+@lru_cache(maxsize=8)
+def count_tiled(objective: Objective, num_tokens: int, mask_token_id: int) -> tuple[Tiled, Tiled]:
+    """Return the mean attention of a sample outside streams: in a body layer, in the last layer.
+
+    It is that of the planned rows of one step.
+
+    Args:
+        objective: The objective.
+        num_tokens: Tokens of a sample.
+        mask_token_id: The mask token.
+    """
+    step = Step(number=0, first_index=0, batch_size=NUM_PLANNED)
+    rows = objective.plan(Samples.blank(NUM_PLANNED, num_tokens, mask_token_id), step).rows
+    body, last = (
+        sum((_count_span(span) for span in spans if span.reading not in STREAMS), Tiled())
+        for spans in (rows.spans, rows.loss_spans)
+    )
+    return body * (1 / NUM_PLANNED), last * (1 / NUM_PLANNED)
+
+
+def _count_span(span: Span) -> Tiled:
+    """Count the tiles of a span; small blocks share tiles with their neighbours."""
+    size, is_block = span.num_rows, span.reading is Reading.BLOCK
+    shared = min(size, TILE_QUERIES)
+    if not is_block:
+        pairs = size * (span.num_keys - size / 2)
+        tiles = -(-size // TILE_QUERIES)
+        return Tiled(pairs=pairs, scores=pairs + size * shared / 2, tiles=tiles)
+    pairs = size * (span.num_keys + span.num_own)
+    hidden = 1.5 * (TILE_QUERIES - shared)  # half of the keys, and the rows of other blocks
+    cost = SHARED_TILE if size < TILE_QUERIES else 1.0
+    return Tiled(pairs=pairs, scores=cost * (pairs + size * hidden), tiles=size / TILE_QUERIES)
 
 
 def _estimate_micro_batch(config: Config, objective: Objective, gpu: Gpu) -> float:
     """Return the seconds of the kernels of a micro-batch on one stage."""
     model, parallel = config.model, config.parallel
     ranks, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    counts, strict = _expect_micro_batch(config, objective)
+    counts, num_body = _expect_micro_batch(config, objective), model.num_layers - 1
+    data = config.data
+    body, last = count_tiled(
+        objective,  # type: ignore[arg-type] # it is a frozen dataclass
+        data.sequence_length,
+        data.mask_token_id or 0,
+    )
+    tiled = (body * num_body + last) * config.train.micro_batch_size
     vocab_size = config.data.vocab_size or 0
-    # Matrix products at their speed, attention among them at its own.
-    pairs = (model.num_layers - 1) * (counts.pairs - strict)
+    # Matrix products at their speed, attention within streams at its own.
+    pairs = max(num_body * counts.pairs + counts.loss_pairs - tiled.pairs, 0.0)
     flash = BACKWARD_AND_FORWARD * 4.0 * model.query_size * pairs
-    products = BACKWARD_AND_FORWARD * forward_flops(model, vocab_size, counts) - flash
+    without_pairs = replace(counts, pairs=0.0, loss_pairs=0.0)
+    products = BACKWARD_AND_FORWARD * forward_flops(model, vocab_size, without_pairs)
     peak = gpu.bf16_flops if COMPUTE_BYTES[config.train.precision] == 2 else gpu.fp32_flops
     seconds = products / peak / EFFICIENCY.gemm + flash / peak / EFFICIENCY.flash
     # Everything else at the memory's speed, or at the pace of its kernels.
     split = ranks if parallel.sequence_parallel else (1 + ranks) / 2
     channels = ELEMENTWISE_BYTES * model.hidden_size + HEAD_BYTES * model.query_size
-    elementwise = channels * counts.rows * model.num_layers / split
-    strict_pairs = strict * (model.num_layers - 1) + counts.loss_pairs
-    moved = elementwise + STRICT_BYTES * model.num_attention_heads * strict_pairs / ranks
+    moved = channels * counts.rows * model.num_layers / split
     moved += LOGIT_BYTES * model.pad_vocabulary(vocab_size) * counts.loss_rows / ranks
     launches = LAYER_KERNELS * model.num_layers * EFFICIENCY.kernel_seconds
     seconds = seconds / ranks + max(moved / _bandwidth(gpu), launches)
+    # Tiles in float32: what they move, what they compute, and kernels that are too small.
+    score = SCORE_BYTES / _bandwidth(gpu)
+    score += SCORE_PRODUCTS * 2 * model.kv_channels / (gpu.fp32_flops * EFFICIENCY.fp32)
+    seconds += score * tiled.scores * model.num_attention_heads / ranks
+    seconds += tiled.tiles * TILE_KERNELS * EFFICIENCY.kernel_seconds
     if config.train.recompute_granularity == "full":
         seconds *= RECOMPUTED
     return seconds / stages
@@ -135,7 +216,7 @@ def _estimate_exchange(config: Config, objective: Objective, gpu: Gpu) -> float:
     """Return the seconds that a micro-batch on one stage waits for tensor and pipeline ranks."""
     model, parallel = config.model, config.parallel
     ranks, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    counts, _ = _expect_micro_batch(config, objective)
+    counts = _expect_micro_batch(config, objective)
     size = counts.rows * model.hidden_size
     seconds = 0.0
     if ranks > 1:

@@ -218,12 +218,14 @@ def train_to_the_end(trainer: Trainer) -> None:
     try:
         stopped = trainer.train()
     except BaseException as error:
+        trainer.records.status_writer.wait()
         record_failure(run, state.counters.step, error)
         # A save in the background is of an earlier step and sound; all ranks must finish it.
         with trainer.watchdog.deadline("checkpoint", "begun before the failure"):
             trainer.saves.checkpoints.wait()
             trainer.records.flush()
         raise
+    trainer.records.status_writer.wait()
     if is_first_rank():
         outcome: State = "interrupted" if stopped else "finished"
         step = state.counters.step

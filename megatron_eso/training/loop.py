@@ -64,10 +64,10 @@ class Validations:
         has_ema = state.ema is not None
         with self.watchdog.deadline("validation", str(step)):
             estimate = evaluate(state, self.batches, self.groups, use_ema=has_ema)
-            if has_ema:
+            if has_ema and self.validation.raw_weights:
                 raw = evaluate(state, self.batches, self.groups, use_ema=False)
         self._last_step = step
-        self.records.record_validation(estimate, raw, state.counters)
+        self.records.record_validation(estimate, raw, state.counters, has_ema=has_ema)
         return estimate.nelbo
 
     def rewind(self, step: int) -> None:

@@ -187,6 +187,18 @@ def test_status_of_an_interrupted_and_resumed_run(
     assert (found["state"], found["restarts"]) == ("finished", 1)
 
 
+def test_raw_weights_are_validated_unless_the_key_is_off(
+    world: World, tiny_data: Path, overrides: Overrides, watched: Path, tmp_path: Path
+) -> None:
+    overrides = overrides | {"validation.raw_weights": "false", "train.num_steps": 2}
+    world.run(run_loop, 2, tmp_path, tiny_data, overrides)
+    (with_raw, *_) = [record for record in read_records(watched) if "val/nelbo" in record]
+    (without, *_) = [record for record in read_records(tmp_path) if "val/nelbo" in record]
+    assert without.keys() == {tag for tag in with_raw if not tag.startswith("val_raw/")}
+    log = (tmp_path / "logs" / "rank_00000.log").read_text()
+    assert re.search(r"step 0 \| validation NELBO .* \(EMA weights\)", log)
+
+
 def test_status_of_a_failed_run(
     world: World, tiny_data: Path, overrides: Overrides, tmp_path: Path
 ) -> None:

@@ -78,7 +78,7 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
             for_evaluation(state.chunks),
             average if weights == "ema" else nullcontext(),
         ):
-            run_schedule(step, state, micro_batches, groups, forward_only=True)
+            run_schedule(step, state, micro_batches, len(micro_batches), groups, forward_only=True)
         for logits, micro_batch in zip(captured, micro_batches, strict=False):
             parts = [torch.empty_like(logits) for _ in range(groups.tp.size())]
             torch.distributed.all_gather(parts, logits.contiguous(), group=groups.tp)
@@ -126,7 +126,9 @@ def compute_losses(run: Path, overrides: Overrides, golden: dict[str, Tensor]) -
         for chunk in state.chunks:
             chunk.eval()
         with torch.no_grad():
-            return run_schedule(step, state, micro_batches, groups, forward_only=True)
+            return run_schedule(
+                step, state, micro_batches, len(micro_batches), groups, forward_only=True
+            )
 
 
 def compute_gradients(
@@ -151,7 +153,9 @@ def compute_gradients(
             dropout_seed=None,
             pp_rank=0,
         )
-        reports = run_schedule(step, state, plan.micro_batches, groups, forward_only=False)
+        reports = run_schedule(
+            step, state, plan.micro_batches, len(plan.micro_batches), groups, forward_only=False
+        )
         losses = reduce_over_world(torch.stack(reports).sum(0), groups)
         for parameter, sharded in shard_parameters(model):
             whole = torch.zeros_like(megatron_tensors[sharded.key])

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from megatron_eso.estimates.gpus import GPUS
+from megatron_eso.estimates.step_time import estimate_step
 from megatron_eso.simulation.fake_gpu import fake_gpu
 from megatron_eso.simulation.operations import UnknownOperationError, cost_of
 from megatron_eso.simulation.parts import PRODUCTS
 from megatron_eso.simulation.report import describe_simulation, format_simulation
 from megatron_eso.simulation.simulator import simulate
 from pretrain.bench import main
+from tests.support.planning import objective_of
 from tests.support.shipped import BASE, TENSOR_BASE, load_shipped
 
 H100 = GPUS["h100"]
@@ -34,6 +36,7 @@ EXPECTED_WAITS = {"megatron_eso/training/steps/step.py": 1}
 PIPELINE_WAITS = {"megatron/core/pipeline_parallel/p2p_communication.py"}
 # Strict queries of torch's own attention take many kernels.
 MAX_KERNELS_PER_LAYER = {name: 800 if name == "any_order_ar" else 400 for name in CELLS}
+ESTIMATE_TOLERANCE = 0.15
 MAX_BYTES_PER_TOKEN = 30e6
 
 
@@ -56,6 +59,10 @@ def test_a_step_takes_what_it_may(name: str) -> None:
     mfu = simulation.utilizations
     assert 1 > mfu["kernels"] > mfu["with_optimizer"] > mfu["with_communication"] > 0
     assert (simulation.bubble > 0) == pipeline
+    # The planner's estimate from sizes is about the simulated step. It divides the head by the
+    # stages as well, which is much of a model of four layers.
+    estimate = estimate_step(config, objective_of(config), 64, H100).total
+    assert pipeline or estimate == pytest.approx(simulation.step_seconds, rel=ESTIMATE_TOLERANCE)
     # Matrix products cost what the objective's FLOPs say, without attention and head.
     flops = sum(stage.step.parts[PRODUCTS].flops for stage in simulation.stages)
     per_step = flops * simulation.num_micro_batches

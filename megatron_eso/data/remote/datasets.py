@@ -18,6 +18,7 @@ def open_dataset(
     quarantine: Quarantine | None = None,
     retry_seconds: tuple[float, ...] = RETRY_SECONDS,
     cache: ShardCache | None = None,
+    check_files: bool = True,
 ) -> TokenDataset:
     """Open a dataset; check its manifest, its index files, and the size of every local shard.
 
@@ -26,16 +27,26 @@ def open_dataset(
         quarantine: Records whose data rows are replaced by others.
         retry_seconds: Pauses before a failed read is repeated; empty: it is not repeated.
         cache: Cache for the shards of a URL; None: a cache in TMPDIR.
+        check_files: As of `TokenDataset.open`.
 
     Raises:
         ConfigError: A library that the URL needs is not installed.
         DataError: There is no dataset, its version is unknown, or files are missing or damaged.
     """
     if not is_remote(location):
-        return TokenDataset.open(location, quarantine=quarantine, retry_seconds=retry_seconds)
+        return TokenDataset.open(
+            location,
+            quarantine=quarantine,
+            retry_seconds=retry_seconds,
+            check_files=check_files,
+        )
     remote = RemoteShards.connect(str(location), cache or ShardCache.at())
     return TokenDataset.open(
-        remote.directory, quarantine=quarantine, retry_seconds=retry_seconds, shards=remote
+        remote.directory,
+        quarantine=quarantine,
+        retry_seconds=retry_seconds,
+        shards=remote,
+        check_files=check_files,
     )
 
 

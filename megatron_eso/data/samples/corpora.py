@@ -16,15 +16,22 @@ from megatron_eso.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 
-def open_corpus(location: str, data: DataConfig) -> TokenDataset:
+def open_corpus(location: str, data: DataConfig, *, check_files: bool = True) -> TokenDataset:
     """Open a dataset with the cache and the quarantine list of the configuration.
+
+    Args:
+        location: Its directory or URL.
+        data: The section `data`.
+        check_files: As of `TokenDataset.open`.
 
     Raises:
         ConfigError: A library that the URL needs is not installed.
         DataError: The dataset or the quarantine list is missing or damaged.
     """
     cache = ShardCache.at(data.cache_directory, data.cache_gib)
-    return open_dataset(location, quarantine=read_quarantine(data), cache=cache)
+    return open_dataset(
+        location, quarantine=read_quarantine(data), cache=cache, check_files=check_files
+    )
 
 
 def read_vocabulary(dataset: TokenDataset) -> Vocabulary:

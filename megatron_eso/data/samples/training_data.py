@@ -95,18 +95,22 @@ class TrainingData:
         self.blend = Blend.begin(seed, self._corpora, self._quotas, data.phase)
 
     @classmethod
-    def open(cls, data: DataConfig, seed: int) -> "TrainingData":
+    def open(cls, data: DataConfig, seed: int, *, check_files: bool = True) -> "TrainingData":
         """Open the corpora of `data.train` for the start of a run.
 
         Args:
             data: The section `data`.
             seed: `run.seed`.
+            check_files: As of `TokenDataset.open`.
 
         Raises:
             ConfigError: The corpora do not fit together.
             DataError: A corpus is missing or damaged, or has no data row.
         """
-        return cls(data, seed, tuple(open_corpus(name, data) for name in data.train_corpora))
+        names = data.train_corpora
+        return cls(
+            data, seed, tuple(open_corpus(name, data, check_files=check_files) for name in names)
+        )
 
     @property
     def sources(self) -> list[ShardSource]:
@@ -297,19 +301,22 @@ class TrainingData:
                     )
 
 
-def open_run_data(data: DataConfig, seed: int) -> tuple[TrainingData, ValidationData | None]:
+def open_run_data(
+    data: DataConfig, seed: int, *, check_files: bool = True
+) -> tuple[TrainingData, ValidationData | None]:
     """Open the shards of a run for training, and those for validation if it has any.
 
     Args:
         data: The section `data`.
         seed: `run.seed`.
+        check_files: As of `TokenDataset.open`.
 
     Raises:
         ConfigError: The datasets do not fit together.
         DataError: Shards are missing or damaged, or have no data row.
     """
-    train = TrainingData.open(data, seed)
-    validation = ValidationData.open(data)
+    train = TrainingData.open(data, seed, check_files=check_files)
+    validation = ValidationData.open(data, check_files=check_files)
     dataset_ids = list(train.datasets)
     if validation is not None:
         validation.check_tokenizer(train.tokenizer.identity)

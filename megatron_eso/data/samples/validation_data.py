@@ -45,8 +45,12 @@ class ValidationData:
         self.num_samples = dataset.num_rows(data.row_tokens)
 
     @classmethod
-    def open(cls, data: DataConfig) -> "ValidationData | None":
+    def open(cls, data: DataConfig, *, check_files: bool = True) -> "ValidationData | None":
         """Open the dataset of `data.validation`; return None where the key is left out.
+
+        Args:
+            data: The section `data`.
+            check_files: As of `TokenDataset.open`.
 
         Raises:
             ConfigError: The tokenizer lacks the tokens of the framing.
@@ -54,7 +58,7 @@ class ValidationData:
         """
         if data.validation is None:
             return None
-        return cls(data, open_corpus(data.validation, data))
+        return cls(data, open_corpus(data.validation, data, check_files=check_files))
 
     @property
     def sources(self) -> list[ShardSource]:

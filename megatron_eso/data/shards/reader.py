@@ -70,6 +70,7 @@ class TokenDataset:
         quarantine: Quarantine | None = None,
         retry_seconds: tuple[float, ...] = RETRY_SECONDS,
         shards: ShardSource | None = None,
+        check_files: bool = True,
     ) -> "TokenDataset":
         """Open a dataset; check its manifest, its index files, and the size of every local shard.
 
@@ -78,6 +79,8 @@ class TokenDataset:
             quarantine: Records whose data rows are replaced by others.
             retry_seconds: Pauses before a failed read is repeated; empty: it is not repeated.
             shards: Source of the shards, which checks their sizes; None: they are in `directory`.
+            check_files: Whether to check the sizes and the index files; false where another
+                process of the node does it.
 
         Raises:
             DataError: There is no dataset, its version is unknown, or files are missing or damaged.
@@ -87,15 +90,8 @@ class TokenDataset:
         quarantine = quarantine or Quarantine()
         manifest, dataset_id = read_manifest(directory)
         quarantine.check(dataset_id, manifest.layout)
-        # Sizes of all local files, hashes of the index files.
-        local_shards = manifest.shards if shards is None else ()
-        for file in (*local_shards, manifest.blocks, manifest.documents):
-            check_size(directory, file)
-        for file in (manifest.blocks, manifest.documents):
-            if hash_file(directory / file.name) != file.sha256:
-                raise DataError(
-                    f"{directory / file.name} is damaged: its sha256 differs; {RESTORE}"
-                )
+        if check_files:
+            check_dataset_files(directory, manifest, with_shards=shards is None)
         return cls(
             directory,
             manifest,
@@ -236,6 +232,25 @@ def hash_file(path: Path) -> str:
         while data := file.read(2**20):
             sha256.update(data)
     return sha256.hexdigest()
+
+
+def check_dataset_files(directory: Path, manifest: Manifest, *, with_shards: bool) -> None:
+    """Check the sizes of all files of a dataset, and the hashes of its index files.
+
+    Args:
+        directory: The directory of the dataset, or of its index files alone.
+        manifest: Its manifest.
+        with_shards: Whether the shards are in the directory.
+
+    Raises:
+        DataError: A file is missing or damaged.
+    """
+    index_files = (manifest.blocks, manifest.documents)
+    for file in (*manifest.shards, *index_files) if with_shards else index_files:
+        check_size(directory, file)
+    for file in index_files:
+        if hash_file(directory / file.name) != file.sha256:
+            raise DataError(f"{directory / file.name} is damaged: its sha256 differs; {RESTORE}")
 
 
 def check_size(directory: Path, file: HashedFile) -> None:

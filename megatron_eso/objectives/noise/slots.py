@@ -4,6 +4,7 @@ Shapes: B samples, T positions or slots, N samples of a validation set.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,10 +122,7 @@ def validation_times(
     Returns:
         float64 `[B]` in [sampling_eps, 1).
     """
-    # Deal the strata to the samples of the set, then draw a time in each.
-    strata = np.argsort(
-        random_bits(seed, Purpose.VALIDATION_STRATUM, 0, num_samples), kind="stable"
-    )
+    strata = _deal_validation_strata(seed, num_samples)
     return np.array(
         [
             _stratified_time(
@@ -247,6 +245,13 @@ def draw_any_order(
         t_B=np.full(len(indices_B), np.nan),
         is_sequential_B=np.ones(len(indices_B), dtype=np.bool_),
     )
+
+
+@lru_cache(maxsize=1)
+def _deal_validation_strata(seed: int, num_samples: int) -> NDArray[np.int64]:
+    """Deal a stratum of times to each sample of a validation set; kept for its micro-batches."""
+    bits_N = random_bits(seed, Purpose.VALIDATION_STRATUM, 0, num_samples)
+    return np.argsort(bits_N, kind="stable")
 
 
 def _stratified_time(

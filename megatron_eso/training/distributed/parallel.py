@@ -20,7 +20,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from megatron_eso.config.sections import MAX_SECONDS, ParallelConfig, WatchdogConfig
 from megatron_eso.errors import ConfigError
-from megatron_eso.ranks import choose_gpu, launched_world_size, local_rank, own_rank
+from megatron_eso.ranks import (
+    choose_gpu,
+    launched_world_size,
+    local_rank,
+    num_local_ranks,
+    own_rank,
+)
+from megatron_eso.training.distributed.affinity import bind_to_cpus, find_address
 from megatron_eso.training.distributed.device import compare_devices
 from megatron_eso.training.distributed.failure import end_process, report_failure
 
@@ -45,8 +52,10 @@ def process_group(timeout: timedelta) -> Iterator[None]:
         timeout: The timeout of collectives.
 
     Raises:
-        ConfigError: The devices of the ranks differ.
+        ConfigError: The devices of the ranks differ, or the launcher may start ranks again whose
+            store keeps what earlier ranks wrote.
     """
+    refuse_restarts()
     has_gpu = torch.cuda.is_available()
     if has_gpu:
         use_gpu(local_rank(), torch.cuda.device_count())
@@ -85,8 +94,29 @@ def _open_store(timeout: timedelta) -> Store:
     return PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
 
 
+def refuse_restarts() -> None:
+    """Refuse torchrun's `--max-restarts` on several nodes that keep one store.
+
+    The ranks of a later start would read the addresses of earlier ones. On one node `_open_store`
+    separates the starts; torchrun counts them for each node alone.
+
+    Raises:
+        ConfigError: Torchrun may start the ranks of several nodes again with the same store.
+    """
+    num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    max_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    keeps_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if num_nodes > 1 and max_restarts > 0 and keeps_store:
+        raise ConfigError(
+            f"torchrun --max-restarts {max_restarts} on {num_nodes} nodes: ranks that are started "
+            "again would find the addresses of earlier ones in torchrun's store: leave "
+            "--max-restarts out (slurm/train.sbatch requeues the job), or use --rdzv-backend c10d "
+            "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
+
+
 def use_gpu(number: int, num_visible: int) -> None:
-    """Make this rank use a GPU of its own.
+    """Make this rank use a GPU of its own, and the CPUs next to it.
 
     Args:
         number: The local rank.
@@ -102,6 +132,9 @@ def use_gpu(number: int, num_visible: int) -> None:
             "ranks on each node as it has GPUs"
         )
     torch.cuda.set_device(index)
+    address = find_address(torch.cuda.get_device_properties(index))
+    if address is not None:
+        bind_to_cpus(address, num_local_ranks())
 
 
 def _raise_file_limit() -> None:

@@ -89,7 +89,8 @@ def run_largest_batch(
         dropout_seed=dropout_seed,
         pp_rank=groups.pp.rank(),
     )
-    run_schedule(step, state, [batches.plan_largest()] * in_flight, groups, forward_only=False)
+    largest = [batches.plan_largest()] * in_flight
+    run_schedule(step, state, largest, in_flight, groups, forward_only=False)
     clear_gradients(state)
     del held
 

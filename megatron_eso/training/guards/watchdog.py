@@ -29,7 +29,9 @@ from torch._C import _distributed_c10d
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import (
     _get_default_store,
+    get_backend,
     get_world_size,
+    is_initialized,
 )
 
 from megatron_eso.config.sections import WatchdogConfig
@@ -37,6 +39,8 @@ from megatron_eso.ranks import own_rank
 
 EXIT_CODE = 1
 HEARTBEAT_SECONDS = 5.0
+COLLECTIVES_PREFIX = "collectives_"
+"""Begins the names of the files with a rank's last collectives; its number ends them."""
 # For a read of the store, whose host may have died.
 _STORE_SECONDS = 5.0
 _JOIN_SECONDS = 5.0
@@ -169,7 +173,7 @@ class Watchdog:
         sys.stderr.flush()
         with self._log.open("a") as log:
             log.writelines(report)
-        dump_flight_record(self._log.with_suffix(".nccl"))
+        dump_collectives(self._log.with_name(f"{COLLECTIVES_PREFIX}{self._log.stem}"))
         os._exit(EXIT_CODE)
 
     def _describe_ranks(self, work: WatchedWork, now: float) -> Iterator[str]:
@@ -247,12 +251,16 @@ def _longer(*deadlines: float) -> float:
     return 0.0 if 0.0 in deadlines else max(deadlines)
 
 
-def dump_flight_record(path: Path) -> None:
-    """Write NCCL's last collectives of this rank to a file, which `torchfrtrace` compares.
+def dump_collectives(path: Path) -> None:
+    """Write the last collectives of this rank to a file, as torch's flight recorder has them.
 
-    Nothing is written without NCCL.
+    `torchfrtrace FOLDER --prefix collectives_rank_` compares the files of the ranks. Nothing is
+    written without a process group.
     """
-    dump = getattr(_distributed_c10d, "_dump_nccl_trace", None)
+    if not is_initialized():
+        return
+    name = "_dump_nccl_trace" if get_backend() == "nccl" else "_dump_fr_trace"
+    dump = getattr(_distributed_c10d, name, None)  # gloo's is there from torch 2.8 on
     if dump is not None:
         path.write_bytes(dump())
 

@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from megatron_eso.batches.loss import NelboEstimate
 from megatron_eso.config.sections import TrainConfig
@@ -24,6 +25,7 @@ from megatron_eso.training.records.log_lines import (
     describe_validation,
 )
 from megatron_eso.training.records.metrics import MetricsLog
+from megatron_eso.training.records.status_writer import StatusWriter
 from megatron_eso.training.steps.step import StepResult
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class RunRecords:
         hosts: The host of every rank.
         flops_per_token: FLOPs that the objective needs per token.
         watchdog: Watches the comparison of the ranks.
+        status_writer: Writes the status of the running run.
     """
 
     run: RunDirectory
@@ -52,6 +55,7 @@ class RunRecords:
     hosts: Sequence[str]
     flops_per_token: float
     watchdog: Watchdog
+    status_writer: StatusWriter = field(default_factory=StatusWriter)
 
     @property
     def validated_step(self) -> int:
@@ -67,12 +71,15 @@ class RunRecords:
         values = list_step_values(result, counters, times, straggler, self.flops_per_token)
         values |= {tags.RESTARTS: self.run.facts.restarts or 0} | self._list_shares(counters)
         self.metrics.log(counters, values)
-        self.run.write_status(
-            "running",
-            counters.step,
-            loss=result.loss,
-            tokens_per_second=values[tags.TOKENS_PER_SECOND],
-            seconds_left=times.left,
+        self.status_writer.start(
+            partial(
+                self.run.write_status,
+                "running",
+                counters.step,
+                loss=result.loss,
+                tokens_per_second=values[tags.TOKENS_PER_SECOND],
+                seconds_left=times.left,
+            )
         )
         line = describe_step(result, counters, self.train.num_steps, times, straggler)
         log_once(logger, logging.INFO, line)
@@ -84,14 +91,20 @@ class RunRecords:
             log_once(logger, logging.WARNING, oddity)
 
     def record_validation(
-        self, estimate: NelboEstimate, raw: NelboEstimate | None, counters: Counters
+        self,
+        estimate: NelboEstimate,
+        raw: NelboEstimate | None,
+        counters: Counters,
+        *,
+        has_ema: bool,
     ) -> None:
         """Record a validation and log a line.
 
         Args:
             estimate: The estimate with EMA weights, or with raw weights if the run has no EMA.
-            raw: The estimate with raw weights if the run has EMA, else None.
+            raw: The second estimate of a run with EMA, with raw weights; None: there is none.
             counters: The progress of the run.
+            has_ema: Whether the run has EMA.
         """
         values = list_validation_values(estimate)
         if raw is not None:
@@ -99,7 +112,7 @@ class RunRecords:
             values |= {tags.with_raw_weights(tag): value for tag, value in of_raw.items()}
         if self.metrics is not None:
             self.metrics.log_validation(counters, values)
-        line = describe_validation(counters.step, estimate, has_ema=raw is not None)
+        line = describe_validation(counters.step, estimate, has_ema=has_ema)
         log_once(logger, logging.INFO, line)
 
     def flush(self) -> None:

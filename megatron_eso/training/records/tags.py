@@ -42,7 +42,10 @@ _VAL_NELBO_BY_TIME = _define(
     "val/nelbo_PHASE_by_t/TIME",
     "part of a phase that has times, for each tenth of the time: `0.05` ... `0.95`",
 )
-_RAW = _define("val_raw/...", "the same five values for the raw weights, if EMA is on")
+_RAW = _define(
+    "val_raw/...",
+    "the same five values for the raw weights, if EMA and `validation.raw_weights` are on",
+)
 
 _SHARE = _define(
     "data/share/CORPUS", "share of a blend's corpus in the samples since the last record"

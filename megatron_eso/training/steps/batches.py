@@ -212,6 +212,11 @@ class ValidationBatches:
         for samples in self._read(data_parallel_rank, data_parallel_size):
             yield self._pad(plan(samples))
 
+    def count(self, data_parallel_rank: int, data_parallel_size: int) -> int:
+        """Return the number of micro-batches of this rank's part of the set."""
+        num_samples = len(range(data_parallel_rank, self.num_samples, data_parallel_size))
+        return -(-num_samples // self._micro_batch_size)
+
     def _read(self, data_parallel_rank: int, data_parallel_size: int) -> Iterator[Samples]:
         """Read this rank's samples of the set, one micro-batch at a time."""
         mine = np.arange(data_parallel_rank, self.num_samples, data_parallel_size)

@@ -1,19 +1,22 @@
 """Estimates the NELBO and exact likelihoods of a validation set with fixed noise, on any layout."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_eso.batches.loss import NelboEstimate, estimate_nelbo, mean_by_time, sum_samples
 from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.training.optimization.main_parameters import synchronize_parameters
 from megatron_eso.training.steps.batches import ValidationBatches
+from megatron_eso.training.steps.prefetch import plan_ahead
 from megatron_eso.training.steps.step import reduce_over_world, run_schedule
 from megatron_eso.training.steps.train_state import TrainState
 
@@ -72,7 +75,7 @@ def evaluate_orders(
 
 def sum_over_samples(
     state: TrainState,
-    micro_batches: Iterable[MicroBatch],
+    micro_batches: Iterator[MicroBatch],
     batches: ValidationBatches,
     groups: ProcessGroupCollection,
 ) -> Tensor:
@@ -80,21 +83,37 @@ def sum_over_samples(
 
     Args:
         state: The state, whose present weights are used.
-        micro_batches: This rank's part of the set.
+        micro_batches: This rank's part of the set, which a thread plans ahead.
         batches: The set.
         groups: The groups of this rank.
     """
-    planned, reports = list(micro_batches), []
-    with torch.no_grad(), for_evaluation(state.chunks):
-        if planned:
-            # An interleaved pipeline needs at least one for each stage: the last one is repeated.
-            missing = groups.pp.size() - len(planned) if len(state.chunks) > 1 else 0
-            padded = planned + planned[-1:] * missing
-            reports = run_schedule(evaluation_step, state, padded, groups, forward_only=True)
+    number, stages = batches.count(groups.dp.rank(), groups.dp.size()), groups.pp.size()
+    # An interleaved pipeline needs at least one for each stage: the last one is repeated.
+    missing = max(stages - number, 0) if number and len(state.chunks) > 1 else 0
+    samples: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+
+    def take(planned: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        for micro_batch in planned:
+            samples.append((micro_batch.phase_B, micro_batch.indices_B))
+            yield micro_batch
+        yield from [micro_batch] * missing
+
+    reports: list[Tensor] = []
+    with torch.no_grad(), for_evaluation(state.chunks), plan_ahead(micro_batches) as planned:
+        if number:
+            reports = run_schedule(
+                evaluation_step,
+                state,
+                take(planned),
+                number + missing,
+                groups,
+                forward_only=True,
+            )
+    # The reports come in the order of the micro-batches.
     num_phases = len(batches.objective.phases)
     sums_PN = torch.zeros(num_phases, batches.num_samples, dtype=torch.float64)
-    for micro_batch, report in zip(planned, reports, strict=False):
-        sums_PN[micro_batch.phase_B, micro_batch.indices_B] = report.cpu()
+    for (phase_B, indices_B), report in zip(samples, reports, strict=False):
+        sums_PN[phase_B, indices_B] = report.cpu()
     return reduce_over_world(sums_PN, groups)
 
 

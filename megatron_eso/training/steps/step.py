@@ -3,9 +3,10 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import numpy as np
@@ -184,7 +185,8 @@ def run_micro_batches(
         dropout_seed=dropout_seed,
         pp_rank=groups.pp.rank(),
     )
-    reports = run_schedule(step, state, plan.micro_batches, groups, forward_only=False)
+    number = len(plan.micro_batches)
+    reports = run_schedule(step, state, plan.micro_batches, number, groups, forward_only=False)
     if not reports:
         device = torch.cuda.current_device()
         return torch.zeros(2 * len(objective.phases), dtype=torch.float64, device=device)
@@ -295,12 +297,21 @@ def forward_step(
 def run_schedule(
     step: Callable[..., tuple[Tensor, Callable[..., Any]]],
     state: TrainState,
-    micro_batches: list[MicroBatch],
+    micro_batches: Iterable[MicroBatch],
+    number: int,
     groups: ProcessGroupCollection,
     *,
     forward_only: bool,
 ) -> list[Tensor]:
     """Run Megatron-Core's schedule of this layout; collective over the model-parallel ranks.
+
+    Args:
+        step: The forward pass of a micro-batch, as `forward_step`.
+        state: The state with this rank's chunks.
+        micro_batches: The micro-batches; each is made when the first chunk needs it.
+        number: The number of micro-batches.
+        groups: The groups of this rank.
+        forward_only: Whether there is no backward pass.
 
     Returns:
         On the last stage the loss function's report of each micro-batch, on others an empty list.
@@ -311,9 +322,9 @@ def run_schedule(
     )
     reports: list[Tensor] = schedule(
         forward_step_func=step,
-        data_iterator=[iter(micro_batches) for _ in chunks],
+        data_iterator=list(tee(micro_batches, len(chunks))),
         model=chunks,
-        num_microbatches=len(micro_batches),
+        num_microbatches=number,
         # Neither is used: the stages exchange the number of rows.
         seq_length=1,
         micro_batch_size=1,

@@ -6,13 +6,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megatron_eso.config.loading import config_to_dict
-from megatron_eso.errors import ConfigError, UserError
+from megatron_eso.config.loading import config_to_dict, load_config
+from megatron_eso.errors import ConfigError, DataError, UserError
 from megatron_eso.runs.checkpoint_state import CheckpointState
 from megatron_eso.runs.counters import Counters
 from megatron_eso.runs.run_directory import RunDirectory
+from pretrain.start import open_inputs
 from pretrain.train import main
 from tests.support.training import TINY, tiny_arguments, tiny_config
 
@@ -154,3 +156,29 @@ def test_a_url_of_another_kind_names_its_key_and_no_password(
         with pytest.raises(ConfigError, match="^command line: data.train: ") as refused:
             main([*arguments, f"data.train={url}", "--dry-run"])
         assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize(("local_rank", "is_refused"), [("0", True), ("1", False)])
+def test_one_rank_of_a_node_checks_the_files_of_the_data(
+    split: str,
+    local_rank: str,
+    is_refused: bool,
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = tmp_path / "shards"
+    shutil.copytree(tiny_data, data)
+    index = data / split / "blocks.xxh3"
+    index.write_bytes(bytes(index.stat().st_size))
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    loaded = load_config(tiny_arguments(tmp_path / "run", data, {}))
+    if not is_refused:
+        opened = open_inputs(loaded)
+        # What it reads is checked.
+        with pytest.raises(DataError, match="block.s hash differs"):
+            (opened.train if split == "train" else opened.validation).samples(np.arange(1))
+        return
+    with pytest.raises(DataError, match=f"{split}/blocks.xxh3 is damaged: its sha256 differs"):
+        open_inputs(loaded)

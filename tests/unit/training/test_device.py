@@ -19,7 +19,7 @@ from megatron_eso.training.distributed.device import (
     describe_difference,
     set_defaults,
 )
-from megatron_eso.training.distributed.parallel import find_timeout, use_gpu
+from megatron_eso.training.distributed.parallel import find_timeout, refuse_restarts, use_gpu
 from tests.support.configs import make_config, replace_value
 from tests.support.processes import HANG_SECONDS
 from tests.support.training import tiny_arguments
@@ -99,6 +99,38 @@ def test_a_rank_that_finds_one_gpu_uses_it() -> None:
 def test_a_rank_without_a_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="rank 8 of this node has no GPU, as torch finds 8"):
         use_gpu(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "max_restarts", "keeps_store", "is_refused"),
+    [
+        ("2", "3", "True", True),
+        ("2", "0", "True", False),  # as slurm/train.sbatch starts torchrun
+        ("1", "3", "True", False),
+        ("2", "3", "False", False),  # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+        (None, None, None, False),  # LAUNCHER=srun
+    ],
+)
+def test_restarts_that_would_find_earlier_ranks_are_refused(
+    num_nodes: str | None,
+    max_restarts: str | None,
+    keeps_store: str | None,
+    is_refused: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {
+        "GROUP_WORLD_SIZE": num_nodes,
+        "TORCHELASTIC_MAX_RESTARTS": max_restarts,
+        "TORCHELASTIC_USE_AGENT_STORE": keeps_store,
+    }.items():
+        monkeypatch.setenv(name, value or "")  # so that it is restored
+        if value is None:
+            monkeypatch.delenv(name)
+    if not is_refused:
+        refuse_restarts()
+        return
+    with pytest.raises(ConfigError, match="--max-restarts 3 on 2 nodes: .* leave --max-restarts"):
+        refuse_restarts()
 
 
 VARIABLES = (

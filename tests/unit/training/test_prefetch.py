@@ -4,20 +4,26 @@ import dataclasses
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
+from megatron_eso.batches.rows import MicroBatch
 from megatron_eso.data.samples.training_data import TrainingData
+from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import DataError
+from megatron_eso.objectives.noise import slots
 from megatron_eso.objectives.objective import Step
-from megatron_eso.training.steps.batches import StepPlan, TrainingBatches
-from megatron_eso.training.steps.prefetch import StepPrefetcher
+from megatron_eso.randomness.bits import random_bits
+from megatron_eso.randomness.purposes import Purpose
+from megatron_eso.training.steps.batches import StepPlan, TrainingBatches, ValidationBatches
+from megatron_eso.training.steps.prefetch import StepPrefetcher, plan_ahead
 from tests.support.planning import objective_of
 from tests.support.processes import HANG_SECONDS
 from tests.support.training import tiny_config
@@ -143,3 +149,77 @@ def test_leaving_on_an_error_ends_the_thread(tiny_data: Path, tmp_path: Path) ->
         fail()
     assert threads_of(batches)
     assert not any(thread.is_alive() for thread in threads_of(batches))
+
+
+class RecordedValidation(ValidationBatches):
+    """Real validation batches that note which thread plans them."""
+
+    planners: set[str]
+
+    def plan(self, data_parallel_rank: int, data_parallel_size: int) -> Iterator[MicroBatch]:
+        self.planners = set()
+        for micro_batch in super().plan(data_parallel_rank, data_parallel_size):
+            self.planners.add(threading.current_thread().name)
+            yield micro_batch
+
+
+def make_validation(data: Path, folder: Path) -> RecordedValidation:
+    overrides = {"validation.num_samples": 15, "validation.micro_batch_size": 2}
+    config = tiny_config(folder / "run", data, overrides)
+    held_out = ValidationData.open(config.data)
+    assert held_out is not None
+    return RecordedValidation(objective_of(config), held_out, config.validation, row_multiple=1)
+
+
+@pytest.mark.parametrize(("rank", "number"), [(0, 4), (1, 4), (15, 0)])
+def test_a_validation_is_planned_by_a_thread(
+    rank: int, number: int, tiny_data: Path, tmp_path: Path
+) -> None:
+    batches = make_validation(tiny_data, tmp_path)
+    num_ranks = max(2, rank + 1)
+    expected = list(batches.plan(rank, num_ranks))
+    assert batches.count(rank, num_ranks) == len(expected) == number
+    with plan_ahead(batches.plan(rank, num_ranks)) as planned:
+        for mine, other in zip(planned, expected, strict=True):
+            assert_equal(
+                StepPlan(micro_batches=[mine], tokens=()),
+                StepPlan(micro_batches=[other], tokens=()),
+            )
+    assert batches.planners == ({"prefetch"} if number else set())
+
+
+def test_a_validation_that_cannot_be_planned_fails_where_it_is_waited_for(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    first = next(make_validation(tiny_data, tmp_path).plan(0, 1))
+
+    def fail() -> Iterator[MicroBatch]:
+        yield first
+        raise DataError("a damaged shard")
+
+    with plan_ahead(fail()) as planned:
+        next(planned)
+        with pytest.raises(DataError, match="a damaged shard"):
+            next(planned)
+
+
+def test_a_validation_that_ends_early_ends_its_thread(tiny_data: Path, tmp_path: Path) -> None:
+    before = threading.active_count()
+    with plan_ahead(make_validation(tiny_data, tmp_path).plan(0, 1)) as planned:
+        next(planned)
+    assert threading.active_count() == before
+
+
+def test_the_strata_of_a_validation_set_are_dealt_once(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purposes = []
+
+    def draw(seed: int, purpose: Purpose, *rest: int) -> NDArray[np.uint64]:
+        purposes.append(purpose)
+        return random_bits(seed, purpose, *rest)
+
+    monkeypatch.setattr(slots, "random_bits", draw)
+    slots._deal_validation_strata.cache_clear()
+    assert len(list(make_validation(tiny_data, tmp_path).plan(0, 1))) > 1
+    assert purposes.count(Purpose.VALIDATION_STRATUM) == 1
