@@ -60,6 +60,7 @@ def overrides(tiny_data: Path, second_corpus: Path) -> Overrides:
         "train.num_steps": STEPS,
         "train.log_interval": INTERVAL,
         "checkpoint.interval": 2,
+        "checkpoint.async_save": "false",  # a save in the background has no certain end
         "validation.interval": 3,
         "validation.num_samples": 20,
         "optimizer.weight_decay": 0.5,
