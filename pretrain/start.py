@@ -17,7 +17,7 @@ from megatron_eso.data.samples.training_data import TrainingData, open_run_data
 from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.format import MANIFEST_FILE
 from megatron_eso.data.shards.manifest import read_manifest
-from megatron_eso.errors import ConfigError, DataError, UserError
+from megatron_eso.errors import ConfigError, OutageError, UserError
 from megatron_eso.runs.checkpoint_state import CheckpointState, read_checkpoint_state
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import newest
@@ -85,7 +85,7 @@ def list_unreachable(loaded: LoadedConfig) -> list[str]:
 
     Raises:
         ConfigError: A URL cannot be read with what is installed.
-        DataError: The server answers, and has no such dataset.
+        DataError: The server refuses the dataset, or it is missing or damaged.
     """
     traced = TracedConfig(config=loaded.config, origins=loaded.origins)
     unreachable = []
@@ -93,9 +93,7 @@ def list_unreachable(loaded: LoadedConfig) -> list[str]:
         try:
             if dataset.is_remote:
                 RemoteFolder(dataset.location, PLAN_ATTEMPTS).read_manifest()
-        except DataError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                raise
+        except OutageError as error:
             unreachable.append(f"{error}; the data were not checked")
     return unreachable
 

@@ -117,9 +117,9 @@ def print_plan(
 
 
 def record_failure(directory: str, error: UserError) -> None:
-    """Write the error to `failure.json` for the job script, if the folder can be written to."""
+    """Write `failure.json` for the job script, if the folder can be written to."""
     with suppress(OSError):
-        write_failure(RunDirectory(Path(directory)).failure, str(error))
+        write_failure(RunDirectory(Path(directory)).failure, error)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from megatron_eso.data.remote.cache import ShardCache
 from megatron_eso.data.remote.datasets import find_datasets, open_dataset
 from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.shards.reader import TokenDataset
-from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.errors import ConfigError, DataError, OutageError
 from tests.support.file_server import Fault, FileServer, serve_folder
 from tests.support.remote_shards import (
     is_equal,
@@ -107,13 +107,14 @@ def test_refusals_name_the_url(server: FileServer, cache: ShardCache, tmp_path: 
         assert find_datasets(split.url) == parts
         assert find_datasets(parts[0]) == parts[:1]
     server.fail("a/manifest.json", Fault(status=403))
-    with pytest.raises(DataError, match="HTTP status 403.*credentials"):
+    with pytest.raises(DataError, match="HTTP status 403.*credentials") as refused:
         open_dataset(f"{server.url}/a", cache=cache)
+    assert not isinstance(refused.value, OutageError)
     assert server.num_requests["a/manifest.json"] == 1
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/a"
-        with pytest.raises(DataError, match=f"cannot read {url}/manifest.json.*7 attempts"):
+        with pytest.raises(OutageError, match=f"cannot read {url}/manifest.json.*7 attempts"):
             open_dataset(url, cache=cache)
 
 
