@@ -19,6 +19,8 @@ from megatron_eso.config.sections import KEYS, Config
 from megatron_eso.errors import ConfigError
 
 MAX_NAME_BYTES = 255
+VOCABULARY_KEYS = ("data.vocab_size", "data.mask_token_id", "data.bos_token_id")
+"""The keys whose values come from the data where nobody sets them."""
 PIPELINE_LAYOUT = re.compile(r"E[t|]*L")
 
 
@@ -102,12 +104,10 @@ def with_vocabulary(
         ConfigError: The configuration states another vocabulary.
     """
     traced = TracedConfig(config=config, origins=origins or {})
-    found = {"data.vocab_size": vocab_size, "data.mask_token_id": mask_token_id}
-    if bos_token_id is not None:
-        found["data.bos_token_id"] = bos_token_id
-    for key, value in found.items():
+    found = (vocab_size, mask_token_id, bos_token_id)
+    for key, value in zip(VOCABULARY_KEYS, found, strict=True):
         traced.require(
-            config.get(key) in (None, value),
+            value is None or config.get(key) in (None, value),
             key,
             f"{source} has {value}; leave the key out, or name other data",
         )

@@ -31,6 +31,7 @@ BASE = (
 )
 CONFIG = ("megatron_eso.config",)
 SECTIONS = ("megatron_eso.config.sections",)
+ORIGINS = ("megatron_eso.config.origins",)
 RANKS = ("megatron_eso.ranks",)
 RANDOMNESS = ("megatron_eso.randomness",)
 BATCHES = ("megatron_eso.batches",)
@@ -76,7 +77,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.data.tokenizers": ERRORS,
     "megatron_eso.data.shards": BASE + RANDOMNESS + FINGERPRINT,
     "megatron_eso.data.remote": BASE + SHARDS,
-    "megatron_eso.data.samples": ERRORS + SECTIONS + RANDOMNESS + REMOTE,
+    "megatron_eso.data.samples": ERRORS + SECTIONS + ORIGINS + RANDOMNESS + REMOTE,
     "megatron_eso.model": ERRORS + CONFIG + RANDOMNESS + BATCHES,
     "megatron_eso.training.distributed": ERRORS + RANKS + SECTIONS,
     "megatron_eso.training.optimization": SECTIONS + MODEL + DISTRIBUTED,
