@@ -104,7 +104,7 @@ def convert_from_official(
         options: What the user states about the checkpoint; this overrides what it states.
 
     Raises:
-        CheckpointError: The file is no checkpoint of the reference, is damaged, or is of another
+        CheckpointError: The file is not a checkpoint of the reference, is damaged, or is of another
             model.
         ConfigError: An option is missing, or does not fit.
         DataError: The tokenizer is damaged.
@@ -147,7 +147,7 @@ def convert_to_megatron(sampler_dir: Path, run_dir: Path) -> Conversion:
 
     Raises:
         ConfigError: `run_dir` is not empty.
-        CheckpointError: `sampler_dir` is no sampler directory, or is damaged.
+        CheckpointError: `sampler_dir` is not a sampler directory, or is damaged.
         DataError: The tokenizer is damaged.
     """
     read_run_config(sampler_dir)  # refuses what a run cannot take
@@ -168,8 +168,8 @@ def read_run_config(sampler_dir: Path) -> Config:
     All files are checked, but only the shapes of the weights are read.
 
     Raises:
-        CheckpointError: `sampler_dir` is no sampler directory, is damaged, or Megatron-Core has no
-            such network.
+        CheckpointError: `sampler_dir` is not a sampler directory, is damaged, or Megatron-Core has
+            no such network.
         DataError: The tokenizer is damaged.
     """
     network = read_network_config(sampler_dir)
@@ -201,7 +201,7 @@ def verify_checkpoints(
         mask_token_id: Mask token of official checkpoints; by default the last row of the embedding.
 
     Raises:
-        CheckpointError: A side is no checkpoint, or is damaged.
+        CheckpointError: A side is not a checkpoint, or is damaged.
     """
     if weights is None and "raw" in (recorded_weights(a), recorded_weights(b)):
         weights = "raw"

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from data_tools.builds.dataset import BuildOptions, Part, build_dataset, merge_parts
-from data_tools.builds.output import explain_place
+from data_tools.builds.output import explain_path
 from data_tools.imports.formats import OPTIONS, describe_formats
 from data_tools.imports.importer import ImportOptions, import_tokens
 from data_tools.text.embedded_corpus import write_corpus
@@ -43,7 +43,7 @@ def add_writing_commands(commands: Any) -> None:
 
 
 def _write_corpus(found: argparse.Namespace) -> None:
-    with explain_place(found.out):
+    with explain_path(found.out):
         write_corpus(found.out)
 
 

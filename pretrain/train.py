@@ -15,7 +15,7 @@ from megatron_eso.command_line import CommandLine, add_layers, count, share
 from megatron_eso.config.combinations import check_layout
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import LoadedConfig, load_config
-from megatron_eso.data.remote.staging import stage_shards
+from megatron_eso.data.remote.copies import copy_shards
 from megatron_eso.errors import UserError, run_command
 from megatron_eso.estimates.gpus import DEFAULT_MFU, GPUS
 from megatron_eso.ranks import launched_world_size
@@ -55,7 +55,7 @@ def train(loaded: LoadedConfig) -> None:
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     validation = inputs.validation
-    stage_shards(inputs.train.sources + (validation.sources if validation else []))
+    copy_shards(inputs.train.sources + (validation.sources if validation else []))
     from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
     from megatron_eso.training.distributed.device import prepare_device
 

@@ -1,11 +1,11 @@
 """`build`: makes datasets of token shards from text files; `merge` completes a build in parts.
 
-A build has two stages. Each continues after an interruption:
+A build has two halves. Each continues after an interruption:
 
     encode   the input, span by span, to tokens in OUT.building/spans (span_encoder.py)
     merge    the spans to shards, which appear as OUT when they are complete (merging.py)
 
-The jobs of an array share the first stage: part i of n encodes the spans with number % n == i. The
+The jobs of an array share the first half: part i of n encodes the spans with number % n == i. The
 bytes of OUT depend on the input and the options in `plan.BuildPlan` alone.
 """
 
@@ -27,7 +27,7 @@ from data_tools.builds.merging import (
     publish_datasets,
     split_directories,
 )
-from data_tools.builds.output import building_path, check_absent, explain_place
+from data_tools.builds.output import building_path, check_absent, explain_path
 from data_tools.builds.plan import (
     BuildPlan,
     StoredPlan,
@@ -99,7 +99,7 @@ def build_dataset(options: BuildOptions) -> dict[Split, str]:
         DataError: Text or tokenizer are damaged or do not fit.
     """
     building = building_path(options.out)
-    with explain_place(options.out):
+    with explain_path(options.out):
         if not is_published(building, options.out):
             check_absent(options.out)
     files = find_inputs(options.inputs, options.text.standard_input)
@@ -135,7 +135,7 @@ def merge_parts(out: Path, num_workers: int = 1) -> dict[Split, str]:
         DataError: Parts are missing, or another process is writing.
     """
     building = building_path(out)
-    with explain_place(out):
+    with explain_path(out):
         if not is_published(building, out):
             check_absent(out)
     stored = read_plan(building)
@@ -205,7 +205,7 @@ def _choose_spans(spans: Sequence[Span], options: BuildOptions) -> list[Span]:
 def _hold_lock(building: Path, *, shared: bool = False) -> Iterator[None]:
     """Lock an unfinished build against other processes; parts share their lock."""
     with contextlib.ExitStack() as stack:
-        with explain_place(building):
+        with explain_path(building):
             building.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(hold_lock(building / LOCK_FILE, shared=shared))
         if not lock.is_held:

@@ -64,7 +64,7 @@ def _explain(line: str | None, text_key: str) -> str | None:
     except (ValueError, RecursionError) as error:
         return f"invalid JSON ({error}); {_REMEDY}"
     if not isinstance(record, dict):
-        return "is no JSON object; each line must be one"
+        return "is not a JSON object; each line must be one"
     if text_key not in record:
         return f"no key {text_key!r}; name the key of the text by --text-key"
     if not isinstance(record[text_key], str):

@@ -91,7 +91,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         help="of the fastest GPU, node or pair of nodes; a slower one is a fault; 0: never "
         f"(default: {GPU_SHARE:g} on GPUs, 0 on CPUs)",
     )
-    add("--allow-idle-gpus", action="store_true", help="fewer ranks than GPUs are no fault")
+    add("--allow-idle-gpus", action="store_true", help="fewer ranks than GPUs are not a fault")
     add("--megabytes", type=count(1), metavar="MIB", help="size of the messages")
     return parser.parse_args(argv)
 

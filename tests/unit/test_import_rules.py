@@ -203,7 +203,7 @@ def test_a_violation_is_found(tmp_path: Path, file: str, line: str, violation: s
         (
             # A run that is refused before its start is refused without an import of torch.
             "megatron torch",
-            "megatron_eso.data.samples.training_data megatron_eso.data.remote.staging "
+            "megatron_eso.data.samples.training_data megatron_eso.data.remote.copies "
             "megatron_eso.runs.file_index pretrain.train data_tools.__main__",
         ),
         (

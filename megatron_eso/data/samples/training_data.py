@@ -111,7 +111,7 @@ class TrainingData:
 
     @property
     def sources(self) -> list[ShardSource]:
-        """The sources of the shards, for `stage_shards`."""
+        """The sources of the shards, for `copy_shards`."""
         return [dataset.shards for dataset in self.datasets.values()]
 
     def locate(self, sample_indices: npt.NDArray[np.int64]) -> DataRows:
@@ -120,13 +120,13 @@ class TrainingData:
         Raises:
             ConfigError: A corpus of an earlier data phase is not open.
         """
-        places = self.blend.locate(sample_indices)
-        row_N = places.row_N.copy()
-        for number in np.unique(places.corpus_N).tolist():
-            of_corpus_N = places.corpus_N == number
+        located = self.blend.locate(sample_indices)
+        row_N = located.row_N.copy()
+        for number in np.unique(located.corpus_N).tolist():
+            of_corpus_N = located.corpus_N == number
             rows = self._dataset(number).substitute(row_N[of_corpus_N], self.row_tokens)
             row_N[of_corpus_N] = rows
-        return dataclasses.replace(places, row_N=row_N)
+        return dataclasses.replace(located, row_N=row_N)
 
     def samples(self, indices_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Read samples, with the tokens of `data.framing`.
@@ -168,12 +168,12 @@ class TrainingData:
             DataError: A shard is damaged; the error names shard, record, offset, data row and
                 sample.
         """
-        places = self.blend.locate(sample_indices)
+        located = self.blend.locate(sample_indices)
         tokens_NS = np.empty((len(sample_indices), self.row_tokens), dtype=np.int64)
-        for number in np.unique(places.corpus_N).tolist():
-            of_corpus_N = places.corpus_N == number
+        for number in np.unique(located.corpus_N).tolist():
+            of_corpus_N = located.corpus_N == number
             tokens_NS[of_corpus_N] = self._dataset(number).rows(
-                places.row_N[of_corpus_N],
+                located.row_N[of_corpus_N],
                 self.row_tokens,
                 sample_indices=sample_indices[of_corpus_N],
             )

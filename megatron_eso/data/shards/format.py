@@ -151,8 +151,8 @@ class ShardLayout:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the record of each data row, and the number of its first token in the record."""
         rows_per_record = max(1, self.record_tokens // sequence_length)
-        record_R, place_R = np.divmod(indices_R, rows_per_record)
-        return record_R, place_R * sequence_length
+        record_R, number_R = np.divmod(indices_R, rows_per_record)
+        return record_R, number_R * sequence_length
 
     def locate_blocks(
         self,
@@ -176,7 +176,7 @@ class ShardLayout:
             offset=first_offset + record_in_shard_R * self.record_stride + start_R,
             first_block=record_R * self.blocks_per_record + block_R,
             num_bytes=np.minimum(stop_R, record_tokens_R * self.itemsize) - start_R,
-            place=first_byte_R - start_R,
+            offset_in_block=first_byte_R - start_R,
         )
 
 
@@ -191,7 +191,7 @@ class BlockSpans:
     """Number of the first block among the blocks of all records."""
     num_bytes: npt.NDArray[np.int64]
     """Bytes of the whole blocks; the last block of a record may be shorter than the others."""
-    place: npt.NDArray[np.int64]
+    offset_in_block: npt.NDArray[np.int64]
     """Offset of the stretch in its first block."""
 
 

@@ -51,7 +51,7 @@ def read_description(directory: str | Path) -> dict[str, Any]:
             f"{path}: not found; give a directory that `checkpoints_conversion` wrote"
         ) from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: is no valid JSON ({error}); convert again") from None
+        raise CheckpointError(f"{path}: is not valid JSON ({error}); convert again") from None
     if not isinstance(config, dict) or config.get("model_type") != "eso_lm":
         raise CheckpointError(f"{path}: model_type is not eso_lm; give a sampler directory")
     if config.get("format_version") not in (1, FORMAT_VERSION):
@@ -106,7 +106,7 @@ def _read_files(
         tensors: dict[str, _T] = {}
         for name in files:
             if Path(name).name != name:
-                raise CheckpointError(f"{index}: {name} is no plain file name; {remedy}")
+                raise CheckpointError(f"{index}: {name} is not a plain file name; {remedy}")
             if not (directory / name).is_file():
                 raise CheckpointError(f"{directory}: {name} is missing; {remedy}")
             tensors.update(read(directory / name))

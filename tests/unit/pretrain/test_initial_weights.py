@@ -85,7 +85,7 @@ REFUSALS: list[tuple[str, Callable[[Path], None], str, int]] = [
     ),
     ("run.seed=1", change_config(vocab_size=500), "{sampler}: tensor embed_tokens.weight: ", 1),
     ("run.seed=1", change_config(objective="x"), "{sampler}/config.json: objective ", 1),
-    ("run.seed=1", change_config(rotary_base=0.5), "{sampler}: rotary_base 0.5 is no whole", 1),
+    ("run.seed=1", change_config(rotary_base=0.5), "{sampler}: rotary_base 0.5 is not a whole", 1),
     ("run.seed=1", cut_weights, "{sampler}: its weights are damaged", 1),
     (
         "run.seed=1",
