@@ -15,6 +15,7 @@ from megatron_eso.command_line import CommandLine, add_layers, count, share
 from megatron_eso.config.combinations import check_layout
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import LoadedConfig, load_config
+from megatron_eso.config.origins import TracedConfig
 from megatron_eso.data.remote.copies import copy_shards
 from megatron_eso.errors import UserError, run_command
 from megatron_eso.estimates.gpus import DEFAULT_MFU, GPUS
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     loaded = load_config(arguments.layers, folder=SHIPPED_CONFIGS)
     if arguments.dry_run:
-        check_wandb(loaded.config.run.wandb_project)
+        check_wandb(TracedConfig(config=loaded.config, origins=loaded.origins))
         print_plan(loaded, arguments.world_size, arguments.gpu, arguments.mfu)
         return 0
     try:
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(loaded: LoadedConfig) -> None:
     """Check what the run needs, and train; collective over the launched ranks."""
-    check_wandb(loaded.config.run.wandb_project)
+    check_wandb(TracedConfig(config=loaded.config, origins=loaded.origins))
     check_layout(loaded.config, launched_world_size(), loaded.origins)
     # Imported after the check of the configuration, since the import takes seconds.
     from pretrain.start import open_inputs

@@ -87,7 +87,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.training.guards": ("megatron_eso.quantities",)
     + (ERRORS + RANKS + SECTIONS + OBJECTIVES + RUNS + STEPS),
     "megatron_eso.training.records": ("megatron_eso.files", "megatron_eso.quantities")
-    + (ERRORS + RANKS + SECTIONS + OBJECTIVES + ESTIMATES + RUNS + SAMPLES + STEPS + GUARDS),
+    + (ERRORS + RANKS + ORIGINS + OBJECTIVES + ESTIMATES + RUNS + SAMPLES + STEPS + GUARDS)
+    + SECTIONS,
     "megatron_eso.training.records.tags": (),
     "megatron_eso.training.checkpointing": ("megatron_eso.files", "megatron_eso.retries")
     + (ERRORS + RANKS + CONFIG + RUNS + FINGERPRINT + STEPS + GUARDS + RECORDS),
