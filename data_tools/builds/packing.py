@@ -87,7 +87,7 @@ def pack_shards(
     format: RecordFormat,
     num_workers: int,
 ) -> None:
-    """Write the shards that have no note yet.
+    """Write the shards whose note is missing; a note marks a shard that was written.
 
     Args:
         splits: The datasets to write.

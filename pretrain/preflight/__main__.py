@@ -25,7 +25,7 @@ GPU_SHARE = 0.7
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check; collective over the world.
+    """Run the checks on all ranks, and print the verdict on rank 0; collective over the world.
 
     Ranks other than 0 end with 0 even where there is a fault: launchers end all ranks when one
     fails, and rank 0 has to print its line.

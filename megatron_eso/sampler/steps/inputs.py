@@ -112,7 +112,7 @@ def read_choice(
 
 
 def check_schedule(alpha_0: float | None, steps: int | None) -> None:
-    """Check the numbers that a schedule is drawn by; None is the default of the objective.
+    """Check the numbers from which a schedule is drawn; None is the default of the objective.
 
     Raises:
         ValueError: A number is out of its range.
