@@ -174,19 +174,19 @@ class TokenDataset:
         record_R, first_token_R = self._layout.locate_rows(index_R, sequence_length)
         starts = _find_runs(index_R, record_R, max(1, _MAX_READ_BYTES // row_bytes))
         stops = np.append(starts[1:], len(index_R))
-        spans = self._layout.locate_blocks(
+        ranges = self._layout.locate_blocks(
             record_R[starts], first_token_R[starts], (stops - starts) * sequence_length
         )
         # Read each run, and report the data row of a block that fails.
-        buffer = memoryview(bytearray(spans.num_bytes.max()))
+        buffer = memoryview(bytearray(ranges.num_bytes.max()))
         for start, stop, shard, offset, first_block, num_bytes, in_block in zip(
             starts.tolist(),
             stops.tolist(),
-            spans.shard.tolist(),
-            spans.offset.tolist(),
-            spans.first_block.tolist(),
-            spans.num_bytes.tolist(),
-            spans.offset_in_block.tolist(),
+            ranges.shard.tolist(),
+            ranges.offset.tolist(),
+            ranges.first_block.tolist(),
+            ranges.num_bytes.tolist(),
+            ranges.offset_in_block.tolist(),
             strict=True,
         ):
             try:
