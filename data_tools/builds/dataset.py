@@ -107,7 +107,7 @@ def build_dataset(options: BuildOptions) -> dict[Split, str]:
     tokenizer = Tokenizer.load(options.tokenizer)
     wanted = _make_plan(options, files, tokenizer)
     is_part = options.part is not None
-    with _hold_lock(building, shared=is_part), _explain_disk_errors(building):
+    with _hold_lock(options.out, shared=is_part), _explain_disk_errors(building):
         try:
             stored = _resume(building, wanted, tokenizer, options)
             if (building / SPANS_FOLDER).exists():
@@ -141,7 +141,7 @@ def merge_parts(out: Path, num_workers: int = 1) -> dict[Split, str]:
     stored = read_plan(building)
     if stored is None:
         raise ConfigError(f"there is no {building} to merge; run build with --part first")
-    with _hold_lock(building), _explain_disk_errors(building):
+    with _hold_lock(out), _explain_disk_errors(building):
         report = merge_spans(building, stored, stored.plan.plan_spans(), num_workers)
         publish_datasets(building, out)
     return _report(out, stored.plan, report)
@@ -202,10 +202,11 @@ def _choose_spans(spans: Sequence[Span], options: BuildOptions) -> list[Span]:
 
 
 @contextlib.contextmanager
-def _hold_lock(building: Path, *, shared: bool = False) -> Iterator[None]:
+def _hold_lock(out: Path, *, shared: bool = False) -> Iterator[None]:
     """Lock an unfinished build against other processes; parts share their lock."""
+    building = building_path(out)
     with contextlib.ExitStack() as stack:
-        with explain_path(building):
+        with explain_path(out):
             building.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(hold_lock(building / LOCK_FILE, shared=shared))
         if not lock.is_held:

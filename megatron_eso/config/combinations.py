@@ -15,7 +15,7 @@ from megatron_eso.config.keys import describe_interval, is_inside
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.objective_rules import check_objective_keys, list_objective_warnings
 from megatron_eso.config.origins import Origins, TracedConfig
-from megatron_eso.config.sections import KEYS, Config
+from megatron_eso.config.sections import KEYS, MAX_TOKENS, Config
 from megatron_eso.errors import ConfigError
 
 MAX_NAME_BYTES = 255
@@ -47,6 +47,7 @@ def check_config(config: Config, origins: Origins | None = None) -> list[str]:
     check_interleaving(traced)
     check_pipeline(traced)
     check_periods(traced)
+    check_micro_batches(traced)
     check_batch_sizes(traced, data_parallel_size=1)
     return list_objective_warnings(traced)
 
@@ -376,6 +377,18 @@ def check_periods(traced: TracedConfig) -> None:
     if traced.config.data.validation is None:
         for key in ("validation.interval", "validation.num_samples"):
             traced.require(traced.config.get(key) == 0, key, "needs data.validation")
+
+
+def check_micro_batches(traced: TracedConfig) -> None:
+    """Refuse micro-batches of more tokens than any GPU holds."""
+    length = traced.config.data.sequence_length
+    for key in ("train.micro_batch_size", "validation.micro_batch_size"):
+        traced.require(
+            traced.config.get(key) * length <= MAX_TOKENS,
+            key,
+            f"gives more than {MAX_TOKENS} tokens with data.sequence_length = {length}; use at "
+            f"most {MAX_TOKENS // length}",
+        )
 
 
 def check_batch_sizes(traced: TracedConfig, data_parallel_size: int) -> None:

@@ -83,9 +83,9 @@ def suggest_file(name: str, folder: Path | None) -> str:
     )
     close = difflib.get_close_matches(name, [*here, *shipped], n=1)
     meant = [each for each in (*here, *shipped) if each == f"{name}.toml"] or close
-    hints = [f"did you mean {meant[0]}?"] if meant else []
     listed = [each for each in shipped if "/" not in each]
-    hints += [f"the package has {', '.join(listed)}"] if listed else []
+    hints = [f"the package has {', '.join(listed)}"] if listed else []
+    hints += [f"did you mean {meant[0]}?"] if meant else []
     return "".join(f"; {hint}" for hint in hints)
 
 

@@ -71,7 +71,7 @@ def check_scalar(path: str, value: Any, origin: str, accepted: tuple[Any, ...]) 
         value = float(value)
     if type(value) not in accepted:
         expected = " or ".join(TYPE_NAMES[accept] for accept in accepted)
-        remedy = f"expects {expected}{suggest_value(value, accepted)}"
+        remedy = f"expects {expected}{suggest_value(path, value, accepted)}"
         refuse_value(origin, path, value, remedy)
     if isinstance(value, float) and not math.isfinite(value):
         refuse_value(origin, path, value, "must be finite")
@@ -84,12 +84,13 @@ def find_item_type(accepted: tuple[Any, ...]) -> type | None:
     return items[0] if items else None
 
 
-def suggest_value(value: Any, accepted: tuple[Any, ...]) -> str:
+def suggest_value(path: str, value: Any, accepted: tuple[Any, ...]) -> str:
     """Suggest what to write instead; empty where the value does not show it."""
     if accepted == (str,):
         return f"; write {format_value(str(value))}"
     if accepted == (int,) and type(value) is float and value.is_integer():
-        return f"; write {int(value)}"
+        largest = KEYS[path].largest
+        return f"; write {int(value)}" if value <= largest else f" of at most {largest}"
     if isinstance(value, str):
         parsed = (parse_toml(f"value = {value.lower()}") or {}).get("value")
         if type(parsed) in accepted:

@@ -83,6 +83,7 @@ def test_an_override_is_toml_or_text(override: str, value: object) -> None:
         ("run.zzz=3", "run.zzz is not a key: keys of [run] are directory, seed"),
         ("run.seed.x=3", "run.seed.x is not a key"),
         ("model.num_layers=4.0", "model.num_layers = 4.0: expects a whole number; write 4"),
+        ("model.num_layers=1e11", "= 100000000000.0: expects a whole number of at most 10000"),
         ("model.num_layers=true", "model.num_layers = true: expects a whole number"),
         ("model.qk_layernorm=1", "model.qk_layernorm = 1: expects true or false"),
         ("model.qk_layernorm=True", 'expects true or false; write true'),
