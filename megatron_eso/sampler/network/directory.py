@@ -96,7 +96,7 @@ def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
 def _read_files(
     directory: Path, read: Callable[[Path], dict[str, _T]], remedy: str = "convert again"
 ) -> dict[str, _T]:
-    """Read something about each tensor from the file of all weights, or from each shard."""
+    """Read all tensors, or their shapes, from the one file of weights or from its shards."""
     index = directory / INDEX_FILE
     files = [WEIGHTS_FILE]
     try:
