@@ -13,7 +13,7 @@ from data_tools.text.formats import STANDARD_INPUT_FORMATS
 from data_tools.text.inputs import STANDARD_INPUT, parse_separator
 from data_tools.text.interface import TextOptions
 from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
-from megatron_eso.command_line import count, existing_path, new_path, quote, share
+from megatron_eso.command_line import count, existing_path, new_path, possible_path, quote, share
 from megatron_eso.data.shards.format import (
     MAX_RECORD_TOKENS,
     MAX_SHARD_RECORDS,
@@ -150,7 +150,12 @@ def _add_import_tokens(commands: Any) -> None:
         help=describe_formats(),
     )
     command.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="files, or folders of them"
+        "--input",
+        nargs="+",
+        type=possible_path,
+        required=True,
+        metavar="PATH",
+        help="files, or folders of them",
     )
     command.add_argument(
         "--tokenizer",

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 
 from data_tools.text.interface import (
-    STANDARD_INPUT,
+    STANDARD_INPUT_LABEL,
     Document,
     InputFile,
     Slice,
@@ -34,7 +34,7 @@ def _parse(unit: Unit, options: TextOptions) -> Iterator[Document | Problem]:
             record = _DECODER.decode(content)  # type: ignore[arg-type]
             text = record[options.text_key].encode("utf-8")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            is_named = unit.path != STANDARD_INPUT
+            is_named = unit.path != STANDARD_INPUT_LABEL
             remedy = _REMEDY if is_named else _STANDARD_INPUT_REMEDY
             wrong = _explain(content, options.text_key, remedy)
             if wrong is not None:
