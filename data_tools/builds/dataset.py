@@ -53,6 +53,7 @@ from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.files import LOCK_FILE, empty_folder
 from megatron_eso.locks import hold_lock
+from megatron_eso.quantities import format_count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,8 +263,8 @@ def _report(out: Path, plan: BuildPlan, report: MergeReport | None) -> dict[Spli
     for split, directory in split_directories(out, plan.validation).items():
         manifest, ids[split] = read_manifest(directory)
         sys.stdout.write(
-            f"{directory}: {manifest.num_documents} documents, {manifest.num_tokens} tokens, "
-            f"dataset id {ids[split]}\n"
+            f"{directory}: {format_count(manifest.num_documents, 'document')}, "
+            f"{manifest.num_tokens} tokens, dataset id {ids[split]}\n"
         )
     if report is None:
         return ids

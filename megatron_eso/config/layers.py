@@ -139,6 +139,10 @@ def unwrap_config(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         ConfigError: The file has another format version.
     """
     version = values.get("format_version")
+    if version is None:
+        raise ConfigError(
+            f"{source}: holds no format_version; give the config.json of a run, or a TOML file"
+        )
     if version not in (1, FORMAT_VERSION):
         raise ConfigError(
             f"{source}: format_version = {version}: this version of megatron-eso reads 1 and "

@@ -168,7 +168,7 @@ def _change(path: Path, sections: dict[str, object]) -> Path:
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("x.json", "{}", "x.json: format_version = None: this version of megatron-eso reads 1"),
+        ("x.json", "{}", "x.json: holds no format_version; give the config.json of a run, or a"),
         ("x.json", "[1]", "x.json: holds no configuration; name a run directory's config.json"),
         ("x.json", "run: 1", "x.json: cannot be read as config.json: "),
         ("x.yaml", "run: 1", "x.yaml: layers are TOML files; write this one as TOML"),

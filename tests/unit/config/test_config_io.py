@@ -159,7 +159,7 @@ def test_the_resolved_configuration_survives_toml_and_json(tmp_path: Path) -> No
     ("change", "message"),
     [
         ({"format_version": 3}, "format_version = 3: this version of megatron-eso reads 1 and 2"),
-        ({"format_version": None}, "format_version = None"),
+        ({"format_version": None}, "holds no format_version"),
         ({"mode": {}}, r"\[mode\] is not a section: did you mean \[model\]"),
         ({"model": 3}, "model is not a key"),
         ({"run": {"directory": 3}}, "run.directory = 3: expects a string"),
