@@ -6,19 +6,17 @@ what to write instead. The type and the range of a single key are in its section
 
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 
 from megatron_eso.config.divisibility import check_dealing, even_layout, nearest_divisors, round_up
-from megatron_eso.config.keys import describe_interval, is_inside
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.objective_rules import check_objective_keys, list_objective_warnings
 from megatron_eso.config.origins import Origins, TracedConfig
 from megatron_eso.config.sections import KEYS, MAX_TOKENS, Config
+from megatron_eso.config.values import check_ranges
 from megatron_eso.errors import ConfigError
 
-MAX_NAME_BYTES = 255
 VOCABULARY_KEYS = ("data.vocab_size", "data.mask_token_id", "data.bos_token_id")
 """The keys whose values come from the data where nobody sets them."""
 PIPELINE_LAYOUT = re.compile(r"E[t|]*L")
@@ -124,46 +122,6 @@ def with_vocabulary(
         bos_token_id=bos_token_id if bos_token_id is not None else config.data.bos_token_id,
     )
     return dataclasses.replace(config, data=data)
-
-
-def check_ranges(traced: TracedConfig) -> None:
-    """Refuse numbers outside the ranges of their keys."""
-    for path, key in KEYS.items():
-        value = traced.config.get(path)
-        if value is None:
-            continue
-        if not is_inside(value, key.interval):
-            otherwise = ", or leave it out" if key.is_optional else ""
-            traced.refuse(path, f"must be {describe_interval(key.interval)}{otherwise}")
-        for number in value if isinstance(value, tuple) else (value,):
-            is_number = isinstance(number, int | float)
-            is_allowed = not is_number or number <= key.largest
-            traced.require(is_allowed, path, f"use at most {key.largest}")
-
-
-def check_locations(traced: TracedConfig) -> None:
-    """Refuse what cannot be the name of a file or folder.
-
-    `check_config` leaves this out, because run directories that were converted name no data.
-    """
-    for path, key in KEYS.items():
-        value = traced.config.get(path)
-        if key.location is None or value is None:
-            continue
-        for name in (value,) if isinstance(value, str) else value:
-            traced.require(name.strip() != "", path, "names nothing; name a folder")
-            traced.require("\0" not in name, path, "holds a NUL character; leave it out")
-            traced.require(
-                key.location.may_be_url or "://" not in name,
-                path,
-                "is a URL; name a folder that is mounted on this machine",
-            )
-            longest = max(len(os.fsencode(part)) for part in name.split("/"))
-            traced.require(
-                longest <= MAX_NAME_BYTES,
-                path,
-                f"has a part of {longest} bytes; file systems take names of {MAX_NAME_BYTES}",
-            )
 
 
 def check_model(traced: TracedConfig) -> None:
