@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from checkpoints_conversion.network_fields import build_run_config
 from checkpoints_conversion.official import (
     EMBEDDING,
     OfficialOptions,
@@ -17,12 +18,16 @@ from checkpoints_conversion.official_objective import describe_official
 from checkpoints_conversion.run_network import read_network, write_run_directory
 from checkpoints_conversion.sampler_directory import write_sampler_directory
 from checkpoints_conversion.verify import Comparison, compare, load_any, recorded_weights
+from megatron_eso.config.sections import Config
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
+from megatron_eso.errors import CheckpointError
 from megatron_eso.runs.checkpoint import open_checkpoint
 from megatron_eso.sampler.network.directory import (
     build_network,
+    check_shapes,
     read_description,
     read_network_config,
+    read_shapes,
     read_weights,
 )
 
@@ -99,7 +104,7 @@ def convert_from_official(
         options: What the user states about the checkpoint; this overrides what it states.
 
     Raises:
-        CheckpointError: The file is no checkpoint of the reference, is damaged, or is of another
+        CheckpointError: The file is not a checkpoint of the reference, is damaged, or is of another
             model.
         ConfigError: An option is missing, or does not fit.
         DataError: The tokenizer is damaged.
@@ -142,14 +147,12 @@ def convert_to_megatron(sampler_dir: Path, run_dir: Path) -> Conversion:
 
     Raises:
         ConfigError: `run_dir` is not empty.
-        CheckpointError: `sampler_dir` is no sampler directory, or is damaged.
+        CheckpointError: `sampler_dir` is not a sampler directory, or is damaged.
         DataError: The tokenizer is damaged.
     """
+    read_run_config(sampler_dir)  # refuses what a run cannot take
     description = read_description(sampler_dir)
     tensors = {name: tensor.float() for name, tensor in read_weights(sampler_dir).items()}
-    # Shapes that do not fit are refused.
-    config = read_network_config(sampler_dir)
-    build_network(config, tensors, torch.float32, "cpu", source=sampler_dir)
     write_run_directory(run_dir, description, tensors, sampler_dir)
     return Conversion(
         directory=run_dir,
@@ -157,6 +160,26 @@ def convert_to_megatron(sampler_dir: Path, run_dir: Path) -> Conversion:
         weights=recorded_weights(sampler_dir) or "raw",
         num_parameters=count_parameters(tensors),
     )
+
+
+def read_run_config(sampler_dir: Path) -> Config:
+    """Return the configuration of the run that `convert_to_megatron` writes.
+
+    All files are checked, but only the shapes of the weights are read.
+
+    Raises:
+        CheckpointError: `sampler_dir` is not a sampler directory, is damaged, or Megatron-Core has
+            no such network.
+        DataError: The tokenizer is damaged.
+    """
+    network = read_network_config(sampler_dir)
+    check_shapes(network, read_shapes(sampler_dir), source=sampler_dir)
+    if has_tokenizer(sampler_dir):
+        Tokenizer.load(sampler_dir)
+    try:
+        return build_run_config(network, read_description(sampler_dir), str(sampler_dir))
+    except CheckpointError as error:
+        raise CheckpointError(f"{sampler_dir}: {error}") from None
 
 
 def verify_checkpoints(
@@ -178,7 +201,7 @@ def verify_checkpoints(
         mask_token_id: Mask token of official checkpoints; by default the last row of the embedding.
 
     Raises:
-        CheckpointError: A side is no checkpoint, or is damaged.
+        CheckpointError: A side is not a checkpoint, or is damaged.
     """
     if weights is None and "raw" in (recorded_weights(a), recorded_weights(b)):
         weights = "raw"

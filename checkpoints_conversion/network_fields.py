@@ -32,10 +32,10 @@ def as_rotary_base(value: float) -> int:
     """Return the rotary base as a whole number, which a run's configuration needs.
 
     Raises:
-        CheckpointError: The base is no whole number.
+        CheckpointError: The base is not a whole number.
     """
     if not value.is_integer():
-        raise CheckpointError(f"rotary_base {value} is no whole number, as a run needs it")
+        raise CheckpointError(f"rotary_base {value} is not a whole number, as a run needs it")
     return int(value)
 
 

@@ -88,7 +88,7 @@ def read_official(
         options: What the user states about the checkpoint.
 
     Raises:
-        CheckpointError: The file is no checkpoint of the reference, or lacks these weights.
+        CheckpointError: The file is not a checkpoint of the reference, or lacks these weights.
         ConfigError: An option is missing for a bare backbone.
     """
     options = options or OfficialOptions()
@@ -110,7 +110,7 @@ def read_official(
             f"{path}: state_dict has no {PREFIX}{EMBEDDING} or {PREFIX}{ROTARY}; give a "
             "checkpoint of the reference's transformer"
         )
-    # The rotary frequencies state the head dimension; they are no parameter.
+    # The rotary frequencies state the head dimension; they are not parameters.
     head_dim = 2 * state.pop(ROTARY).numel()
     if options.num_heads is not None:
         head_dim = _divide_width(path, state, options.num_heads)
@@ -141,7 +141,7 @@ def _read_backbone(path: Path, options: OfficialOptions) -> OfficialCheckpoint:
     }.items():
         if value is None:
             raise ConfigError(f"{path}: is a bare backbone, which needs {option}")
-    # The tensors; the rotary frequencies are no parameter.
+    # The tensors; the rotary frequencies are not parameters.
     try:
         state = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
@@ -168,7 +168,7 @@ def _divide_width(path: str | Path, state: Mapping[str, Tensor], num_heads: int)
     """Return the head dimension for a number of heads.
 
     Raises:
-        ConfigError: The width is no multiple of it.
+        ConfigError: The width is not a multiple of it.
     """
     width = state[EMBEDDING].shape[-1]
     if width % num_heads:
@@ -230,7 +230,7 @@ def infer_config(
         raise CheckpointError(f"{path}: has the blocks {numbers}; some are missing; {_REMEDY}")
     if hidden_size % checkpoint.head_dim:
         raise CheckpointError(
-            f"{path}: width {hidden_size} is no multiple of the head dimension "
+            f"{path}: width {hidden_size} is not a multiple of the head dimension "
             f"{checkpoint.head_dim}; {_REMEDY}"
         )
     up_weight = tensors.get("blocks.0.mlp.0.weight")

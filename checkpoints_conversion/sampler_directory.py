@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
 from megatron_eso.errors import CheckpointError, ConfigError
-from megatron_eso.files import is_wrong_place, new_folder, write_json
+from megatron_eso.files import is_wrong_path, new_folder, write_json
 from megatron_eso.sampler.network import network_eso_lm
 from megatron_eso.sampler.network.directory import INDEX_FILE, WEIGHTS_FILE, choose_version
 
@@ -224,5 +224,5 @@ def new_directory(
             f"{directory}: exists and holds something else; name a new directory"
         ) from None
     except OSError as error:
-        kind = ConfigError if is_wrong_place(error) else CheckpointError
+        kind = ConfigError if is_wrong_path(error) else CheckpointError
         raise kind(f"{directory}: cannot be written ({error.strerror or error})") from None

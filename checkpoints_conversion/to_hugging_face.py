@@ -51,7 +51,7 @@ def convert_to_hugging_face(sampler_dir: Path, out_dir: Path) -> Conversion:
     Raises:
         ConfigError: The objective is not `ar`, no Llama, Qwen2 or Qwen3 has this shape, or
             `out_dir` is not empty.
-        CheckpointError: `sampler_dir` is no sampler directory, or is damaged.
+        CheckpointError: `sampler_dir` is not a sampler directory, or is damaged.
         DataError: The tokenizer is damaged.
     """
     # The network, which must have the shape of one of these models.

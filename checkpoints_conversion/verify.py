@@ -190,7 +190,7 @@ def _compare_logits(a: Loaded, b: Loaded) -> dict[str, float]:
                 "sequential": [n.sequential_logits(z_BT, x_BT, permutation_BT) for n in networks],
             }.items():
                 error = float((pair[0] - pair[1]).abs().max())
-                # NaN is no small error.
+                # NaN is not a small error.
                 errors[phase] = max(errors[phase], error if error == error else float("inf"))
     return errors
 

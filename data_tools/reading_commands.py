@@ -27,7 +27,7 @@ def add_reading_commands(commands: Any) -> None:
         "inspect", help="print what a dataset holds and how long its documents are, or one row"
     )
     add_location(inspect)
-    inspect.add_argument("--row", type=count(), help="print this row as text, and its place")
+    inspect.add_argument("--row", type=count(), help="print this row as text, and its location")
     inspect.add_argument("--sequence-length", type=count(1), default=1024, metavar="T")
     inspect.set_defaults(
         run=lambda found: inspect_datasets(

@@ -176,6 +176,10 @@ def _train_model(sample: Sequence[bytes], options: TokenizerOptions) -> bytes:
             raise ConfigError(
                 f"--vocab-size {options.vocab_size} does not fit the text: {_explain_size(message)}"
             ) from error
+        if "insert_id" in str(error):
+            raise ConfigError(
+                f"--vocab-size {options.vocab_size} has no room for the special ids; give more"
+            ) from error
         raise DataError(f"SentencePiece cannot train on this text: {message}") from error
     return model.getvalue()
 

@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 from data_tools.builds.dataset import BuildOptions, Part, build_dataset, merge_parts
-from data_tools.builds.output import explain_place
+from data_tools.builds.output import explain_path
 from data_tools.imports.formats import OPTIONS, describe_formats
 from data_tools.imports.importer import ImportOptions, import_tokens
 from data_tools.text.embedded_corpus import write_corpus
@@ -13,7 +13,7 @@ from data_tools.text.formats import STANDARD_INPUT_FORMATS
 from data_tools.text.inputs import STANDARD_INPUT, parse_separator
 from data_tools.text.interface import TextOptions
 from data_tools.tokenizer_training import TokenizerOptions, train_tokenizer
-from megatron_eso.command_line import count, existing_path, new_path, quote, share
+from megatron_eso.command_line import count, existing_path, new_path, possible_path, quote, share
 from megatron_eso.data.shards.format import (
     MAX_RECORD_TOKENS,
     MAX_SHARD_RECORDS,
@@ -43,7 +43,7 @@ def add_writing_commands(commands: Any) -> None:
 
 
 def _write_corpus(found: argparse.Namespace) -> None:
-    with explain_place(found.out):
+    with explain_path(found.out):
         write_corpus(found.out)
 
 
@@ -150,7 +150,12 @@ def _add_import_tokens(commands: Any) -> None:
         help=describe_formats(),
     )
     command.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="files, or folders of them"
+        "--input",
+        nargs="+",
+        type=possible_path,
+        required=True,
+        metavar="PATH",
+        help="files, or folders of them",
     )
     command.add_argument(
         "--tokenizer",

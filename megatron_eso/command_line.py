@@ -104,6 +104,17 @@ def existing_path(text: str) -> Path:
     return path
 
 
+def possible_path(text: str) -> str:
+    """Return a path that a file can have, whether or not there is one."""
+    try:
+        Path(text).stat()
+    except FileNotFoundError:
+        return text
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{quote(text)}: {error.strerror}") from None
+    return text
+
+
 def new_path(text: str) -> Path:
     """Parse a path that ends with the name of a file or folder, which may exist."""
     path = Path(text)

@@ -33,6 +33,10 @@ class DataError(UserError):
     """Shards, tokenizers or text are missing, damaged or do not fit."""
 
 
+class OutageError(DataError):
+    """Remote storage does not answer; nothing has to be corrected, and a later job may succeed."""
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged or does not fit."""
 

@@ -139,7 +139,7 @@ def is_taken(folder: Path) -> bool:
         return True
 
 
-def is_wrong_place(error: OSError) -> bool:
+def is_wrong_path(error: OSError) -> bool:
     """Return whether the path causes the error: it is invalid, or this user may not write there."""
     return error.errno in _WRONG_PLACE
 

@@ -23,6 +23,11 @@ def format_mb(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:.1f} MB"
 
 
+def format_count(number: int, noun: str) -> str:
+    """Return a number of things, such as "1 shard" or "2 shards"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def parse_count(text: str) -> int:
     """Parse a whole number of 0 or more, such as `1000` or `1e3`.
 

@@ -18,7 +18,7 @@ from megatron_eso.config.combinations import check_layout, with_vocabulary
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import LoadedConfig, load_config
 from megatron_eso.config.sections import Config
-from megatron_eso.data.remote.staging import stage_shards
+from megatron_eso.data.remote.copies import copy_shards
 from megatron_eso.errors import ConfigError, run_command
 from megatron_eso.estimates.gpus import GPUS, Gpu
 from megatron_eso.ranks import is_first_rank, launched_world_size
@@ -71,7 +71,7 @@ def print_measurement(loaded: LoadedConfig, arguments: argparse.Namespace) -> No
 
         inputs = open_inputs(loaded)
         config, data = inputs.config, inputs.train
-        stage_shards(data.sources)
+        copy_shards(data.sources)
     else:
         config, data = fill_vocabulary(loaded), None
     from megatron_eso.benchmark.measurement import Request, measure

@@ -18,8 +18,8 @@ from megatron_eso.config.loading import OVERRIDE, build_config, read_config
 from megatron_eso.config.origins import COMMAND_LINE, Origins, refuse_value
 from megatron_eso.config.sections import KEYS, Config
 from megatron_eso.config.values import check_value, parse_override
+from megatron_eso.data.remote.copies import copy_shards
 from megatron_eso.data.remote.datasets import existing_location
-from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.errors import ConfigError, run_command
 from megatron_eso.ranks import is_first_rank, launched_world_size
@@ -143,7 +143,7 @@ def configure(
     validation = ValidationData.open(config.data)
     if validation is None:
         raise ConfigError(f"{source}: data.validation is not set; name shards by --data DIR")
-    stage_shards(validation.sources)
+    copy_shards(validation.sources)
     config = with_vocabulary(
         dataclasses.replace(config, model=written.model),
         vocab_size=validation.vocabulary.size,

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_eso.command_line import CommandLine
 from megatron_eso.config.loading import read_config
 from megatron_eso.errors import ConfigError, run_command
-from megatron_eso.files import is_wrong_place, write_json, write_text
+from megatron_eso.files import is_wrong_path, write_json, write_text
 from megatron_eso.ranks import is_first_rank
 from megatron_eso.runs.run_directory import CONFIG_FILE
 from megatron_eso.sensitivity.report import Likelihood, draw_chart, format_table, to_json
@@ -77,7 +77,7 @@ def write_report(run: Path, answer: Mapping[str, Any], likelihoods: Sequence[Lik
         write_json(run / "sensitivity.json", answer)
         write_text(run / "sensitivity.svg", draw_chart(title, likelihoods))
     except OSError as error:
-        if not is_wrong_place(error):
+        if not is_wrong_path(error):
             raise
         raise ConfigError(f"{run}: {error.strerror}; the report is written there") from None
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from checkpoints_conversion.conversions import read_run_config
 from checkpoints_conversion.sampler_directory import is_sampler_directory
-from megatron_eso.config.combinations import with_vocabulary
+from megatron_eso.config.combinations import VOCABULARY_KEYS, with_vocabulary
 from megatron_eso.config.loading import LoadedConfig
 from megatron_eso.config.origins import TracedConfig
 from megatron_eso.config.sections import Config
@@ -17,12 +18,13 @@ from megatron_eso.data.samples.training_data import TrainingData, open_run_data
 from megatron_eso.data.samples.validation_data import ValidationData
 from megatron_eso.data.shards.format import MANIFEST_FILE
 from megatron_eso.data.shards.manifest import read_manifest
-from megatron_eso.errors import ConfigError, DataError, UserError
+from megatron_eso.errors import ConfigError, OutageError, UserError
 from megatron_eso.ranks import local_rank
 from megatron_eso.runs.checkpoint_state import CheckpointState, read_checkpoint_state
 from megatron_eso.runs.run_directory import RunDirectory
 from megatron_eso.runs.steps import newest
 from megatron_eso.training.checkpointing.kept_keys import (
+    check_initial_model,
     check_initial_weights,
     check_resumed,
     find_checkpoint,
@@ -71,15 +73,17 @@ def open_inputs(loaded: LoadedConfig) -> Inputs:
     check_tokenizer_files(traced, train)
     if validation is not None:
         check_validation(traced, train, validation)
+    corpus = data.train_corpora[0]
     config = with_vocabulary(
         traced.config,
         vocab_size=train.vocabulary.size,
         mask_token_id=train.vocabulary.mask_token_id,
         bos_token_id=train.vocabulary.bos_token_id,
-        source=data.train_corpora[0],
+        source=corpus,
         origins=loaded.origins,
     )
-    check_first_weights(config, train)
+    origins = {**dict.fromkeys(VOCABULARY_KEYS, corpus), **loaded.origins}
+    check_first_weights(TracedConfig(config=config, origins=origins), train)
     return Inputs(config=config, train=train, validation=validation)
 
 
@@ -88,7 +92,7 @@ def list_unreachable(loaded: LoadedConfig) -> list[str]:
 
     Raises:
         ConfigError: A URL cannot be read with what is installed.
-        DataError: The server answers, and has no such dataset.
+        DataError: The server refuses the dataset, or it is missing or damaged.
     """
     traced = TracedConfig(config=loaded.config, origins=loaded.origins)
     unreachable = []
@@ -96,9 +100,7 @@ def list_unreachable(loaded: LoadedConfig) -> list[str]:
         try:
             if dataset.is_remote:
                 RemoteFolder(dataset.location, PLAN_ATTEMPTS).read_manifest()
-        except DataError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                raise
+        except OutageError as error:
             unreachable.append(f"{error}; the data were not checked")
     return unreachable
 
@@ -176,25 +178,31 @@ def check_validation(traced: TracedConfig, train: TrainingData, validation: Vali
     )
 
 
-def check_first_weights(config: Config, train: TrainingData) -> None:
-    """Refuse a configuration that does not fit the checkpoint from which the run starts."""
+def check_first_weights(traced: TracedConfig, train: TrainingData) -> None:
+    """Refuse a configuration that does not fit the weights from which the run starts."""
+    config, origins = traced.config, traced.origins
     checkpoint = newest(RunDirectory(Path(config.run.directory)).checkpoints)
     if checkpoint is not None:
         record = _read_resumed(checkpoint)
         if record is None:
             return
-        check_resumed(checkpoint, config)
+        check_resumed(checkpoint, config, origins)
         if record.data is not None:
             # A check on a copy: the run continues its data later, from an undamaged checkpoint.
             copy.copy(train).resume(
                 record.data,
                 consumed_samples=record.counters.consumed_samples,
                 source=str(checkpoint),
+                origins=origins,
             )
         return
-    source = config.checkpoint.init_from
-    if source is not None and not is_sampler_directory(Path(source)):
-        check_initial_weights(find_checkpoint(Path(source)), config, train.tokenizer)
+    if config.checkpoint.init_from is None:
+        return
+    source = Path(config.checkpoint.init_from)
+    if is_sampler_directory(source):
+        check_initial_model(source, read_run_config(source), config, origins)
+    else:
+        check_initial_weights(find_checkpoint(source, origins), config, train.tokenizer, origins)
 
 
 def _read_resumed(checkpoint: Path) -> CheckpointState | None:

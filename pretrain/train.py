@@ -15,7 +15,8 @@ from megatron_eso.command_line import CommandLine, add_layers, count, share
 from megatron_eso.config.combinations import check_layout
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.loading import LoadedConfig, load_config
-from megatron_eso.data.remote.staging import stage_shards
+from megatron_eso.config.origins import TracedConfig
+from megatron_eso.data.remote.copies import copy_shards
 from megatron_eso.errors import UserError, run_command
 from megatron_eso.estimates.gpus import DEFAULT_MFU, GPUS
 from megatron_eso.ranks import launched_world_size
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     loaded = load_config(arguments.layers, folder=SHIPPED_CONFIGS)
     if arguments.dry_run:
-        check_wandb(loaded.config.run.wandb_project)
+        check_wandb(TracedConfig(config=loaded.config, origins=loaded.origins))
         print_plan(loaded, arguments.world_size, arguments.gpu, arguments.mfu)
         return 0
     try:
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(loaded: LoadedConfig) -> None:
     """Check what the run needs, and train; collective over the launched ranks."""
-    check_wandb(loaded.config.run.wandb_project)
+    check_wandb(TracedConfig(config=loaded.config, origins=loaded.origins))
     check_layout(loaded.config, launched_world_size(), loaded.origins)
     # Imported after the check of the configuration, since the import takes seconds.
     from pretrain.start import open_inputs
@@ -55,7 +56,7 @@ def train(loaded: LoadedConfig) -> None:
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     validation = inputs.validation
-    stage_shards(inputs.train.sources + (validation.sources if validation else []))
+    copy_shards(inputs.train.sources + (validation.sources if validation else []))
     from megatron_eso.training.distributed.cpu_backend import install_cpu_backend
     from megatron_eso.training.distributed.device import prepare_device
 
@@ -117,9 +118,9 @@ def print_plan(
 
 
 def record_failure(directory: str, error: UserError) -> None:
-    """Write the error to `failure.json` for the job script, if the folder can be written to."""
+    """Write `failure.json` for the job script, if the folder can be written to."""
     with suppress(OSError):
-        write_failure(RunDirectory(Path(directory)).failure, str(error))
+        write_failure(RunDirectory(Path(directory)).failure, error)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """`build`: makes datasets of token shards from text files; `merge` completes a build in parts.
 
-A build has two stages. Each continues after an interruption:
+A build has two halves. Each continues after an interruption:
 
     encode   the input, span by span, to tokens in OUT.building/spans (span_encoder.py)
     merge    the spans to shards, which appear as OUT when they are complete (merging.py)
 
-The jobs of an array share the first stage: part i of n encodes the spans with number % n == i. The
+The jobs of an array share the first half: part i of n encodes the spans with number % n == i. The
 bytes of OUT depend on the input and the options in `plan.BuildPlan` alone.
 """
 
@@ -27,7 +27,7 @@ from data_tools.builds.merging import (
     publish_datasets,
     split_directories,
 )
-from data_tools.builds.output import building_path, check_absent, explain_place
+from data_tools.builds.output import building_path, check_absent, explain_path
 from data_tools.builds.plan import (
     BuildPlan,
     StoredPlan,
@@ -53,6 +53,7 @@ from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.files import LOCK_FILE, empty_folder
 from megatron_eso.locks import hold_lock
+from megatron_eso.quantities import format_count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +100,7 @@ def build_dataset(options: BuildOptions) -> dict[Split, str]:
         DataError: Text or tokenizer are damaged or do not fit.
     """
     building = building_path(options.out)
-    with explain_place(options.out):
+    with explain_path(options.out):
         if not is_published(building, options.out):
             check_absent(options.out)
     files = find_inputs(options.inputs, options.text.standard_input)
@@ -107,7 +108,7 @@ def build_dataset(options: BuildOptions) -> dict[Split, str]:
     tokenizer = Tokenizer.load(options.tokenizer)
     wanted = _make_plan(options, files, tokenizer)
     is_part = options.part is not None
-    with _hold_lock(building, shared=is_part), _explain_disk_errors(building):
+    with _hold_lock(options.out, shared=is_part), _explain_disk_errors(building):
         try:
             stored = _resume(building, wanted, tokenizer, options)
             if (building / SPANS_FOLDER).exists():
@@ -135,13 +136,13 @@ def merge_parts(out: Path, num_workers: int = 1) -> dict[Split, str]:
         DataError: Parts are missing, or another process is writing.
     """
     building = building_path(out)
-    with explain_place(out):
+    with explain_path(out):
         if not is_published(building, out):
             check_absent(out)
     stored = read_plan(building)
     if stored is None:
         raise ConfigError(f"there is no {building} to merge; run build with --part first")
-    with _hold_lock(building), _explain_disk_errors(building):
+    with _hold_lock(out), _explain_disk_errors(building):
         report = merge_spans(building, stored, stored.plan.plan_spans(), num_workers)
         publish_datasets(building, out)
     return _report(out, stored.plan, report)
@@ -202,10 +203,11 @@ def _choose_spans(spans: Sequence[Span], options: BuildOptions) -> list[Span]:
 
 
 @contextlib.contextmanager
-def _hold_lock(building: Path, *, shared: bool = False) -> Iterator[None]:
+def _hold_lock(out: Path, *, shared: bool = False) -> Iterator[None]:
     """Lock an unfinished build against other processes; parts share their lock."""
+    building = building_path(out)
     with contextlib.ExitStack() as stack:
-        with explain_place(building):
+        with explain_path(out):
             building.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(hold_lock(building / LOCK_FILE, shared=shared))
         if not lock.is_held:
@@ -261,8 +263,8 @@ def _report(out: Path, plan: BuildPlan, report: MergeReport | None) -> dict[Spli
     for split, directory in split_directories(out, plan.validation).items():
         manifest, ids[split] = read_manifest(directory)
         sys.stdout.write(
-            f"{directory}: {manifest.num_documents} documents, {manifest.num_tokens} tokens, "
-            f"dataset id {ids[split]}\n"
+            f"{directory}: {format_count(manifest.num_documents, 'document')}, "
+            f"{manifest.num_tokens} tokens, dataset id {ids[split]}\n"
         )
     if report is None:
         return ids

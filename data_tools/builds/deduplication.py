@@ -18,8 +18,8 @@ from megatron_eso.files import new_path
 
 BUCKET_DOCUMENTS = 2**24
 """Documents that a pass holds in memory, about 50 bytes each."""
-BLOCK_DOCUMENTS = 2**16
-"""Documents that are read in one block."""
+GROUP_DOCUMENTS = 2**16
+"""Documents that are read in one group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,10 +29,10 @@ class CountedSpan:
     files: SpanFiles
     num_documents: int
 
-    def iterate_blocks(self) -> Iterator[tuple[int, npt.NDArray[np.void]]]:
-        """Yield the documents in blocks (DOCUMENT_DTYPE), each with the number of its first one."""
-        for first in range(0, self.num_documents, BLOCK_DOCUMENTS):
-            count = min(BLOCK_DOCUMENTS, self.num_documents - first)
+    def iterate_groups(self) -> Iterator[tuple[int, npt.NDArray[np.void]]]:
+        """Yield the documents in groups (DOCUMENT_DTYPE), each with the number of its first one."""
+        for first in range(0, self.num_documents, GROUP_DOCUMENTS):
+            count = min(GROUP_DOCUMENTS, self.num_documents - first)
             yield first, read_documents(self.files, first, count)
 
 
@@ -75,7 +75,7 @@ class _DuplicateFinder:
         lows, highs, numbers = [], [], []
         base = 0
         for span in self.spans:
-            for first, documents in span.iterate_blocks():
+            for first, documents in span.iterate_groups():
                 chosen = np.flatnonzero(documents["hash_low"] & mask == bucket)
                 lows.append(documents["hash_low"][chosen])
                 highs.append(documents["hash_high"][chosen])

@@ -1,13 +1,13 @@
 """Chooses the documents of a split and their order, as addresses in the encoded spans.
 
 The address of a document is `span << 40 | number of its first token in the span`. The documents are
-read in blocks, so that memory does not grow with their number; each block is found by its number.
+read in groups, so that memory does not grow with their number; each group is found by its number.
 
-In the order of the input a block is a stretch of a span's documents, without those that are left
-out. In random order, block b holds the documents that the keyed permutation gives for the numbers
-from b * BLOCK_DOCUMENTS on; their addresses come from a file of 16 bytes per document.
+In the order of the input, a group is consecutive documents of a span without those that are left
+out. In random order, group g holds the documents that the keyed permutation gives for the numbers
+from g * GROUP_DOCUMENTS on; their addresses come from a file of 16 bytes per document.
 
-Shapes: D documents of a block, B blocks.
+Shapes: D documents of a group, G groups.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_tools.builds.deduplication import BLOCK_DOCUMENTS, CountedSpan, read_marks
+from data_tools.builds.deduplication import GROUP_DOCUMENTS, CountedSpan, read_marks
 from data_tools.builds.journal import read_documents
 from megatron_eso.data.shards.manifest import Split
 from megatron_eso.randomness.permutation import permute, round_keys
@@ -62,14 +62,14 @@ class SplitCounts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DocumentOrder(ABC):
-    """The documents of a split in their order, in blocks."""
+    """The documents of a split in their order, in groups."""
 
-    block_ends_B: npt.NDArray[np.int64]
-    """Number of tokens up to the end of each block."""
+    group_ends_G: npt.NDArray[np.int64]
+    """Number of tokens up to the end of each group."""
 
     @abstractmethod
-    def read_block(self, block: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return addresses and token counts of a block's documents, int64 [D] each."""
+    def read_group(self, group: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return addresses and token counts of a group's documents, int64 [D] each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,18 +78,18 @@ class InputOrder(DocumentOrder):
 
     spans: Sequence[CountedSpan]
     selection: Selection
-    span_B: npt.NDArray[np.int64]
-    first_document_B: npt.NDArray[np.int64]
-    first_token_B: npt.NDArray[np.int64]
-    """Number of the block's first token in the span."""
+    span_G: npt.NDArray[np.int64]
+    first_document_G: npt.NDArray[np.int64]
+    first_token_G: npt.NDArray[np.int64]
+    """Number of the group's first token in the span."""
 
-    def read_block(self, block: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return addresses and token counts of a block's documents."""
-        number = int(self.span_B[block])
-        first = int(self.first_document_B[block])
+    def read_group(self, group: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return addresses and token counts of a group's documents."""
+        number = int(self.span_G[group])
+        first = int(self.first_document_G[group])
         span = self.spans[number]
         documents = read_documents(
-            span.files, first, min(BLOCK_DOCUMENTS, span.num_documents - first)
+            span.files, first, min(GROUP_DOCUMENTS, span.num_documents - first)
         )
         kept_D = self.selection.choose(documents)
         if self.selection.marks is not None:
@@ -97,7 +97,7 @@ class InputOrder(DocumentOrder):
             kept_D &= marks[first : first + len(documents)] == 0
         num_tokens = documents["num_tokens"].astype(np.int64)
         starts = np.cumsum(num_tokens) - num_tokens
-        start = (number << SPAN_SHIFT) + int(self.first_token_B[block])
+        start = (number << SPAN_SHIFT) + int(self.first_token_G[group])
         return start + starts[kept_D], num_tokens[kept_D]
 
 
@@ -109,9 +109,9 @@ class RandomOrder(DocumentOrder):
     num_documents: int
     keys: npt.NDArray[np.uint64]
 
-    def read_block(self, block: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return addresses and token counts of a block's documents."""
-        return _read_shuffled(self.addresses, self.num_documents, self.keys, block)
+    def read_group(self, group: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return addresses and token counts of a group's documents."""
+        return _read_shuffled(self.addresses, self.num_documents, self.keys, group)
 
 
 def survey(
@@ -133,20 +133,20 @@ def survey(
     marks = None if selection.marks is None else read_marks(selection.marks, spans)
     for number, (span, of_slices) in enumerate(zip(spans, slices, strict=True)):
         counter.begin_span(of_slices)
-        for first, documents in span.iterate_blocks():
+        for first, documents in span.iterate_groups():
             chosen_D = selection.choose(documents)
             kept_D = chosen_D
             if marks is not None:
                 kept_D = chosen_D & (marks[number][first : first + len(documents)] == 0)
             counter.add(number, first, documents, chosen_D, kept_D)
-    table = np.array(counter.blocks, dtype=np.int64).reshape(-1, 4)
+    table = np.array(counter.groups, dtype=np.int64).reshape(-1, 4)
     order = InputOrder(
         spans=spans,
         selection=selection,
-        span_B=table[:, 0],
-        first_document_B=table[:, 1],
-        first_token_B=table[:, 2],
-        block_ends_B=np.cumsum(table[:, 3]),
+        span_G=table[:, 0],
+        first_document_G=table[:, 1],
+        first_token_G=table[:, 2],
+        group_ends_G=np.cumsum(table[:, 3]),
     )
     return order, counter.counts()
 
@@ -161,21 +161,21 @@ def shuffle(order: InputOrder, counts: SplitCounts, seed: int, addresses: Path) 
         addresses: The file to write, 16 bytes per document.
     """
     with addresses.open("wb") as file:
-        for block in range(len(order.block_ends_B)):
-            address_D, num_tokens_D = order.read_block(block)
+        for group in range(len(order.group_ends_G)):
+            address_D, num_tokens_D = order.read_group(group)
             table = np.empty(len(address_D), dtype=_ADDRESS_DTYPE)
             table["address"], table["num_tokens"] = address_D, num_tokens_D
             file.write(table.data)
     keys = _shuffle_keys(seed)
     num_tokens = [
-        int(_read_shuffled(addresses, counts.num_documents, keys, block)[1].sum())
-        for block in range(-(-counts.num_documents // BLOCK_DOCUMENTS))
+        int(_read_shuffled(addresses, counts.num_documents, keys, group)[1].sum())
+        for group in range(-(-counts.num_documents // GROUP_DOCUMENTS))
     ]
     return RandomOrder(
         addresses=addresses,
         num_documents=counts.num_documents,
         keys=keys,
-        block_ends_B=np.cumsum(num_tokens, dtype=np.int64),
+        group_ends_G=np.cumsum(num_tokens, dtype=np.int64),
     )
 
 
@@ -190,10 +190,10 @@ def _shuffle_keys(seed: int) -> npt.NDArray[np.uint64]:
 
 
 class _Counter:
-    """Counts the documents, tokens and bytes of a split, block by block."""
+    """Counts the documents, tokens and bytes of a split, group by group."""
 
     def __init__(self) -> None:
-        self.blocks: list[tuple[int, int, int, int]] = []
+        self.groups: list[tuple[int, int, int, int]] = []
         self._num_documents = 0
         self._num_text_bytes = 0
         self._num_duplicates = 0
@@ -213,7 +213,7 @@ class _Counter:
         kept_D: npt.NDArray[np.bool_],
     ) -> None:
         num_tokens = int(documents["num_tokens"][kept_D].sum())
-        self.blocks.append((span, first, self._first_token, num_tokens))
+        self.groups.append((span, first, self._first_token, num_tokens))
         self._first_token += int(documents["num_tokens"].sum())
         self._num_documents += int(kept_D.sum())
         self._num_text_bytes += int(documents["num_text_bytes"][kept_D].sum())
@@ -234,10 +234,10 @@ class _Counter:
 
 
 def _read_shuffled(
-    addresses: Path, num_documents: int, keys: npt.NDArray[np.uint64], block: int
+    addresses: Path, num_documents: int, keys: npt.NDArray[np.uint64], group: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    first = block * BLOCK_DOCUMENTS
-    last = min(first + BLOCK_DOCUMENTS, num_documents)
+    first = group * GROUP_DOCUMENTS
+    last = min(first + GROUP_DOCUMENTS, num_documents)
     chosen = permute(np.arange(first, last, dtype=np.uint64), num_documents, keys)
     table = np.memmap(addresses, dtype=_ADDRESS_DTYPE, mode="r")[chosen]
     return table["address"].astype(np.int64), table["num_tokens"].astype(np.int64)

@@ -1,4 +1,4 @@
-"""The second stage of `build`: makes datasets from encoded spans, and publishes them at once.
+"""The second half of `build`: makes datasets from encoded spans, and publishes them at once.
 
 All files are written to `OUT.building/dataset`, which is renamed to OUT at the end. Each step can
 be repeated: after a kill, finished files are kept and the others are written again. When all files

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_eso.command_line import quote
 from megatron_eso.errors import ConfigError
-from megatron_eso.files import is_taken, is_wrong_place, new_folder
+from megatron_eso.files import is_taken, is_wrong_path, new_folder
 
 
 def building_path(out: Path) -> Path:
@@ -18,15 +18,15 @@ def check_absent(out: Path) -> None:
     """Refuse an output path that is taken.
 
     Raises:
-        ConfigError: `out` exists and is no empty directory, or is no possible path.
+        ConfigError: `out` exists and is not an empty directory, or is not a possible path.
     """
-    with explain_place(out):
+    with explain_path(out):
         if out.exists() and is_taken(out):
             raise ConfigError(f"--out {out} exists already; remove it or give another directory")
 
 
 @contextlib.contextmanager
-def explain_place(out: Path) -> Iterator[None]:
+def explain_path(out: Path) -> Iterator[None]:
     """Turn errors of the body about a path that cannot be written into one about `--out`.
 
     Raises:
@@ -35,10 +35,10 @@ def explain_place(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not is_wrong_place(error):
+        if not is_wrong_path(error):
             raise
         raise ConfigError(
-            f"--out {quote(str(out))}: cannot be written ({error.strerror}); give another place"
+            f"--out {quote(str(out))}: cannot be written ({error.strerror}); give another path"
         ) from None
 
 
@@ -52,7 +52,7 @@ def new_output(out: Path) -> Iterator[Path]:
     """
     check_absent(out)
     with contextlib.ExitStack() as stack:
-        with explain_place(out):
+        with explain_path(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             building = stack.enter_context(new_folder(out, building=building_path(out)))
         yield building

@@ -35,7 +35,7 @@ class PackedSplit:
     @property
     def num_tokens(self) -> int:
         """Number of tokens in the dataset."""
-        return int(self.order.block_ends_B[-1]) if len(self.order.block_ends_B) else 0
+        return int(self.order.group_ends_G[-1]) if len(self.order.group_ends_G) else 0
 
     def num_shards(self, format: RecordFormat) -> int:
         """Return the number of shards in the dataset."""
@@ -87,7 +87,7 @@ def pack_shards(
     format: RecordFormat,
     num_workers: int,
 ) -> None:
-    """Write the shards that have no note yet.
+    """Write the shards whose note is missing; a note marks a shard that was written.
 
     Args:
         splits: The datasets to write.
@@ -122,17 +122,17 @@ def find_stretches(order: DocumentOrder, first: int, last: int) -> Iterator[tupl
 
     Adjacent documents are one stretch.
     """
-    block = int(np.searchsorted(order.block_ends_B, first, side="right"))
-    position = int(order.block_ends_B[block - 1]) if block else 0
+    group = int(np.searchsorted(order.group_ends_G, first, side="right"))
+    position = int(order.group_ends_G[group - 1]) if group else 0
     while position < last:
-        address_D, num_tokens_D = order.read_block(block)
+        address_D, num_tokens_D = order.read_group(group)
         for address, count in _join(address_D, num_tokens_D):
             skipped = max(0, first - position)
             taken = min(count, last - position) - skipped
             if taken > 0:
                 yield address + skipped, taken
             position += count
-        block += 1
+        group += 1
 
 
 def _join(

@@ -1,4 +1,4 @@
-"""The first stage of `build`: encodes the spans of the input to tokens on the disk."""
+"""The first half of `build`: encodes the spans of the input to tokens on the disk."""
 
 import contextlib
 from collections.abc import Iterator, Sequence

@@ -32,7 +32,7 @@ class EncodingNotes:
     """Documents that were encoded and decoded again, as a check."""
     exact_round_trips: int = 0
     problems: int = 0
-    """Lines, rows and files that were left out, since they are no text."""
+    """Lines, rows and files that were left out, since they are not text."""
 
     def add(self, other: "EncodingNotes") -> None:
         """Add the counts of another unit."""

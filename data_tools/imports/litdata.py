@@ -71,7 +71,7 @@ class _Folder:
             compression = config["compression"]
             is_plain = all(isinstance(name, str) and Path(name).name == name for name in names)
         except (ValueError, KeyError, TypeError) as error:
-            self.index.fail(f"is no index of litdata ({error!r})")
+            self.index.fail(f"is not an index of litdata ({error!r})")
         code = str(kind).removeprefix(_FORMAT)
         if compression or config.get("encryption") or code not in _DTYPES or not is_plain:
             self.index.fail(

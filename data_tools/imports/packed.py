@@ -132,7 +132,7 @@ class _PackedFile:
             )
 
     def is_followed_by(self, other: "_PackedFile") -> bool:
-        """Return whether the other file continues this one, by their names."""
+        """Return whether the other file, by its name, continues this one."""
         this = _NUMBERED.fullmatch(self.source.path.name)
         that = _NUMBERED.fullmatch(other.source.path.name)
         return (

@@ -15,7 +15,7 @@ from data_tools.reports.document_lengths import (
     draw_histogram,
     measure_lengths,
 )
-from data_tools.reports.row_places import locate_row
+from data_tools.reports.row_location import locate_row
 from megatron_eso.data.remote.cache import ShardCache
 from megatron_eso.data.remote.datasets import find_datasets, open_dataset
 from megatron_eso.data.remote.shards import RemoteShards

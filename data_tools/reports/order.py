@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from data_tools.reports.inspection import decode_row
-from data_tools.reports.row_places import RowPlace, locate_row
+from data_tools.reports.row_location import RowLocation, locate_row
 from data_tools.reports.run_order import open_run_order
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ _MAX_CHARACTERS = 300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SamplePlace:
+class SampleLocation:
     """The origin of a sample, and the beginning of its text."""
 
     sample: int
@@ -32,7 +32,7 @@ class SamplePlace:
     """Number of the epoch of the corpus, from 0."""
     row: int
     num_rows: int
-    place: RowPlace
+    place: RowLocation
     text: str
     """The beginning of the text."""
 
@@ -70,7 +70,7 @@ def report_order(arguments: Sequence[str], samples: Sequence[int], as_json: bool
         sys.stdout.writelines(f"{line}\n" for line in sample.describe())
 
 
-def locate_sample(data: TrainingData, locations: Mapping[str, str], sample: int) -> SamplePlace:
+def locate_sample(data: TrainingData, locations: Mapping[str, str], sample: int) -> SampleLocation:
     """Find a sample, and read the record of its row.
 
     Args:
@@ -85,19 +85,19 @@ def locate_sample(data: TrainingData, locations: Mapping[str, str], sample: int)
     if sample < 0:
         raise ConfigError(f"--sample {sample}: samples are numbered from 0; give 0 or more")
     index_N = np.array([sample])
-    places = data.locate(index_N)
-    number, row = int(places.corpus_N[0]), int(places.row_N[0])
+    found = data.locate(index_N)
+    number, row = int(found.corpus_N[0]), int(found.row_N[0])
     corpus = data.blend.corpora[number]
     dataset = data.datasets[corpus.dataset_id]
     tokens = data.rows(index_N)[0].tolist()
     text = decode_row(Tokenizer.load(dataset.tokenizer_directory), tokens)
-    return SamplePlace(
+    return SampleLocation(
         sample=sample,
         phase=[phase.number for phase in data.blend.phases if phase.start <= sample][-1],
         corpus=number,
         dataset_id=corpus.dataset_id,
         location=locations[corpus.dataset_id],
-        epoch=int(places.epoch_N[0]),
+        epoch=int(found.epoch_N[0]),
         row=row,
         num_rows=corpus.num_rows,
         place=locate_row(dataset, row, data.row_tokens),

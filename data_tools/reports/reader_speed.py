@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_eso.data.remote.cache import ShardCache
+from megatron_eso.data.remote.copies import copy_shards
 from megatron_eso.data.remote.datasets import find_datasets, open_dataset
-from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.shards.reader import TokenDataset
 
 SECONDS = 2.0
@@ -60,7 +60,7 @@ def bench_reader(
     # The measurement, on shards that are local.
     found = find_datasets(location)[0]
     dataset = open_dataset(found, cache=cache)
-    stage_shards([dataset.shards])
+    copy_shards([dataset.shards])
     batches = f"batches of {BATCH_ROWS} rows"
     ways = {
         "single rows": read_randomly(dataset, sequence_length, 1),

@@ -42,6 +42,7 @@ from megatron_eso.data.shards.writer import hash_blocks
 from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.errors import DataError
 from megatron_eso.progress import Progress
+from megatron_eso.quantities import format_count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +85,7 @@ def verify_datasets(
         # Some problems name their remedy already.
         is_named = broken.manifest is None or RESTORE in problems[0]
         raise DataError(
-            f"{broken.location}: {len(problems)} problem{'s' if len(problems) > 1 else ''}, "
+            f"{broken.location}: {format_count(len(problems), 'problem')}, "
             f"first: {problems[0]}{'' if is_named else f'; {RESTORE}'}"
         )
 
@@ -116,8 +117,8 @@ def _describe(verification: Verification) -> Iterator[str]:
     manifest = verification.manifest
     if manifest is not None and not verification.problems:
         yield (
-            f"{verification.location}: intact, {len(manifest.shards)} shards, "
-            f"{manifest.num_tokens} tokens, {manifest.num_documents} documents, "
+            f"{verification.location}: intact, {format_count(len(manifest.shards), 'shard')}, "
+            f"{manifest.num_tokens} tokens, {format_count(manifest.num_documents, 'document')}, "
             f"dataset id {verification.dataset_id}"
         )
 

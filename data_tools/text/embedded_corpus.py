@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.files import new_file
 
-# Tests are no prose; installed packages differ between machines.
+# Tests are not prose; installed packages differ between machines.
 _EXCLUDED_FOLDERS = {
     "__pycache__",
     "dist-packages",

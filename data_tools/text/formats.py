@@ -32,7 +32,7 @@ def find_format(path: Path) -> TextFormat | None:
 
 
 def look_into(file: InputFile) -> InputFile:
-    """Return a file with the kind of its content: a `.json` file that is no array is JSONL."""
+    """Return a file with the kind of its content: a `.json` file that is not an array is JSONL."""
     if file.kind != JSON_ARRAY.name or begins_array(file):
         return file
     return replace(file, kind=JSONL.name)

@@ -51,7 +51,8 @@ def find_inputs(
             inputs.append(_describe(path, path.name, f"--input {text}"))
         elif path.exists():
             raise ConfigError(
-                f"--input {text}: is neither file nor folder; pipe it in by --input -"
+                f"--input {text}: is neither a file nor a folder; send its content to stdin, and "
+                f"give --input -"
             )
         elif glob.has_magic(text):
             inputs.extend(_describe_all(text, *_match_glob(text)))

@@ -16,6 +16,7 @@ from megatron_eso.compression import Compression
 from megatron_eso.errors import DataError
 
 OnError = Literal["stop", "skip"]
+STANDARD_INPUT_LABEL = "standard input"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +51,7 @@ class InputFile:
     @property
     def label(self) -> str:
         """Name of the file in messages."""
-        return "standard input" if self.path is None else str(self.path)
+        return STANDARD_INPUT_LABEL if self.path is None else str(self.path)
 
     def check_size(self, num_bytes: int) -> None:
         """Check that the file still has the size that it had at the start.

@@ -25,7 +25,7 @@ _BLOCK_BYTES = 2**20
 
 
 class _BrokenArrayError(Exception):
-    """Error of a file that is no whole array of objects; the message is for the user."""
+    """Error of a file that is not a whole array of objects; the message is for the user."""
 
 
 def begins_array(file: InputFile) -> bool:
@@ -89,8 +89,8 @@ def _split_elements(text: SliceText) -> Iterator[bytes]:
     A broken file is read to its end, so that its hash is that of the whole file.
 
     Raises:
-        _BrokenArrayError: The file is no whole array.
-        UnicodeDecodeError: The file is no UTF-8.
+        _BrokenArrayError: The file is not a whole array.
+        UnicodeDecodeError: The file is not UTF-8.
     """
     blocks = text.read_blocks(_BLOCK_BYTES)
     try:

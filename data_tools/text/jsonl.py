@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 
 from data_tools.text.interface import (
+    STANDARD_INPUT_LABEL,
     Document,
     InputFile,
     Slice,
@@ -16,10 +17,9 @@ from data_tools.text.problems import INVALID_UTF8, Problem, find_invalid_utf8
 from data_tools.text.streams import read_stream
 
 _DECODER = json.JSONDecoder()
-_REMEDY = (
-    "correct the line (JSONL was expected, one object a line), or leave out broken lines by "
-    "--on-error skip"
-)
+_SKIP = "or leave out broken lines by --on-error skip"
+_REMEDY = f"correct the line (JSONL was expected, one object a line), {_SKIP}"
+_STANDARD_INPUT_REMEDY = f"name the format by --format (JSONL was expected), {_SKIP}"
 
 
 def _read(
@@ -34,7 +34,9 @@ def _parse(unit: Unit, options: TextOptions) -> Iterator[Document | Problem]:
             record = _DECODER.decode(content)  # type: ignore[arg-type]
             text = record[options.text_key].encode("utf-8")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            wrong = _explain(content, options.text_key)
+            is_named = unit.path != STANDARD_INPUT_LABEL
+            remedy = _REMEDY if is_named else _STANDARD_INPUT_REMEDY
+            wrong = _explain(content, options.text_key, remedy)
             if wrong is not None:
                 yield unit.name_problem(line, wrong)
         else:
@@ -51,7 +53,7 @@ def _split_lines(data: bytes) -> list[str] | list[str | None]:
         return [None if find_invalid_utf8(line) is not None else line.decode() for line in lines]
 
 
-def _explain(line: str | None, text_key: str) -> str | None:
+def _explain(line: str | None, text_key: str, remedy: str) -> str | None:
     """Describe what is wrong with a line without text; None for a blank line."""
     if line is None:
         return INVALID_UTF8
@@ -60,11 +62,11 @@ def _explain(line: str | None, text_key: str) -> str | None:
     try:
         record = _DECODER.decode(line)
     except json.JSONDecodeError as error:
-        return f"invalid JSON ({error.msg}, column {error.colno}); {_REMEDY}"
+        return f"invalid JSON ({error.msg}, column {error.colno}); {remedy}"
     except (ValueError, RecursionError) as error:
-        return f"invalid JSON ({error}); {_REMEDY}"
+        return f"invalid JSON ({error}); {remedy}"
     if not isinstance(record, dict):
-        return "is no JSON object; each line must be one"
+        return "is not a JSON object; each line must be one"
     if text_key not in record:
         return f"no key {text_key!r}; name the key of the text by --text-key"
     if not isinstance(record[text_key], str):

@@ -33,7 +33,7 @@ class Problem:
 
 
 def find_invalid_utf8(text: bytes) -> int | None:
-    """Return the index of the first byte that is no UTF-8; None if all are."""
+    """Return the index of the first byte that is not UTF-8; None if all are."""
     try:
         text.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -140,5 +140,5 @@ def _find_part(launcher: Any, parts: Collection[str]) -> str:
 
 
 def _work(event: Any, label: str) -> Work:
-    span = event.time_range
-    return Work(label, span.start * MICROSECOND, span.end * MICROSECOND)
+    interval = event.time_range
+    return Work(label, interval.start * MICROSECOND, interval.end * MICROSECOND)

@@ -6,19 +6,19 @@ what to write instead. The type and the range of a single key are in its section
 
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 
 from megatron_eso.config.divisibility import check_dealing, even_layout, nearest_divisors, round_up
-from megatron_eso.config.keys import describe_interval, is_inside
 from megatron_eso.config.layers import SHIPPED_CONFIGS
 from megatron_eso.config.objective_rules import check_objective_keys, list_objective_warnings
 from megatron_eso.config.origins import Origins, TracedConfig
-from megatron_eso.config.sections import KEYS, Config
+from megatron_eso.config.sections import KEYS, MAX_TOKENS, Config
+from megatron_eso.config.values import check_ranges
 from megatron_eso.errors import ConfigError
 
-MAX_NAME_BYTES = 255
+VOCABULARY_KEYS = ("data.vocab_size", "data.mask_token_id", "data.bos_token_id")
+"""The keys whose values come from the data where nobody sets them."""
 PIPELINE_LAYOUT = re.compile(r"E[t|]*L")
 
 
@@ -45,6 +45,7 @@ def check_config(config: Config, origins: Origins | None = None) -> list[str]:
     check_interleaving(traced)
     check_pipeline(traced)
     check_periods(traced)
+    check_micro_batches(traced)
     check_batch_sizes(traced, data_parallel_size=1)
     return list_objective_warnings(traced)
 
@@ -102,12 +103,10 @@ def with_vocabulary(
         ConfigError: The configuration states another vocabulary.
     """
     traced = TracedConfig(config=config, origins=origins or {})
-    found = {"data.vocab_size": vocab_size, "data.mask_token_id": mask_token_id}
-    if bos_token_id is not None:
-        found["data.bos_token_id"] = bos_token_id
-    for key, value in found.items():
+    found = (vocab_size, mask_token_id, bos_token_id)
+    for key, value in zip(VOCABULARY_KEYS, found, strict=True):
         traced.require(
-            config.get(key) in (None, value),
+            value is None or config.get(key) in (None, value),
             key,
             f"{source} has {value}; leave the key out, or name other data",
         )
@@ -123,46 +122,6 @@ def with_vocabulary(
         bos_token_id=bos_token_id if bos_token_id is not None else config.data.bos_token_id,
     )
     return dataclasses.replace(config, data=data)
-
-
-def check_ranges(traced: TracedConfig) -> None:
-    """Refuse numbers outside the ranges of their keys."""
-    for path, key in KEYS.items():
-        value = traced.config.get(path)
-        if value is None:
-            continue
-        if not is_inside(value, key.interval):
-            otherwise = ", or leave it out" if key.is_optional else ""
-            traced.refuse(path, f"must be {describe_interval(key.interval)}{otherwise}")
-        for number in value if isinstance(value, tuple) else (value,):
-            is_number = isinstance(number, int | float)
-            is_allowed = not is_number or number <= key.largest
-            traced.require(is_allowed, path, f"use at most {key.largest}")
-
-
-def check_locations(traced: TracedConfig) -> None:
-    """Refuse what cannot be the name of a file or folder.
-
-    `check_config` leaves this out, because run directories that were converted name no data.
-    """
-    for path, key in KEYS.items():
-        value = traced.config.get(path)
-        if key.location is None or value is None:
-            continue
-        for name in (value,) if isinstance(value, str) else value:
-            traced.require(name.strip() != "", path, "names nothing; name a folder")
-            traced.require("\0" not in name, path, "holds a NUL character; leave it out")
-            traced.require(
-                key.location.may_be_url or "://" not in name,
-                path,
-                "is a URL; name a folder that is mounted on this machine",
-            )
-            longest = max(len(os.fsencode(part)) for part in name.split("/"))
-            traced.require(
-                longest <= MAX_NAME_BYTES,
-                path,
-                f"has a part of {longest} bytes; file systems take names of {MAX_NAME_BYTES}",
-            )
 
 
 def check_model(traced: TracedConfig) -> None:
@@ -376,6 +335,18 @@ def check_periods(traced: TracedConfig) -> None:
     if traced.config.data.validation is None:
         for key in ("validation.interval", "validation.num_samples"):
             traced.require(traced.config.get(key) == 0, key, "needs data.validation")
+
+
+def check_micro_batches(traced: TracedConfig) -> None:
+    """Refuse micro-batches of more tokens than any GPU holds."""
+    length = traced.config.data.sequence_length
+    for key in ("train.micro_batch_size", "validation.micro_batch_size"):
+        traced.require(
+            traced.config.get(key) * length <= MAX_TOKENS,
+            key,
+            f"gives more than {MAX_TOKENS} tokens with data.sequence_length = {length}; use at "
+            f"most {MAX_TOKENS // length}",
+        )
 
 
 def check_batch_sizes(traced: TracedConfig, data_parallel_size: int) -> None:

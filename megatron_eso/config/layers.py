@@ -83,9 +83,9 @@ def suggest_file(name: str, folder: Path | None) -> str:
     )
     close = difflib.get_close_matches(name, [*here, *shipped], n=1)
     meant = [each for each in (*here, *shipped) if each == f"{name}.toml"] or close
-    hints = [f"did you mean {meant[0]}?"] if meant else []
     listed = [each for each in shipped if "/" not in each]
-    hints += [f"the package has {', '.join(listed)}"] if listed else []
+    hints = [f"the package has {', '.join(listed)}"] if listed else []
+    hints += [f"did you mean {meant[0]}?"] if meant else []
     return "".join(f"; {hint}" for hint in hints)
 
 
@@ -139,6 +139,10 @@ def unwrap_config(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         ConfigError: The file has another format version.
     """
     version = values.get("format_version")
+    if version is None:
+        raise ConfigError(
+            f"{source}: holds no format_version; give the config.json of a run, or a TOML file"
+        )
     if version not in (1, FORMAT_VERSION):
         raise ConfigError(
             f"{source}: format_version = {version}: this version of megatron-eso reads 1 and "

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_eso.config.combinations import check_config, check_locations
+from megatron_eso.config.combinations import check_config
 from megatron_eso.config.layers import flatten, read_json, read_layer, unwrap_config
 from megatron_eso.config.origins import COMMAND_LINE, Origins, TracedConfig
 from megatron_eso.config.sections import FORMAT_VERSION, KEYS, SECTIONS, Config
-from megatron_eso.config.values import check_value, parse_override
+from megatron_eso.config.values import check_locations, check_value, parse_override
 from megatron_eso.errors import ConfigError
 
 OVERRIDE = re.compile(r"(?P<key>[A-Za-z_]\w*(\.\w+)*)=(?P<text>.*)", re.DOTALL)

@@ -34,6 +34,11 @@ def shorten(text: str) -> str:
     return text if len(text) <= _MAX_SHOWN_CHARACTERS else f"{text[:_MAX_SHOWN_CHARACTERS]}..."
 
 
+def prefix_origin(origins: Origins | None, key: str) -> str:
+    """Return how an error begins that refuses a key: `origin: `, or nothing without `origins`."""
+    return "" if origins is None else f"{origins.get(key, DEFAULT_ORIGIN)}: "
+
+
 def refuse_value(origin: str, key: str, value: Any, remedy: str) -> NoReturn:
     """Refuse a value.
 

@@ -22,6 +22,8 @@ FORMAT_VERSION = 2
 
 # The largest values: beyond any machine or use, and small enough that nothing overflows.
 MAX_BATCH = 2**31 - 1
+MAX_TOKENS = 2**22
+"""Largest number of tokens of a micro-batch, which is planned as a whole."""
 MAX_PARTS = 2**20
 MAX_PREFETCH_STEPS = 10_000
 MAX_SECONDS = 10**9
@@ -70,7 +72,7 @@ class DataConfig:
     """Number of the blend within the run: raise it by one to change the blend on resume."""
     validation: Annotated[str | None, Location(may_be_url=True)] = None
     """Directory or URL of the validation shards."""
-    sequence_length: Annotated[int, Gt(0), Largest(MAX_BATCH), Frozen("run"), Logged()]
+    sequence_length: Annotated[int, Gt(0), Largest(MAX_TOKENS), Frozen("run"), Logged()]
     """Tokens of a sample."""
     framing: Annotated[Literal["none", "bos_eos"], Frozen("run"), Logged()] = "none"
     """`bos_eos`: BOS first and EOS last in every sample, in place of two tokens of text."""

@@ -1,4 +1,4 @@
-"""Strict types of values: only a whole number is converted, to a float.
+"""Rules of single values: strict types, where only a whole number becomes a float; ranges; paths.
 
 The error for a key or section that does not exist suggests the closest one.
 """
@@ -6,16 +6,24 @@ The error for a key or section that does not exist suggests the closest one.
 import difflib
 import json
 import math
+import os
 import tomllib
 import typing
 from typing import Any, NoReturn
 
-from megatron_eso.config.keys import Key
-from megatron_eso.config.origins import COMMAND_LINE, format_value, refuse_value, shorten
+from megatron_eso.config.keys import Key, describe_interval, is_inside
+from megatron_eso.config.origins import (
+    COMMAND_LINE,
+    TracedConfig,
+    format_value,
+    refuse_value,
+    shorten,
+)
 from megatron_eso.config.sections import KEYS, SECTIONS
 from megatron_eso.errors import ConfigError
 
 MAX_INTEGER = 2**63 - 1
+MAX_NAME_BYTES = 255
 TYPE_NAMES: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -71,7 +79,7 @@ def check_scalar(path: str, value: Any, origin: str, accepted: tuple[Any, ...]) 
         value = float(value)
     if type(value) not in accepted:
         expected = " or ".join(TYPE_NAMES[accept] for accept in accepted)
-        remedy = f"expects {expected}{suggest_value(value, accepted)}"
+        remedy = f"expects {expected}{suggest_value(path, value, accepted)}"
         refuse_value(origin, path, value, remedy)
     if isinstance(value, float) and not math.isfinite(value):
         refuse_value(origin, path, value, "must be finite")
@@ -84,17 +92,58 @@ def find_item_type(accepted: tuple[Any, ...]) -> type | None:
     return items[0] if items else None
 
 
-def suggest_value(value: Any, accepted: tuple[Any, ...]) -> str:
+def suggest_value(path: str, value: Any, accepted: tuple[Any, ...]) -> str:
     """Suggest what to write instead; empty where the value does not show it."""
     if accepted == (str,):
         return f"; write {format_value(str(value))}"
     if accepted == (int,) and type(value) is float and value.is_integer():
-        return f"; write {int(value)}"
+        largest = KEYS[path].largest
+        return f"; write {int(value)}" if value <= largest else f" of at most {largest}"
     if isinstance(value, str):
         parsed = (parse_toml(f"value = {value.lower()}") or {}).get("value")
         if type(parsed) in accepted:
             return f"; write {json.dumps(parsed)}"
     return ""
+
+
+def check_ranges(traced: TracedConfig) -> None:
+    """Refuse numbers outside the ranges of their keys."""
+    for path, key in KEYS.items():
+        value = traced.config.get(path)
+        if value is None:
+            continue
+        if not is_inside(value, key.interval):
+            otherwise = ", or leave it out" if key.is_optional else ""
+            traced.refuse(path, f"must be {describe_interval(key.interval)}{otherwise}")
+        for number in value if isinstance(value, tuple) else (value,):
+            is_number = isinstance(number, int | float)
+            is_allowed = not is_number or number <= key.largest
+            traced.require(is_allowed, path, f"use at most {key.largest}")
+
+
+def check_locations(traced: TracedConfig) -> None:
+    """Refuse what cannot be the name of a file or folder.
+
+    `check_config` leaves this out, because run directories that were converted name no data.
+    """
+    for path, key in KEYS.items():
+        value = traced.config.get(path)
+        if key.location is None or value is None:
+            continue
+        for name in (value,) if isinstance(value, str) else value:
+            traced.require(name.strip() != "", path, "names nothing; name a folder")
+            traced.require("\0" not in name, path, "holds a NUL character; leave it out")
+            traced.require(
+                key.location.may_be_url or "://" not in name,
+                path,
+                "is a URL; name a folder that is mounted on this machine",
+            )
+            longest = max(len(os.fsencode(part)) for part in name.split("/"))
+            traced.require(
+                longest <= MAX_NAME_BYTES,
+                path,
+                f"has a part of {longest} bytes; file systems take names of {MAX_NAME_BYTES}",
+            )
 
 
 def find_key(path: str, origin: str) -> Key:

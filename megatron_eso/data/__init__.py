@@ -1,1 +1,1 @@
-"""Tokens by sample number: shards, their copies, tokenizers and order. It knows no noise."""
+"""Tokens by sample number: shards, their copies, tokenizers and order; no noise."""

@@ -1,4 +1,4 @@
-"""Whether a run fits a GPU's memory, and what to change first where it does not."""
+"""Decides whether a run fits a GPU's memory, and names what to change first if it does not."""
 
 import dataclasses
 from collections.abc import Callable, Iterator

@@ -134,7 +134,7 @@ def estimate_activations(
 
 
 def count_in_flight(config: Config, num_micro_batches: int, stage: int) -> float:
-    """Count the micro-batches of a stage that wait for their backward pass, of all its layers.
+    """Count the micro-batches that wait for their backward pass, in units of all layers of a stage.
 
     Each stage has one forward pass ahead for each stage after it; in an interleaved pipeline, two
     for each, and all chunks but one of as many micro-batches as there are stages.

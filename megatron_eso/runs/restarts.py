@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_eso.errors import ConfigError
+from megatron_eso.errors import ConfigError, OutageError, UserError
 from megatron_eso.files import write_json, write_text
 
 Decision = Literal["finished", "requeue", "stop"]
@@ -69,22 +69,23 @@ def restart_count() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def write_failure(path: Path, reason: str) -> None:
+def write_failure(path: Path, error: UserError) -> None:
     """Record what the user of this Slurm job has to correct; any rank may call this.
 
-    Outside Slurm nothing is written, because no job script would read it.
+    Nothing is written outside Slurm, because no job script would read it, nor about an outage of
+    remote storage, after which the job script requeues the job.
 
     Args:
         path: The file to write.
-        reason: The error, in one line.
+        error: The error that ends the job.
 
     Raises:
         OSError: The file system refuses.
     """
     job = os.environ.get("SLURM_JOB_ID")
-    if job is not None:
+    if job is not None and not isinstance(error, OutageError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"job": job, "restart": restart_count(), "reason": reason}
+        content = {"job": job, "restart": restart_count(), "reason": str(error)}
         write_json(path, {"format_version": FAILURE_VERSION, **content})
 
 

@@ -180,10 +180,10 @@ class TextModel:
                 tokens = record.get("tokens")
                 ids = self._encode(record[text_key]) if tokens is None else list(tokens)
                 if not all(type(token) is int for token in ids):
-                    raise TypeError("tokens is no list of integers")
+                    raise TypeError("tokens is not a list of integers")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(
-                    f"{name}: is no JSON object with a text under {text_key!r} or ids under "
+                    f"{name}: is not a JSON object with a text under {text_key!r} or ids under "
                     f"'tokens' ({error}); correct the line or name the key by --text-key"
                 ) from None
             yield name, ids
@@ -193,7 +193,7 @@ def read_text(path: str) -> str:
     """Read a text file, which may be compressed (`.gz`, `.zst`); `-` is standard input.
 
     Raises:
-        DataError: The file cannot be read, is damaged, or is no UTF-8.
+        DataError: The file cannot be read, is damaged, or is not UTF-8.
     """
     try:
         if path == "-":
@@ -242,7 +242,7 @@ def read_defaults(directory: str) -> dict[str, Any]:
     """Read `generation_config.json`; without the file, return the model's defaults.
 
     Raises:
-        CheckpointError: The file is no JSON object.
+        CheckpointError: The file is not a JSON object.
     """
     path = Path(directory) / GENERATION_FILE
     if not path.is_file():
@@ -250,7 +250,9 @@ def read_defaults(directory: str) -> dict[str, Any]:
     try:
         return {**DEFAULTS, **json.loads(path.read_text(encoding="utf-8"))}
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: is no valid JSON object ({error}); convert again") from None
+        raise CheckpointError(
+            f"{path}: is not a valid JSON object ({error}); convert again"
+        ) from None
 
 
 def score_tokens(model: SamplerModel, ids: list[int], batch_size: int) -> tuple[float, int]:

@@ -19,7 +19,7 @@ class _Storage:
 
 
 class Memory:
-    """Follows the storages of a device from their creation to their end."""
+    """The storages of a device, from their creation to their end."""
 
     def __init__(self, device_type: str) -> None:
         self._held: Counter[str] = Counter()

@@ -161,7 +161,7 @@ class Recorder(TorchDispatchMode):
         return 0.0 if tensor.dtype.is_floating_point else 0
 
     def _communicate(self, operation: Any, arguments: Any) -> Any:
-        """Record a collective; its output is there at once, and in time where it is waited for."""
+        """Record a collective; its output exists at once, and its time counts where code waits."""
         found = describe_collective(operation._schema.name, arguments, self.gpu)
         self.collectives[found] += 1
         end = self.timeline.start(found.purpose, found.seconds)

@@ -156,7 +156,7 @@ class Rank:
 
     @property
     def num_largest(self) -> int:
-        """Micro-batches with which the most are in flight at once."""
+        """Number of micro-batches of a step in which the most are in flight at once."""
         num_stages: int = self.groups.pp.size()
         return 1 if num_stages == 1 else min(2 * num_stages, self.num_micro_batches)
 
@@ -246,7 +246,7 @@ def simulate_stage(
 
 
 def label_state(memory: Memory, state: TrainState) -> None:
-    """Count what stays between steps by what it is."""
+    """Label the storages that stay between steps by their purpose."""
     buffers = [buffer for chunk in state.chunks for buffer in chunk.buffers]
     weights = [buffer.param_data for buffer in buffers if buffer.param_data is not None]
     weights += [parameter.data for chunk in state.chunks for parameter in chunk.parameters()]

@@ -241,7 +241,7 @@ def record_failure(run: RunDirectory, step: int, error: BaseException) -> None:
         with run.log_of_rank(own_rank()).open("a") as log:
             log.write(failure.text)
         if failure.is_first and isinstance(error, UserError):
-            write_failure(run.failure, str(error))
+            write_failure(run.failure, error)
     # Rank 0 repeats the first failure, whose status it may have replaced since.
     if failure.is_first or is_first_rank():
         run.write_status("failed", step, reason=failure.first_line)

@@ -25,7 +25,7 @@ GPU_SHARE = 0.7
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check; collective over the world.
+    """Run the checks on all ranks, and print the verdict on rank 0; collective over the world.
 
     Ranks other than 0 end with 0 even where there is a fault: launchers end all ranks when one
     fails, and rank 0 has to print its line.
@@ -91,7 +91,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         help="of the fastest GPU, node or pair of nodes; a slower one is a fault; 0: never "
         f"(default: {GPU_SHARE:g} on GPUs, 0 on CPUs)",
     )
-    add("--allow-idle-gpus", action="store_true", help="fewer ranks than GPUs are no fault")
+    add("--allow-idle-gpus", action="store_true", help="fewer ranks than GPUs are not a fault")
     add("--megabytes", type=count(1), metavar="MIB", help="size of the messages")
     return parser.parse_args(argv)
 

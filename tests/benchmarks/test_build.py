@@ -141,6 +141,7 @@ def test_speed_of_build(folder: Path) -> None:
 
         return measure(wait)
 
+    # Measure each command on the whole text, and on one document for the time of its start.
     commands = {"build": start_build}
     if "MEGATRON_LM" in os.environ:
         commands["preprocess_data.py of Megatron-LM"] = start_megatron

@@ -88,6 +88,7 @@ def batch_rows(rows: Iterator[Tokens], length: int) -> Iterator[Tokens]:
 @pytest.fixture
 def ways(tiny_data: Path, tmp_path: Path) -> dict[str, Read]:
     """Return the ways of reading; each gives all tokens once."""
+    # Write the same tokens in each format.
     tokenizer = Tokenizer.load(tiny_data / "train" / "tokenizer")
     tokens = np.random.default_rng(0).integers(5, tokenizer.vocab_size, NUM_TOKENS)
     tokens[999::1000] = tokenizer.eos_token_id
@@ -105,6 +106,7 @@ def ways(tiny_data: Path, tmp_path: Path) -> dict[str, Read]:
     rows = np.random.default_rng(1).permutation(NUM_TOKENS // LENGTH)
     batches = Batches(dataset, rows)
 
+    # Each way reads them in its own order of rows.
     def read_plain() -> Iterator[Tokens]:
         for batch in rows.reshape(-1, BATCH):
             yield plain[batch].astype(np.int64)

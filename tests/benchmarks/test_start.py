@@ -66,6 +66,7 @@ def write_holes(directory: Path, num_tokens: int, tokenizer: Tokenizer) -> None:
         shard_records=SHARD_RECORDS,
         num_tokens=num_tokens,
     )
+    # Shards without content on the disk, and the files that describe them.
     shards = []
     for shard in range(layout.num_shards):
         path = directory / shard_name(shard)
@@ -85,6 +86,7 @@ def write_holes(directory: Path, num_tokens: int, tokenizer: Tokenizer) -> None:
     starts = np.arange(layout.num_records) * (RECORD_TOKENS // MEAN_DOCUMENT_TOKENS)
     starts.astype("<u8").tofile(documents)
     num_sources = -(-num_tokens // SOURCE_TOKENS)
+    # A manifest of the full size.
     manifest = Manifest(
         dtype=layout.dtype,
         record_tokens=layout.record_tokens,

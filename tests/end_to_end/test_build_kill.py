@@ -208,7 +208,7 @@ def test_workers_end_with_their_parent(corpus: Corpus, tmp_path: Path) -> None:
 def test_a_journal_cut_anywhere_is_read_up_to_its_last_whole_line(
     corpus: Corpus, tmp_path: Path
 ) -> None:
-    """A torn write, which a crash of the machine leaves: the same bytes in the end."""
+    """Cut the journal as a crash of the machine may; the build then gives the same bytes."""
     out = tmp_path / "out"
     finish(start(corpus, out, 1, "SIGKILL", MOMENTS_OF_TEN_COMMITS), -signal.SIGKILL)
     building = out.with_name(f"{out.name}.building")

@@ -45,6 +45,7 @@ def data_by_rank(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
     Such a file is whole by all that reading checks.
     """
+    # Copy the data for each rank, and find the record and the token of the sample.
     folder = tmp_path_factory.mktemp("data_by_rank")
     for rank in range(4):
         shutil.copytree(tiny_data, folder / str(rank))
@@ -56,6 +57,7 @@ def data_by_rank(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     records, places = layout.locate_rows(order.rows(np.array([SAMPLE])), length)
     record, place = int(records[0]), int(places[0])
 
+    # Change the token in the shard.
     shard = directory / manifest.shards[record // layout.shard_records].name
     content = bytearray(shard.read_bytes())
     tokens = np.frombuffer(
@@ -67,6 +69,7 @@ def data_by_rank(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     assert tokens[place] != WRONG_TOKEN
     tokens[place] = WRONG_TOKEN
     shard.write_bytes(content)
+    # Write the hash of the changed block, and the manifest that fits.
     block = place * layout.itemsize // BLOCK_BYTES
     blocks = directory / manifest.blocks.name
     hashes = np.frombuffer(bytearray(blocks.read_bytes()), "<u8")

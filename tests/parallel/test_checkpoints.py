@@ -130,6 +130,7 @@ def test_a_write_that_fails_on_one_rank_fails_on_all_and_leaves_the_one_before(
 
 def test_a_new_run_starts_from_weights(world: World, tiny_data: Path, tmp_path: Path) -> None:
     """Start with longer samples and another rotary base: only the weights come from the old run."""
+    # The log names what is read and what changes.
     trained = world.run(train_tiny, 2, tmp_path / "a", tiny_data, DISTRIBUTED, 2)[0].checkpoint
     longer: Overrides = TP2 | {
         "checkpoint.init_from": f'"{tmp_path / "a"}"',
@@ -150,6 +151,7 @@ def test_a_new_run_starts_from_weights(world: World, tiny_data: Path, tmp_path: 
         "changed since step_00000002: objective.alpha_0: 0.25 -> 0.5",
     ):
         assert line in log
+    # The first checkpoint holds the weights, and zeros for everything else.
     started = world.run(train_tiny, 2, run, tiny_data, longer, 0)[0].checkpoint
     assert started.name == "step_00000000"
     before, after = read_checkpoint(trained), read_checkpoint(started)

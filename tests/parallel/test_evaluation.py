@@ -98,6 +98,7 @@ def test_validation_leaves_the_state_as_it_was(
 def test_validation_is_the_oracles(
     trained: Path, world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
+    # The run's own evaluation, and its network as the oracle reads it.
     run = copy_run(trained, tmp_path / "run")
     _, raw, _ = world.run(evaluate_tiny, 1, run, tiny_data, SAMPLES)[0]
     convert(["to-sampler", str(trained), str(tmp_path / "sampler"), "--weights", "raw"])
@@ -111,6 +112,7 @@ def test_validation_is_the_oracles(
         num_groups=config.model.num_query_groups,
         mask_token_id=config.data.mask_token_id,
     )
+    # The oracle's losses of the same samples, times and noise, phase by phase.
     length, alpha_0 = config.data.sequence_length, config.objective.alpha_0
     indices = np.arange(config.validation.num_samples)
     x_0 = torch.from_numpy(TokenDataset.open(tiny_data / "validation").rows(indices, length))
@@ -135,6 +137,7 @@ def test_validation_is_the_oracles(
                 by_tenth.setdefault((math.floor(10 * t) + 0.5) / 10, []).append(part)
             expected = {t: sum(found) / len(found) for t, found in by_tenth.items()}
             assert raw.by_time["diffusion"] == pytest.approx(expected, rel=NELBO_TOLERANCE)
+    # The mean and its standard error.
     assert raw.nelbo == pytest.approx(nelbo.mean(), rel=NELBO_TOLERANCE)
     error = nelbo.std(ddof=1) / math.sqrt(len(nelbo))
     assert raw.standard_error == pytest.approx(error, rel=1000 * NELBO_TOLERANCE)

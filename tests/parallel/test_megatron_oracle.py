@@ -64,6 +64,7 @@ CASES: dict[str, tuple[int, Overrides]] = {
 def test_loss_and_gradients_equal_the_oracles(
     case: str, world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
+    # Draw one network for both sides, with float32 values.
     num_ranks, overrides = CASES[case]
     overrides = BASE | overrides
     config = tiny_config(tmp_path, tiny_data, overrides)
@@ -93,6 +94,7 @@ def test_loss_and_gradients_equal_the_oracles(
         for name, tensor in parameters.items():
             tensor.copy_(plain[name].double())
 
+    # Compare the loss, and each gradient by its norm.
     loss, gradients = world.run(
         compute_gradients, num_ranks, tmp_path, tiny_data, overrides, tensors
     )[0]
@@ -112,6 +114,7 @@ def test_loss_and_gradients_equal_the_oracles(
 
 def oracle_loss(config, oracle, parameters):  # type: ignore[no-untyped-def]
     """Compute the oracle's loss of the first step's samples, each at its own length."""
+    # The other objectives have an oracle of their own.
     if (
         config.data.document_attention
         or config.objective.variant == "a"
@@ -119,6 +122,7 @@ def oracle_loss(config, oracle, parameters):  # type: ignore[no-untyped-def]
         or config.objective.name != "eso_lm"
     ):
         return family_loss(config, oracle, parameters)
+    # The noise of the step's samples.
     dataset, train, seed = TokenDataset.open(config.data.train), config.train, config.run.seed
     sizes = (train.global_batch_size, train.micro_batch_size, 1)
     dealing = Dealing(*sizes, config.objective.batch_split)
@@ -129,6 +133,7 @@ def oracle_loss(config, oracle, parameters):  # type: ignore[no-untyped-def]
     lengths = draw_lengths(seed, places, config.data.ssl_ratio, length)
     schedule = LogLinearSchedule(alpha_0)
     noise = draw_noise(seed, places, is_sequential, times, schedule, length, length_B=lengths)
+    # Their tokens, then the losses.
     if config.data.framing == "bos_eos":
         rows = SampleOrder(seed, dataset.num_rows(length - 2)).rows(places)
         tokenizer = dataset.manifest.tokenizer

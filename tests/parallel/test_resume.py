@@ -105,7 +105,7 @@ def test_records_continue_at_another_layout(world: World, tiny_data: Path, tmp_p
 def test_checkpoints_do_not_depend_on_the_layout(
     world: World, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """The same state, saved by every layout that it was loaded into, is the same tensors."""
+    """Load one state in every layout, and save it there: the tensors are the same."""
     first = world.run(train_tiny, 1, tmp_path / "a", tiny_data, {}, RESUMED_AT)[0]
     expected = read_checkpoint(first.checkpoint)
     for number, overrides in enumerate((TP2, INTERLEAVED, OVERLAPPED)):

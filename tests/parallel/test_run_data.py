@@ -19,7 +19,7 @@ NUM_STEPS = 2
 
 
 def blend(data: Path, weights: str, phase: int = 1) -> Overrides:
-    """Both splits as the corpora of a blend."""
+    """Return the overrides for a blend of both splits."""
     return {
         "data.train": json.dumps([str(data / "train"), str(data / "validation")]),
         "data.train_weights": weights,

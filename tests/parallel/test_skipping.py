@@ -132,6 +132,7 @@ def test_going_back_skips_the_data_and_rewinds_the_records(
     assert f"went back from step 8 to step_00000004; samples {BATCH * 4} to {BATCH * 8 - 1}" in (
         rank_log(run)
     )
+    # A run that continues from that checkpoint with the later samples has the same losses.
     before = run / "checkpoints" / "step_00000004"
     shutil.copytree(before, other / "checkpoints" / before.name)
     expected = world.run(continue_elsewhere, 2, other, tiny_data, overrides, BATCH * 8)[0]

@@ -41,6 +41,7 @@ def measure(run: Path, data: Path, overrides: Overrides) -> dict[str, float]:
         def step() -> None:
             take_step(config, state, batches, groups)
 
+        # The first step and the preparation are not timed.
         step()
         checkpoints.prepare(state, groups)
         for _ in range(NUM_REPEATS):
@@ -51,6 +52,7 @@ def measure(run: Path, data: Path, overrides: Overrides) -> dict[str, float]:
             timed("step during a save", step)
             checkpoints.wait()
             assert checkpoints.take_failure() is None
+        # The check of a save alone.
         parts = list_parts(state, groups)
         for _ in range(NUM_REPEATS):
             timed("check", lambda: refuse_stale(take_sample(state, parts, groups), parts))

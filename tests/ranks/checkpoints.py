@@ -99,6 +99,7 @@ def save_in_trouble(run: Path, data: Path, overrides: Overrides, rank: int, how:
         config, _, state, checkpoints = build(run, data, overrides, groups)
         checkpoints.save(state, config, groups)
         state.counters = dataclasses.replace(state.counters, step=1)
+        # Limit the size of files on one rank, or put a file where its folder belongs.
         unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
         is_hit = torch.distributed.get_rank() == rank
         blocked = run / "checkpoints" / "step_00000001.tmp"
@@ -107,6 +108,7 @@ def save_in_trouble(run: Path, data: Path, overrides: Overrides, rank: int, how:
         elif is_hit:
             blocked.write_text("not a folder")
         torch.distributed.barrier()
+        # Save at once and in the background: both fail.
         try:
             with pytest.raises(CheckpointError) as raised:
                 checkpoints.save(state, config, groups)
@@ -122,6 +124,7 @@ def save_in_trouble(run: Path, data: Path, overrides: Overrides, rank: int, how:
             if blocked.is_file() and is_hit:
                 blocked.unlink()
         torch.distributed.barrier()
+        # Without the obstacle, a save succeeds.
         messages.append(str([path.name for path in checkpoints.directory.iterdir()]))
         torch.distributed.barrier()
         checkpoints.save(state, config, groups, in_background=True)

@@ -36,7 +36,7 @@ def run_loop(
     hook: Callable[..., None] | None = None,
     *arguments: Any,
 ) -> Ran:
-    """Train to the end, or to what ends it.
+    """Train until the run ends or is stopped.
 
     Args:
         run: The run directory.

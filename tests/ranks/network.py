@@ -33,7 +33,7 @@ ALPHA_0 = 0.25
 
 
 def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) -> list[Tensor]:
-    """Compute the Megatron model's logits of loss rows, diffusion first; with inputs and orders.
+    """Compute the logits of the loss rows with the Megatron model, diffusion first.
 
     Returns:
         On the last pipeline stage x_0, is_masked, permutation of each phase and its logits [E, V].
@@ -41,6 +41,7 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
     config = tiny_config(run, data, overrides)
     dataset = TokenDataset.open(data / "train")
     length, alpha_0 = config.data.sequence_length, config.objective.alpha_0
+    # Plan a micro-batch of each phase.
     answers: list[Tensor] = []
     micro_batches = []
     for is_sequential in (False, True):
@@ -56,6 +57,7 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
         )
         answers += map(torch.from_numpy, (x_0, noise.is_masked_BT, noise.permutation_BT))
 
+    # Restore the model, and keep what its head returns.
     with model_parallel_groups(config.parallel) as groups:
         batches = open_batches(config, groups.dp.size())
         state = build_train_state(config, groups)
@@ -79,6 +81,7 @@ def compute_logits(run: Path, data: Path, overrides: Overrides, weights: str) ->
             average if weights == "ema" else nullcontext(),
         ):
             run_schedule(step, state, micro_batches, len(micro_batches), groups, forward_only=True)
+        # Gather the logits over the tensor-parallel ranks.
         for logits, micro_batch in zip(captured, micro_batches, strict=False):
             parts = [torch.empty_like(logits) for _ in range(groups.tp.size())]
             torch.distributed.all_gather(parts, logits.contiguous(), group=groups.tp)
@@ -99,6 +102,7 @@ def compute_losses(run: Path, overrides: Overrides, golden: dict[str, Tensor]) -
     config = dataclasses.replace(config, parallel=ParallelConfig(**values))
     mask_token_id = config.data.mask_token_id
     assert mask_token_id is not None
+    # Plan the golden inputs of each phase.
     micro_batches = []
     for phase, masked in (("diffusion", "z_t"), ("sequential", "z_0")):
         is_masked = (golden[f"b.{phase}.{masked}"] == mask_token_id).numpy()
@@ -120,6 +124,7 @@ def compute_losses(run: Path, overrides: Overrides, golden: dict[str, Tensor]) -
         nll = model(batch.rows, batch.loss.targets_E)
         return nll, lambda nll_E: (nll_E.sum(), nll_E[: batch.loss.num_real])
 
+    # Run the restored model on them.
     with model_parallel_groups(config.parallel) as groups:
         state = build_train_state(config, groups)
         restore(state, config, Checkpoints(run / "checkpoints", config.checkpoint, {}))
@@ -140,9 +145,11 @@ def compute_gradients(
     with model_parallel_groups(config.parallel) as groups:
         state = build_train_state(config, groups)
         model = unwrap_model(state.chunks[0])
+        # Give the model the values of the tensors.
         for parameter, sharded in shard_parameters(model):
             index = _index(sharded)
             parameter.data.copy_(megatron_tensors[sharded.key][index])
+        # Forward and backward of the first step.
         batches = open_batches(config, groups.dp.size())
         plan = batches.plan_step(batches.step(0, 0), groups.dp.rank())
         step = partial(
@@ -156,6 +163,7 @@ def compute_gradients(
         reports = run_schedule(
             step, state, plan.micro_batches, len(plan.micro_batches), groups, forward_only=False
         )
+        # Put the gradients into tensors of the whole size.
         losses = reduce_over_world(torch.stack(reports).sum(0), groups)
         for parameter, sharded in shard_parameters(model):
             whole = torch.zeros_like(megatron_tensors[sharded.key])

@@ -127,8 +127,10 @@ def train_through_damage(run: Path, data: Path, overrides: Overrides, rank: int)
         def take_next_step() -> StepResult:
             return take_step(config, state, batches, groups)
 
+        # A step, and the weights after it.
         results = [take_next_step()]
         before = [p.main.detach().clone() for p in state.parameters if p.main is not None]
+        # A step with a damaged gradient on one rank changes nothing.
         hook = weight.register_hook(spoil) if damage else None
         results.append(take_next_step())
         if hook is not None:

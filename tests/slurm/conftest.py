@@ -1,4 +1,4 @@
-"""One Slurm cluster for all tests of this folder; at the end it reports that they were not run."""
+"""Starts one Slurm cluster for all tests of this folder; reports if they could not run."""
 
 import os
 from collections.abc import Iterator

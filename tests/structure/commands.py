@@ -176,9 +176,11 @@ def plan_runs() -> list[Command]:
 
 def plan_conversions() -> list[Command]:
     """Plan evaluation, conversions, generation and scoring."""
+    # Options that several commands share.
     convert, sampler = "checkpoints_conversion", "megatron_eso.sampler"
     prompt = ["--prompt", "The ", "--steps", "6", "--alpha-0", "0.5", "--top-p", "0.9"]
     raw = ["--step", "3", "--weights", "raw", "--dtype", "bfloat16"]
+    # First the conversions of each layout, then generation and scores.
     return [
         Command(
             title="evaluate",

@@ -47,6 +47,7 @@ class Row:
 
 def run_command(command: Command, checkout: Path, folder: Path) -> Outcome:
     """Run one command with a checkout's code, in its folder."""
+    # The command, and an environment that only this checkout affects.
     launcher = ["torch.distributed.run", "--standalone"]
     launcher += [f"--nproc-per-node={command.num_ranks}", "-m"]
     module = [*(launcher if command.num_ranks else []), *command.arguments]
@@ -55,6 +56,7 @@ def run_command(command: Command, checkout: Path, folder: Path) -> Outcome:
         "OMP_NUM_THREADS": "1",
         "PYTHONHASHSEED": "0",
     }
+    # Run it, for a limited time.
     began = time.monotonic()
     try:
         finished = subprocess.run(

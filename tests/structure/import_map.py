@@ -194,6 +194,7 @@ def find_floors(graph: Graph) -> dict[str, int]:
 
 def print_structure(structure: Structure) -> None:
     """Print for a reader."""
+    # The folders, from the lowest floor on.
     print("floor files lines  folder <- what it imports (by functions only: in brackets)")
     for folder in structure.folders:
         imported = [*folder.imports, *(f"({name})" for name in folder.lazy_imports)]
@@ -201,6 +202,7 @@ def print_structure(structure: Structure) -> None:
             f"{folder.floor:5} {folder.num_files:5} {folder.num_lines:5}  {folder.name}"
             + (f" <- {', '.join(imported)}" if imported else "")
         )
+    # Circles, which should not exist.
     print(f"\ncircles of folders: {len(structure.folder_circles)}")
     for circle, imports in zip(structure.folder_circles, structure.circle_imports, strict=True):
         print(f"  {', '.join(circle)}")
@@ -213,6 +215,7 @@ def print_structure(structure: Structure) -> None:
         print(f"\n{title}: {len(circles)}")
         for circle in circles:
             print(f"  {', '.join(circle)}")
+    # What exceeds a limit, and facts that stand in several files.
     print_counts(f"folders of more than {limits.MAX_FILES} files", structure.wide_folders)
     print_counts(f"files of more than {limits.MAX_FILE_LINES} lines", structure.long_files)
     print_counts(

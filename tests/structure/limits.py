@@ -145,7 +145,7 @@ def find_identifiers(tree: ast.AST) -> Iterator[str]:
 
 
 def find_strings(tree: ast.AST) -> Iterator[str]:
-    """Yield string constants, with the parts of f-strings, without documentation."""
+    """Yield string constants, also those of f-strings, but not docstrings."""
     documentation = {
         id(node.value)
         for node in ast.walk(tree)

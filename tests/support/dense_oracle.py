@@ -67,6 +67,7 @@ def draw_parameters(
     qkv_biases: bool | None = None,
 ) -> Parameters:
     """Draws float64 parameters of a LayerNorm, tanh-GELU network; none is left at zero or one."""
+    # Each kind of layer draws its parameters in the same way.
     generator = torch.Generator().manual_seed(seed)
     head_dim = head_dim or hidden_size // config.num_heads
     qkv_biases = biases if qkv_biases is None else qkv_biases
@@ -85,6 +86,7 @@ def draw_parameters(
         draw(f"{name}.weight", hidden_size, scale=0.2, shift=1.0)
         draw(f"{name}.bias", hidden_size, scale=0.2)
 
+    # The network, from the embedding to the head.
     draw("embed_tokens.weight", vocab_size, hidden_size, scale=1.0)
     for i in range(config.num_layers):
         layer = f"layers.{i}"

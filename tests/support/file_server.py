@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def handle(self) -> None:
-        # A client that was killed is no news.
+        # A client that was killed is nothing to report.
         try:
             super().handle()
         except ConnectionError:

@@ -71,6 +71,7 @@ def write_parquet(path: Path, texts: pa.Array | Sequence[str | None], **options:
 
 def write_formats(folder: Path, texts: Sequence[str]) -> list[Path]:
     """Write the texts in every format; none may hold SEPARATOR or be empty at the end."""
+    # Text formats, plain and compressed.
     jsonl, plain = to_jsonl(texts), SEPARATOR.join(texts).encode()
     half = len(jsonl) // 2
     skippable = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
@@ -91,6 +92,7 @@ def write_formats(folder: Path, texts: Sequence[str]) -> list[Path]:
     }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
+    # Parquet, with each type of column.
     columns: dict[str, Callable[[], pa.Array]] = {
         "string": lambda: pa.array(texts),
         "large": lambda: pa.array(texts, pa.large_string()),

@@ -63,7 +63,7 @@ class Job:
         self.num_starts += 1
 
     def finish(self, num_steps: int) -> None:
-        """Start a job that has been killed for the last time, and wait for the end of the run."""
+        """Start the job again after the last kill, and wait for the end of the run."""
         self._arguments.append(f"train.num_steps={num_steps}")
         self.start()
         while (code := self.process.wait(HANG_SECONDS)) != 0:

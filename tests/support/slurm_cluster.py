@@ -198,10 +198,12 @@ class SlurmCluster:
         }
 
     def _start(self) -> None:
+        # Free ports, one for the controller and one for each node.
         sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(1 + len(NODES))]
         ports = [each.getsockname()[1] for each in sockets]
         for each in sockets:
             each.close()
+        # Slurm's configuration: nodes, control groups, devices that stand for GPUs.
         host = socket.gethostname().partition(".")[0]
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
@@ -222,6 +224,7 @@ class SlurmCluster:
             os.mknod(self.folder / f"gpu{gpu}", stat.S_IFCHR | 0o600, os.makedev(1, 3 + 2 * gpu))
         for name in ("state", *(f"spool_{node}" for node in NODES)):
             (self.folder / name).mkdir()
+        # The daemons: munge first, because Slurm needs its socket.
         key = self.folder / "munge.key"
         key.touch(mode=0o400)
         key.write_bytes(os.urandom(128))

@@ -86,6 +86,7 @@ def list_commands(places: Places) -> list[Command]:
 
 
 def _data_commands(places: Places) -> list[Command]:
+    # Values that several commands share.
     text, tokenizer = [str(places.text)], [str(places.tokenizer)]
     out, bad_out = [str(places.folder / "out")], places.no_outputs
     layout = {"--record-tokens": NO_SIZES, "--shard-records": NO_SIZES}
@@ -95,6 +96,7 @@ def _data_commands(places: Places) -> list[Command]:
         "--document-separator": ("", "\\x"),
     }
     validation = {"--validation": (*NO_SHARES, "0", "1")}
+    # Each command: arguments that are right, and wrong values for each.
     return [
         (
             "data_tools",
@@ -162,6 +164,7 @@ def _reading_commands(places: Places) -> list[Command]:
 
 
 def _model_commands(places: Places) -> list[Command]:
+    # Values that several commands share.
     run, sampler, text = [str(places.run)], [str(places.sampler)], [str(places.text)]
     out, bad_out = [str(places.folder / "out")], places.no_outputs
     choice = {"--weights": NO_CHOICES}
@@ -175,6 +178,7 @@ def _model_commands(places: Places) -> list[Command]:
         "--data": NO_PATHS,
         "overrides": ("x", "model.num_layers=3", "a.b=1", "validation.num_samples=-1"),
     }
+    # Each command: arguments that are right, and wrong values for each.
     return [
         (
             "checkpoints_conversion",

@@ -156,7 +156,7 @@ def _judge_refusal(error: UserError, wrong: list[str]) -> str:
 
 
 def count_kinds(data: Path, seed: int, count: int) -> None:
-    """Print the number of ends by kind, and those that are no refusal."""
+    """Print the number of ends by kind, and those that are not refusals."""
     ends = list(run_wrong_configurations(data, seed, count))
     for end in ends:
         # What is accepted is for a reader to judge.

@@ -89,6 +89,7 @@ def test_rows_give_the_losses_and_gradients_of_dense_masks(
 @pytest.mark.parametrize("name", ["mdlm", "bd3_lm", "eso_lm a", "eso_lm next"])
 def test_edge_cases_agree(name: str, length: int, masked: str) -> None:
     """Plan given masks, each for a sample of the diffusion and of the sequential phase."""
+    # Two samples with the same masks.
     position = np.arange(length)
     is_masked_T = {
         "none": position < 0,
@@ -104,6 +105,7 @@ def test_edge_cases_agree(name: str, length: int, masked: str) -> None:
         indices_B=np.arange(2),
         length_B=np.full(2, length),
     )
+    # Plan them with these masks.
     objective = family_objective(name, MASK)
     if isinstance(objective, Bd3LmObjective):
         t_BT = np.full((2, length), 0.5)
@@ -119,6 +121,7 @@ def test_edge_cases_agree(name: str, length: int, masked: str) -> None:
             is_sequential_B=np.array([False, name != "mdlm"]),
         )
         batch = objective.plan_noise(samples, noise)
+    # Without a mask there are no rows.
     if is_masked_T.any():
         assert_agrees(name, batch.pad(4, MASK), samples, num_layers=2, num_groups=1)
     else:

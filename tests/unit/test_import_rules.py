@@ -31,6 +31,7 @@ BASE = (
 )
 CONFIG = ("megatron_eso.config",)
 SECTIONS = ("megatron_eso.config.sections",)
+ORIGINS = ("megatron_eso.config.origins",)
 RANKS = ("megatron_eso.ranks",)
 RANDOMNESS = ("megatron_eso.randomness",)
 BATCHES = ("megatron_eso.batches",)
@@ -76,7 +77,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.data.tokenizers": ERRORS,
     "megatron_eso.data.shards": BASE + RANDOMNESS + FINGERPRINT,
     "megatron_eso.data.remote": BASE + SHARDS,
-    "megatron_eso.data.samples": ERRORS + SECTIONS + RANDOMNESS + REMOTE,
+    "megatron_eso.data.samples": ERRORS + SECTIONS + ORIGINS + RANDOMNESS + REMOTE,
     "megatron_eso.model": ERRORS + CONFIG + RANDOMNESS + BATCHES,
     "megatron_eso.training.distributed": ERRORS + RANKS + SECTIONS,
     "megatron_eso.training.optimization": SECTIONS + MODEL + DISTRIBUTED,
@@ -86,7 +87,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "megatron_eso.training.guards": ("megatron_eso.quantities",)
     + (ERRORS + RANKS + SECTIONS + OBJECTIVES + RUNS + STEPS),
     "megatron_eso.training.records": ("megatron_eso.files", "megatron_eso.quantities")
-    + (ERRORS + RANKS + SECTIONS + OBJECTIVES + ESTIMATES + RUNS + SAMPLES + STEPS + GUARDS),
+    + (ERRORS + RANKS + ORIGINS + OBJECTIVES + ESTIMATES + RUNS + SAMPLES + STEPS + GUARDS)
+    + SECTIONS,
     "megatron_eso.training.records.tags": (),
     "megatron_eso.training.checkpointing": ("megatron_eso.files", "megatron_eso.retries")
     + (ERRORS + RANKS + CONFIG + RUNS + FINGERPRINT + STEPS + GUARDS + RECORDS),
@@ -202,7 +204,7 @@ def test_a_violation_is_found(tmp_path: Path, file: str, line: str, violation: s
         (
             # A run that is refused before its start is refused without an import of torch.
             "megatron torch",
-            "megatron_eso.data.samples.training_data megatron_eso.data.remote.staging "
+            "megatron_eso.data.samples.training_data megatron_eso.data.remote.copies "
             "megatron_eso.runs.file_index pretrain.train data_tools.__main__",
         ),
         (

@@ -3,7 +3,14 @@
 import pytest
 
 from megatron_eso.progress import Progress
-from megatron_eso.quantities import GIB, format_gib, format_mb, format_seconds, parse_count
+from megatron_eso.quantities import (
+    GIB,
+    format_count,
+    format_gib,
+    format_mb,
+    format_seconds,
+    parse_count,
+)
 
 
 @pytest.mark.parametrize(
@@ -64,3 +71,11 @@ def test_progress_of_a_pipe_has_no_share(capsys: pytest.CaptureFixture[str]) -> 
     line = capsys.readouterr().err
     assert line.startswith("work: 2.0 MB, ")
     assert line.endswith(" elapsed\n")
+
+
+def test_a_count_has_the_number_of_its_noun() -> None:
+    assert [format_count(number, "shard") for number in (0, 1, 2)] == [
+        "0 shards",
+        "1 shard",
+        "2 shards",
+    ]

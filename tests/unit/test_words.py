@@ -72,7 +72,7 @@ def test_no_text_uses_a_forbidden_word() -> None:
 
 
 @pytest.mark.parametrize(
-    "folder", ["checkpoints_conversion", "data_tools", "megatron_eso", "pretrain"]
+    "folder", ["checkpoints_conversion", "data_tools", "docs", "megatron_eso", "pretrain", "tests"]
 )
 def test_long_functions_name_their_steps(folder: str) -> None:
     found = {

@@ -14,7 +14,7 @@ from megatron_eso.sampler.network.network_eso_lm import EsoNetwork
 from tests.support.networks import make_network_config
 from tests.support.wrong_command_lines import Places, answer, draw_wrong, list_commands
 
-SEED = 9
+SEEDS = [9, 12]
 NUMBER = 300
 
 
@@ -48,10 +48,11 @@ def places(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     )
 
 
-def test_a_wrong_command_line_is_one_line_and_exit_code_2(places: Places) -> None:
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_wrong_command_line_is_one_line_and_exit_code_2(places: Places, seed: int) -> None:
     commands = list_commands(places)
     before = sorted(places.folder.rglob("*"))
-    answers = [answer(*drawn) for drawn in draw_wrong(commands, SEED, NUMBER)]
+    answers = [answer(*drawn) for drawn in draw_wrong(commands, seed, NUMBER)]
     wrong = [each for each in answers if each.kind != "right"]
     counts = Counter(each.kind for each in answers)
     assert not wrong, f"{counts}, first {wrong[0]}"

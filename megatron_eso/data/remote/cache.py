@@ -102,7 +102,7 @@ class ShardCache:
         """Remove the copy of a shard that is damaged."""
         self._path(file).unlink(missing_ok=True)
 
-    def stage(
+    def make_copy(
         self, file: HashedFile, download: Callable[[BinaryIO], None], *, wait: bool = True
     ) -> int | None:
         """Open the copy of a shard; without a copy, one of the processes that call this makes it.

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from megatron_eso.data.shards.format import MANIFEST_FILE
 from megatron_eso.data.shards.manifest import HashedFile, Manifest, decode_manifest
-from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.errors import ConfigError, DataError, OutageError
 from megatron_eso.retries import retry
 
 FIRST_WAIT_SECONDS = 1.0
@@ -163,7 +163,12 @@ class RemoteFolder:
         return f"{self._root.rstrip('/')}/{name}"
 
     def _retrying(self, name: str, read: Callable[[], _T]) -> _T:
-        """Call `read` until it succeeds, or too often for the kind of its failure."""
+        """Call `read` until it succeeds, or too often for the kind of its failure.
+
+        Raises:
+            OutageError: The server cannot be reached, or cannot answer now.
+            DataError: The server refuses the file, or its content is damaged.
+        """
         # A damaged file is read HASH_ATTEMPTS times, everything else `network_attempts` times.
         num_attempts = num_damaged = 0
 
@@ -189,14 +194,12 @@ class RemoteFolder:
             raise
         except Exception as error:
             times = f" ({num_attempts} attempts)" if num_attempts > 1 else ""
-            remedy = (
-                "put the dataset there again"
-                if _is_damage(error)
-                else "check the URL, and the network and credentials of this machine"
-            )
-            raise DataError(
-                f"cannot read {self.name(name)}: {_explain(error)}{times}; {remedy}"
-            ) from error
+            problem = f"cannot read {self.name(name)}: {_explain(error)}{times}"
+            if _is_damage(error):
+                raise DataError(f"{problem}; put the dataset there again") from error
+            kind = DataError if _is_final(error) else OutageError
+            remedy = "check the URL, and the network and credentials of this machine"
+            raise kind(f"{problem}; {remedy}") from error
 
 
 class _DamagedError(Exception):

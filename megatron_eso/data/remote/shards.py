@@ -2,7 +2,7 @@
 
 With copies of whole shards, reads are as fast and as well checked as from a local disk. The sha256
 of a copy is compared with the manifest's during the download, and the hash of a block at each read.
-Samples are drawn from the whole corpus, so a run soon needs all shards. `stage_shards` copies them
+Samples are drawn from the whole corpus, so a run soon needs all shards. `copy_shards` copies them
 before the first step, each once per node. If they do not fit into the cache, a shard is copied when
 its data rows are read.
 
@@ -92,8 +92,8 @@ class RemoteShards:
         """
         handle = self.cache.open(self.manifest.shards[shard])
         if handle is None:
-            handle = self.stage(shard)
-        assert handle is not None  # because `stage` waits
+            handle = self.make_copy(shard)
+        assert handle is not None  # because `make_copy` waits
         return handle
 
     def name(self, shard: int) -> str:
@@ -104,20 +104,20 @@ class RemoteShards:
         """Remove a local copy that cannot be read; `open` then makes another copy."""
         self.cache.remove(self.manifest.shards[shard])
 
-    def stage(
+    def make_copy(
         self,
         shard: int,
         *,
         wait: bool = True,
         advance: Callable[[int], None] = lambda num_bytes: None,
     ) -> int | None:
-        """Make a copy of a shard in the cache and open it; see `ShardCache.stage`."""
+        """Make a copy of a shard in the cache and open it; see `ShardCache.make_copy`."""
         file = self.manifest.shards[shard]
 
         def download(stream: BinaryIO) -> None:
             self._folder.download(file.name, file, stream, advance)
 
-        return self.cache.stage(file, download, wait=wait)
+        return self.cache.make_copy(file, download, wait=wait)
 
     def check_size(self, shard: int) -> None:
         """Compare a shard's size on the server with the manifest's.

@@ -150,27 +150,27 @@ class Blend:
         for number in np.unique(phase_N).tolist():
             in_phase_N = phase_N == number
             phase = self.phases[number]
-            block_N, place_N = np.divmod(index_N[in_phase_N] - phase.start, BLOCK_SAMPLES)
+            block_N, number_N = np.divmod(index_N[in_phase_N] - phase.start, BLOCK_SAMPLES)
             # A single corpus keeps its own order.
             if max(phase.quotas) < BLOCK_SAMPLES:
-                place_N = self._shuffle(block_N + phase.start // BLOCK_SAMPLES, place_N)
+                number_N = self._shuffle(block_N + phase.start // BLOCK_SAMPLES, number_N)
             quotas_C = np.array(phase.quotas, dtype=np.int64)
             stops_C = np.cumsum(quotas_C)
-            found_N = np.searchsorted(stops_C, place_N, side="right")
-            rank_N = place_N - (stops_C - quotas_C)[found_N]
+            found_N = np.searchsorted(stops_C, number_N, side="right")
+            rank_N = number_N - (stops_C - quotas_C)[found_N]
             first_C = np.array(phase.first_draws, dtype=np.int64)
             corpus_N[in_phase_N] = found_N
             draw_N[in_phase_N] = first_C[found_N] + block_N * quotas_C[found_N] + rank_N
         return corpus_N, draw_N
 
-    def _shuffle(self, block_N: Int64, place_N: Int64) -> Int64:
+    def _shuffle(self, block_N: Int64, number_N: Int64) -> Int64:
         """Permute numbers within their blend blocks, by the permutation of each block."""
-        shuffled_N = np.empty_like(place_N)
+        shuffled_N = np.empty_like(number_N)
         for block in np.unique(block_N).tolist():
             in_block_N = block_N == block
             keys = round_keys(self.seed, Purpose.BLEND, block)
             shuffled_N[in_block_N] = permute(
-                place_N[in_block_N].astype(np.uint64), BLOCK_SAMPLES, keys
+                number_N[in_block_N].astype(np.uint64), BLOCK_SAMPLES, keys
             )
         return shuffled_N
 

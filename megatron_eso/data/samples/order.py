@@ -60,11 +60,11 @@ class SampleOrder:
         index_N = np.asarray(sample_indices, dtype=np.int64)
         if index_N.size and index_N.min() < 0:
             raise ValueError("sample indices must not be negative")
-        epoch_N, place_N = np.divmod(index_N, self._num_rows)
+        epoch_N, number_N = np.divmod(index_N, self._num_rows)
         rows_N = np.empty_like(index_N)
         for epoch in np.unique(epoch_N).tolist():
             of_epoch_N = epoch_N == epoch
-            places = place_N[of_epoch_N].astype(np.uint64)
+            numbers = number_N[of_epoch_N].astype(np.uint64)
             keys = round_keys(self._seed, Purpose.SAMPLE_ORDER, epoch, self._corpus)
-            rows_N[of_epoch_N] = permute(places, self._num_rows, keys)
+            rows_N[of_epoch_N] = permute(numbers, self._num_rows, keys)
         return rows_N

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_eso.config.origins import Origins, prefix_origin
 from megatron_eso.config.sections import DataConfig
 from megatron_eso.data.samples.blend import (
     BLOCK_SAMPLES,
@@ -114,7 +115,7 @@ class TrainingData:
 
     @property
     def sources(self) -> list[ShardSource]:
-        """The sources of the shards, for `stage_shards`."""
+        """The sources of the shards, for `copy_shards`."""
         return [dataset.shards for dataset in self.datasets.values()]
 
     def locate(self, sample_indices: npt.NDArray[np.int64]) -> DataRows:
@@ -123,13 +124,13 @@ class TrainingData:
         Raises:
             ConfigError: A corpus of an earlier data phase is not open.
         """
-        places = self.blend.locate(sample_indices)
-        row_N = places.row_N.copy()
-        for number in np.unique(places.corpus_N).tolist():
-            of_corpus_N = places.corpus_N == number
+        located = self.blend.locate(sample_indices)
+        row_N = located.row_N.copy()
+        for number in np.unique(located.corpus_N).tolist():
+            of_corpus_N = located.corpus_N == number
             rows = self._dataset(number).substitute(row_N[of_corpus_N], self.row_tokens)
             row_N[of_corpus_N] = rows
-        return dataclasses.replace(places, row_N=row_N)
+        return dataclasses.replace(located, row_N=row_N)
 
     def samples(self, indices_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Read samples, with the tokens of `data.framing`.
@@ -171,12 +172,12 @@ class TrainingData:
             DataError: A shard is damaged; the error names shard, record, offset, data row and
                 sample.
         """
-        places = self.blend.locate(sample_indices)
+        located = self.blend.locate(sample_indices)
         tokens_NS = np.empty((len(sample_indices), self.row_tokens), dtype=np.int64)
-        for number in np.unique(places.corpus_N).tolist():
-            of_corpus_N = places.corpus_N == number
+        for number in np.unique(located.corpus_N).tolist():
+            of_corpus_N = located.corpus_N == number
             tokens_NS[of_corpus_N] = self._dataset(number).rows(
-                places.row_N[of_corpus_N],
+                located.row_N[of_corpus_N],
                 self.row_tokens,
                 sample_indices=sample_indices[of_corpus_N],
             )
@@ -220,13 +221,21 @@ class TrainingData:
             "quarantine_sha256": self._quarantine_sha256,
         }
 
-    def resume(self, state: Mapping[str, Any], *, consumed_samples: int, source: str) -> None:
+    def resume(
+        self,
+        state: Mapping[str, Any],
+        *,
+        consumed_samples: int,
+        source: str,
+        origins: Origins | None = None,
+    ) -> None:
         """Continue the order of a checkpoint, in a new data phase if `data.phase` is higher.
 
         Args:
             state: The `state` of the run that wrote the checkpoint.
             consumed_samples: Samples that this run has consumed.
             source: Path of the checkpoint, for errors.
+            origins: Where the configuration's keys were set, for errors.
 
         Raises:
             ConfigError: The data differ from those of the checkpoint, but `data.phase` is the same.
@@ -237,9 +246,9 @@ class TrainingData:
             names = ", ".join(self._names.values())
             found = name_differences(state["tokenizer"], self.tokenizer.identity)
             raise ConfigError(
-                f"data.train = {names}: its tokenizer is not that of {source} ({found}): name "
-                f"shards of the run's tokenizer, or start {elsewhere} and "
-                f"checkpoint.init_other_tokenizer = true"
+                f"{prefix_origin(origins, 'data.train')}data.train = {names}: its tokenizer is not "
+                f"that of {source} ({found}): name shards of the run's tokenizer, or start "
+                f"{elsewhere} and checkpoint.init_other_tokenizer = true"
             )
         fixed = {key: self.state[key] for key in ("order_version", "row_tokens", "seed")}
         for key, value in fixed.items():
@@ -253,15 +262,17 @@ class TrainingData:
         if blend.quotas == self.blend.quotas and self._phase <= blend.phases[-1].number:
             self.blend = blend
         else:
-            self.blend = self._change(blend, consumed_samples, source)
-        self._check_open(consumed_samples)
+            self.blend = self._change(blend, consumed_samples, source, origins)
+        self._check_open(consumed_samples, origins)
         if state["quarantine_sha256"] != self._quarantine_sha256:
             logger.warning(
                 "data.quarantine: the list differs from that of %s; data rows of other records "
                 "replace those of the listed records", source,
             )  # fmt: skip
 
-    def _change(self, blend: Blend, consumed_samples: int, source: str) -> Blend:
+    def _change(
+        self, blend: Blend, consumed_samples: int, source: str, origins: Origins | None
+    ) -> Blend:
         """Return the run's order with the configured blend as a new data phase.
 
         Raises:
@@ -272,10 +283,11 @@ class TrainingData:
         if phase != last + 1:
             what = "another blend" if blend.quotas != self.blend.quotas else "the same blend"
             raise ConfigError(
-                f"data.phase = {phase}: {source} is in phase {last} of {old}, and data.train with "
-                f"its weights is {what}, {new}: to change the blend from here on, set "
-                f"data.phase = {last + 1}; else restore data.train and data.train_weights, or "
-                f"start another run.directory with checkpoint.init_from = {source}"
+                f"{prefix_origin(origins, 'data.phase')}data.phase = {phase}: {source} is in phase "
+                f"{last} of {old}, and data.train with its weights is {what}, {new}: to change the "
+                f"blend from here on, set data.phase = {last + 1}; else restore data.train and "
+                f"data.train_weights, or start another run.directory with checkpoint.init_from = "
+                f"{source}"
             )
         changed = blend.change(self._corpora, self._quotas, phase, consumed_samples)
         logger.info(
@@ -284,7 +296,7 @@ class TrainingData:
         )  # fmt: skip
         return changed
 
-    def _check_open(self, consumed_samples: int) -> None:
+    def _check_open(self, consumed_samples: int, origins: Origins | None) -> None:
         """Refuse to continue without a corpus that an earlier phase still draws.
 
         Raises:
@@ -294,8 +306,9 @@ class TrainingData:
         for phase, stop in zip(self.blend.phases, stops, strict=False):
             for corpus, quota in zip(self.blend.corpora, phase.quotas, strict=False):
                 if stop > consumed_samples and quota and corpus.dataset_id not in self.datasets:
+                    names = ", ".join(self._names.values())
                     raise ConfigError(
-                        f"data.train = {', '.join(self._names.values())}: dataset "
+                        f"{prefix_origin(origins, 'data.train')}data.train = {names}: dataset "
                         f"{corpus.dataset_id} is missing, which the run draws up to sample {stop}: "
                         f"name it too, with weight 0 in data.train_weights"
                     )

@@ -62,7 +62,7 @@ class ValidationData:
 
     @property
     def sources(self) -> list[ShardSource]:
-        """The sources of the shards, for `stage_shards`."""
+        """The sources of the shards, for `copy_shards`."""
         return [self.dataset.shards]
 
     def samples(self, indices_B: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -111,8 +111,8 @@ class CheckedBlocks:
             raise BlockError(offset + got, "is cut off")
         if len(encoded) != 8 * num_blocks:
             raise BlockError(offset, "has no hash: the file of hashes is cut off")
-        place = 0
+        start = 0
         for expected in struct.unpack(f"<{num_blocks}Q", encoded):
-            if xxhash.xxh3_64_intdigest(view[place : place + BLOCK_BYTES]) != expected:
-                raise BlockError(offset + place, "is damaged: the block's hash differs")
-            place += BLOCK_BYTES
+            if xxhash.xxh3_64_intdigest(view[start : start + BLOCK_BYTES]) != expected:
+                raise BlockError(offset + start, "is damaged: the block's hash differs")
+            start += BLOCK_BYTES

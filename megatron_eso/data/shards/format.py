@@ -151,15 +151,15 @@ class ShardLayout:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return the record of each data row, and the number of its first token in the record."""
         rows_per_record = max(1, self.record_tokens // sequence_length)
-        record_R, place_R = np.divmod(indices_R, rows_per_record)
-        return record_R, place_R * sequence_length
+        record_R, number_R = np.divmod(indices_R, rows_per_record)
+        return record_R, number_R * sequence_length
 
     def locate_blocks(
         self,
         record_R: npt.NDArray[np.int64],
         first_token_R: npt.NDArray[np.int64],
         num_tokens_R: npt.NDArray[np.int64],
-    ) -> "BlockSpans":
+    ) -> "BlockRanges":
         """Return the whole blocks that hold stretches of tokens; no stretch crosses a record."""
         first_byte_R = first_token_R * self.itemsize
         last_byte_R = first_byte_R + num_tokens_R * self.itemsize - 1
@@ -171,18 +171,18 @@ class ShardLayout:
         stop_R = (last_byte_R // BLOCK_BYTES + 1) * BLOCK_BYTES
         shard_R, record_in_shard_R = np.divmod(record_R, self.shard_records)
         first_offset = self.record_offset(0)
-        return BlockSpans(
+        return BlockRanges(
             shard=shard_R,
             offset=first_offset + record_in_shard_R * self.record_stride + start_R,
             first_block=record_R * self.blocks_per_record + block_R,
             num_bytes=np.minimum(stop_R, record_tokens_R * self.itemsize) - start_R,
-            place=first_byte_R - start_R,
+            offset_in_block=first_byte_R - start_R,
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class BlockSpans:
-    """Stretches of whole blocks, each int64 [R]."""
+class BlockRanges:
+    """Ranges of whole blocks, each int64 [R]."""
 
     shard: npt.NDArray[np.int64]
     offset: npt.NDArray[np.int64]
@@ -191,8 +191,8 @@ class BlockSpans:
     """Number of the first block among the blocks of all records."""
     num_bytes: npt.NDArray[np.int64]
     """Bytes of the whole blocks; the last block of a record may be shorter than the others."""
-    place: npt.NDArray[np.int64]
-    """Offset of the stretch in its first block."""
+    offset_in_block: npt.NDArray[np.int64]
+    """Offset of the range in its first block."""
 
 
 def record_name(record: int, dtype: TokenDtype) -> str:

@@ -37,7 +37,7 @@ class Quarantine:
 
     @classmethod
     def read(cls, path: Path) -> "Quarantine":
-        """Read a list.
+        """Read the list of damaged records from a file.
 
         Raises:
             DataError: The file cannot be read, or has another form.

@@ -170,19 +170,19 @@ class TokenDataset:
         record_R, first_token_R = self._layout.locate_rows(index_R, sequence_length)
         starts = _find_runs(index_R, record_R, max(1, _MAX_READ_BYTES // row_bytes))
         stops = np.append(starts[1:], len(index_R))
-        spans = self._layout.locate_blocks(
+        ranges = self._layout.locate_blocks(
             record_R[starts], first_token_R[starts], (stops - starts) * sequence_length
         )
         # Read each run, and report the data row of a block that fails.
-        buffer = memoryview(bytearray(spans.num_bytes.max()))
-        for start, stop, shard, offset, first_block, num_bytes, place in zip(
+        buffer = memoryview(bytearray(ranges.num_bytes.max()))
+        for start, stop, shard, offset, first_block, num_bytes, in_block in zip(
             starts.tolist(),
             stops.tolist(),
-            spans.shard.tolist(),
-            spans.offset.tolist(),
-            spans.first_block.tolist(),
-            spans.num_bytes.tolist(),
-            spans.place.tolist(),
+            ranges.shard.tolist(),
+            ranges.offset.tolist(),
+            ranges.first_block.tolist(),
+            ranges.num_bytes.tolist(),
+            ranges.offset_in_block.tolist(),
             strict=True,
         ):
             try:
@@ -190,13 +190,13 @@ class TokenDataset:
             except BlockError as error:
                 # The first data row of the run that the bad block reaches. The block may be bad
                 # only after the run: then its last data row.
-                row = start + max(0, error.offset - offset - place) // row_bytes
+                row = start + max(0, error.offset - offset - in_block) // row_bytes
                 row = min(row, stop - 1)
                 sample = None if sample_indices is None else int(sample_indices[row])
                 raise DataError(
                     self._explain(error, int(record_R[row]), int(index_R[row]), sample)
                 ) from error
-            run = np.frombuffer(buffer, self._dtype, (stop - start) * sequence_length, place)
+            run = np.frombuffer(buffer, self._dtype, (stop - start) * sequence_length, in_block)
             tokens_RT[start:stop] = run.reshape(stop - start, sequence_length)
         return tokens_RT
 
@@ -277,5 +277,5 @@ def _find_runs(
     starts = np.flatnonzero(breaks_R)
     if len(starts) == len(index_R):
         return starts
-    place_R = np.arange(len(index_R)) - np.repeat(starts, np.diff(np.append(starts, len(index_R))))
-    return np.flatnonzero(place_R % max_rows == 0)
+    number_R = np.arange(len(index_R)) - np.repeat(starts, np.diff(np.append(starts, len(index_R))))
+    return np.flatnonzero(number_R % max_rows == 0)

@@ -1,4 +1,4 @@
-"""Places where a text may be cut without a change of the ids of a `tokenizer.json`.
+"""Positions at which a text may be cut without a change of the ids of a `tokenizer.json`.
 
 A text may be cut before a space that follows a visible ASCII character, if
 

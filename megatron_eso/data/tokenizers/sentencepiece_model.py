@@ -154,27 +154,27 @@ def _list_settings(model: bytes) -> list[tuple[str, bytes]]:
 
 def _iterate_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield the field numbers and encoded values of a valid protobuf message."""
-    place = 0
-    while place < len(message):
-        tag, place = _read_varint(message, place)
-        start = place
+    offset = 0
+    while offset < len(message):
+        tag, offset = _read_varint(message, offset)
+        start = offset
         match tag & 7:
             case 0:
-                _, place = _read_varint(message, place)
+                _, offset = _read_varint(message, offset)
             case 1:
-                place += 8
+                offset += 8
             case 2:
-                size, start = _read_varint(message, place)
-                place = start + size
+                size, start = _read_varint(message, offset)
+                offset = start + size
             case _:
-                place += 4
-        yield tag >> 3, message[start:place]
+                offset += 4
+        yield tag >> 3, message[start:offset]
 
 
-def _read_varint(message: bytes, place: int) -> tuple[int, int]:
+def _read_varint(message: bytes, offset: int) -> tuple[int, int]:
     value = shift = 0
-    while message[place] >= 128:
-        value |= (message[place] & 127) << shift
+    while message[offset] >= 128:
+        value |= (message[offset] & 127) << shift
         shift += 7
-        place += 1
-    return value | message[place] << shift, place + 1
+        offset += 1
+    return value | message[offset] << shift, offset + 1

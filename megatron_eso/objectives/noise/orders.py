@@ -88,7 +88,7 @@ class OrderLaw:
         return cls(name=config.order, set_size=config.set_size, max_set_size=config.max_set_size)
 
     def fits(self, length: int) -> bool:
-        """Return whether samples of this length have such orders."""
+        """Return whether an order of this kind exists for samples of this length."""
         if self.name != "staggered":
             return True
         return has_staggered_order(self.set_size, self.max_set_size, length)

@@ -1,12 +1,12 @@
 """Reads a sampler directory: `config.json`, and `model.safetensors` or shards with an index."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +20,8 @@ FORMAT_VERSION = 2
 """Version of directories with a value that readers of version 1 would ignore."""
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+_T = TypeVar("_T")
 
 
 def choose_version(description: Mapping[str, Any]) -> int:
@@ -49,7 +51,7 @@ def read_description(directory: str | Path) -> dict[str, Any]:
             f"{path}: not found; give a directory that `checkpoints_conversion` wrote"
         ) from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: is no valid JSON ({error}); convert again") from None
+        raise CheckpointError(f"{path}: is not valid JSON ({error}); convert again") from None
     if not isinstance(config, dict) or config.get("model_type") != "eso_lm":
         raise CheckpointError(f"{path}: model_type is not eso_lm; give a sampler directory")
     if config.get("format_version") not in (1, FORMAT_VERSION):
@@ -73,22 +75,41 @@ def read_weights(directory: str | Path, *, remedy: str = "convert again") -> dic
     Raises:
         CheckpointError: A file is missing or damaged.
     """
-    directory = Path(directory)
+    return _read_files(Path(directory), load_file, remedy)
+
+
+def read_shapes(directory: str | Path) -> dict[str, tuple[int, ...]]:
+    """Read the shapes of all tensors, not their values.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+    """
+    return _read_files(Path(directory), _read_header)
+
+
+def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(file, framework="pt") as tensors:
+        names = tensors.keys()
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+
+
+def _read_files(
+    directory: Path, read: Callable[[Path], dict[str, _T]], remedy: str = "convert again"
+) -> dict[str, _T]:
+    """Read all tensors, or their shapes, from the one file of weights or from its shards."""
     index = directory / INDEX_FILE
     files = [WEIGHTS_FILE]
     try:
         if index.exists():
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = sorted(set(weight_map.values()))
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, _T] = {}
         for name in files:
             if Path(name).name != name:
-                raise CheckpointError(f"{index}: {name} is no plain file name; {remedy}")
-            tensors.update(load_file(directory / name))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{directory}: {error.filename or error} is missing; {remedy}"
-        ) from None
+                raise CheckpointError(f"{index}: {name} is not a plain file name; {remedy}")
+            if not (directory / name).is_file():
+                raise CheckpointError(f"{directory}: {name} is missing; {remedy}")
+            tensors.update(read(directory / name))
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{directory}: its weights are damaged ({error}); {remedy}") from None
     return tensors
@@ -139,16 +160,34 @@ def build_network(
     Raises:
         CheckpointError: Tensors are missing, left over, or of another shape.
     """
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_shapes(config, found, source=source)
+    with torch.device("meta"):
+        network = EsoNetwork(config)
+    placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    network.load_state_dict(placed, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def check_shapes(
+    config: NetworkConfig, found: Mapping[str, tuple[int, ...]], *, source: object
+) -> None:
+    """Refuse tensors that are not those of a network.
+
+    Args:
+        config: Describes the network.
+        found: The shapes by name.
+        source: Where the tensors come from, for errors.
+
+    Raises:
+        CheckpointError: Tensors are missing, left over, or of another shape.
+    """
     with torch.device("meta"):
         network = EsoNetwork(config)
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise CheckpointError(
                 f"{source}: tensor {name}: {found.get(name, 'missing')} in the weights, "
                 f"{expected.get(name, 'missing')} in the configuration; convert a whole checkpoint"
             )
-    placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
-    network.load_state_dict(placed, assign=True)
-    return network.eval().requires_grad_(False)

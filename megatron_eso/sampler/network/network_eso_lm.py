@@ -95,7 +95,7 @@ class EsoNetworkMixin:
         return self.logits(self.hidden_states(z_BT, permutation, is_visible_BTT))
 
     def set_logits(self, z_t: Tensor, permutation: Tensor) -> Tensor:
-        """Compute logits of which a masked slot reads the clean slots, and itself.
+        """Compute logits where each masked slot reads the clean slots and itself.
 
         Arguments, result and errors are those of `diffusion_logits`. The row of the first masked
         slot equals that of `sequential_logits`.

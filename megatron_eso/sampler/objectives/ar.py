@@ -89,7 +89,7 @@ class AR(SamplerModel):
         num_positions, num_known = len(request.is_known_T), int(request.is_known_T.sum())
         if not request.is_known_T[:num_known].all():
             raise ValueError(
-                f"prompt of sample {request.row}: its known tokens are no prefix; an AR model "
+                f"prompt of sample {request.row}: its known tokens are not a prefix; an AR model "
                 "cannot fill in a gap"
             )
         if self.prepended is None and num_known == 0:

@@ -31,7 +31,7 @@ class EsoLM(SlotModel):
 
     @property
     def alpha_0(self) -> float:
-        """The value of training, which is the default of `generate`."""
+        """The value with which the model was trained; the default of `generate`."""
         return float(self.description["alpha_0"])
 
     @property

@@ -81,7 +81,7 @@ class StepRows:
 
     @property
     def is_real(self) -> NDArray[np.bool_]:
-        """Which rows are no padding, `[N, R]`."""
+        """Which rows are not padding, `[N, R]`."""
         is_real_NR: NDArray[np.bool_] = self.numbers < self.end_N[:, None]
         return is_real_NR
 

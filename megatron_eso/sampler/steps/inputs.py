@@ -112,7 +112,7 @@ def read_choice(
 
 
 def check_schedule(alpha_0: float | None, steps: int | None) -> None:
-    """Check the numbers that a schedule is drawn by; None is the default of the objective.
+    """Check the numbers from which a schedule is drawn; None is the default of the objective.
 
     Raises:
         ValueError: A number is out of its range.
@@ -127,7 +127,7 @@ def read_order(permutation: Tensor, prompt: Tensor, mask_token_id: int) -> Tenso
     """Return a given permutation on the prompt's device, checked against the prompt.
 
     Raises:
-        ValueError: It is no permutation, or a masked token comes before a clean one.
+        ValueError: It is not a permutation, or a masked token comes before a clean one.
     """
     if permutation.shape != prompt.shape or permutation.dtype != torch.int64:
         raise ValueError(
@@ -156,7 +156,7 @@ def read_schedules(schedule: Schedule, unknown_N: Sequence[int]) -> list[list[in
     for row, (counts, unknown) in enumerate(zip(rows, unknown_N, strict=True)):
         if any(count < 1 for count in counts) or sum(counts) != unknown:
             raise ValueError(
-                f"schedule of sample {row} is no list of positive numbers with the sum "
+                f"schedule of sample {row} is not a list of positive numbers with the sum "
                 f"{unknown}, the number of unknown tokens"
             )
     return rows

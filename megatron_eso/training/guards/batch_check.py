@@ -1,4 +1,4 @@
-"""Checks that all ranks have the same corpora, and the ranks of one model copy the same batch.
+"""Checks that all ranks have the same corpora, and all ranks of one model copy the same batch.
 
 Every rank plans its batch by itself. If two tensor-parallel or pipeline ranks had different tokens
 (another file under the same name, faulty memory, a defect), training would continue with

@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from megatron_eso.errors import ConfigError
+from megatron_eso.config.origins import TracedConfig
 from megatron_eso.files import write_text
 
 ID_FILE = "wandb_id"
@@ -19,17 +19,18 @@ ID_FILE = "wandb_id"
 logger = logging.getLogger(__name__)
 
 
-def check_wandb(project: str | None) -> None:
+def check_wandb(traced: TracedConfig) -> None:
     """Refuse a project if the package wandb is missing.
 
     Raises:
         ConfigError: The package is missing; the message names the extra to install.
     """
-    if project is not None and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            f"run.wandb_project = {project}: the package wandb is not installed: "
-            f"pip install 'megatron-eso[wandb]', or leave the key out"
-        )
+    traced.require(
+        traced.config.run.wandb_project is None or importlib.util.find_spec("wandb") is not None,
+        "run.wandb_project",
+        "the package wandb is not installed; pip install 'megatron-eso[wandb]', or leave the key "
+        "out",
+    )
 
 
 class WandbLog:

@@ -59,9 +59,12 @@ def test_data_may_have_a_url_but_not_an_empty_name(key: str) -> None:
         "model.num_layers=9000000000000000000",
         "model.num_query_groups=9000000000000000000",
         "data.sequence_length=9000000000000000000",
+        "data.sequence_length=100000000",
         "data.prefetch_steps=9000000000000000000",
         "train.global_batch_size=9000000000000000000",
         "train.micro_batch_size=9000000000000000000",
+        "train.micro_batch_size=1000000",
+        "validation.micro_batch_size=1000000",
         "parallel.tensor_model_parallel_size=9000000000000000000",
         "parallel.pipeline_model_parallel_size=9000000000000000000",
         "optimizer.adam_eps=99999999999",
@@ -165,7 +168,7 @@ def _change(path: Path, sections: dict[str, object]) -> Path:
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("x.json", "{}", "x.json: format_version = None: this version of megatron-eso reads 1"),
+        ("x.json", "{}", "x.json: holds no format_version; give the config.json of a run, or a"),
         ("x.json", "[1]", "x.json: holds no configuration; name a run directory's config.json"),
         ("x.json", "run: 1", "x.json: cannot be read as config.json: "),
         ("x.yaml", "run: 1", "x.yaml: layers are TOML files; write this one as TOML"),

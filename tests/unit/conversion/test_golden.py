@@ -186,7 +186,7 @@ def drop_block(checkpoint: dict, block: int) -> None:
 
 def add_everywhere(checkpoint: dict, name: str, tensor: Tensor) -> None:
     checkpoint["state_dict"][name] = tensor
-    # The rotary frequencies before it are no parameter, so the EMA list has none for them.
+    # The rotary frequencies before it are not parameters, so the EMA list has none for them.
     checkpoint["ema"]["shadow_params"].append(tensor)
 
 

@@ -141,7 +141,7 @@ def test_every_objective_of_training_has_a_sampler() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rotary_base": 10000.5}, "rotary_base 10000.5 is no whole number"),
+        ({"rotary_base": 10000.5}, "rotary_base 10000.5 is not a whole number"),
     ],
 )
 def test_a_network_that_no_run_has_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -128,3 +128,11 @@ def test_vocabulary_sizes_that_do_not_fit_are_refused(
     with pytest.raises(ConfigError, match=f"--vocab-size {vocab_size} does not fit the text: "):
         train_tokenizer(options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_vocabulary_smaller_than_its_special_ids_is_refused(
+    tmp_path: Path, small_corpus: Path
+) -> None:
+    options = TokenizerOptions(inputs=[str(small_corpus)], vocab_size=3, out=tmp_path / "out")
+    with pytest.raises(ConfigError, match="--vocab-size 3 has no room for the special ids; give"):
+        train_tokenizer(options)

@@ -53,13 +53,17 @@ def test_an_output_that_cannot_be_written_is_named(
     small_corpus: Path, tokenizer_directory: Path, tmp_path: Path
 ) -> None:
     for out in (small_corpus / "out", Path("/proc/out"), tmp_path / ("x" * 250)):
-        with pytest.raises(ConfigError, match=r"--out .*: cannot be written \(.+\); give another"):
+        with pytest.raises(
+            ConfigError, match=rf"--out {str(out)[:80]}\S*: cannot be written \(.+\); give"
+        ):
             build_dataset(
                 BuildOptions(
                     inputs=[str(small_corpus)], tokenizer=str(tokenizer_directory), out=out
                 )
             )
-        with pytest.raises(ConfigError, match=r"--out .*: cannot be written \(.+\); give another"):
+        with pytest.raises(
+            ConfigError, match=rf"--out {str(out)[:80]}\S*: cannot be written \(.+\); give"
+        ):
             train_tokenizer(TokenizerOptions(inputs=[str(small_corpus)], vocab_size=500, out=out))
 
 
@@ -92,6 +96,15 @@ def test_invalid_json_names_what_was_expected(
                 *("--out", str(tmp_path / "out"), "--workers", "1"),
             ]
         )
+
+
+def test_text_on_standard_input_names_the_option_of_its_format(
+    tokenizer_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a b c")))
+    arguments = ["build", "--input", "-", "--tokenizer", str(tokenizer_directory)]
+    with pytest.raises(DataError, match=r"name the format by --format \(JSONL was expected\)"):
+        main([*arguments, "--out", str(tmp_path / "out"), "--workers", "1"])
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", "txt"])

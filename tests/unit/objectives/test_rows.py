@@ -73,6 +73,7 @@ def test_positions_beyond_a_samples_length_have_no_row() -> None:
         t_B=np.array([np.nan, np.nan, 0.5]),
         is_sequential_B=np.array([True, True, False]),
     )
+    # Only positions within the lengths have rows.
     batch = plan(noise=noise)
     rows, loss = batch.rows, batch.loss
     assert rows.spans == (

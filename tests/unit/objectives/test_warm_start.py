@@ -87,12 +87,14 @@ def test_ranks_get_equal_shares() -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_sample_has_the_rows_of_its_objective(name: str, number: int) -> None:
     """Plan each sample alone, and find its targets, weights and reads in the joined plan."""
+    # Plan all samples together, with the AR loss for some.
     step = step_of(number)
     samples, warm = samples_of(step), family_objective(name, MASK, **WARM)
     alone, ar = family_objective(name, MASK), family_objective("ar", MASK)
     batch = warm.plan(samples, step)
     is_ar_B = warm.assign_phases(step) == len(alone.phases)
     assert (batch.phase_B == warm.assign_phases(step)).all()
+    # Compare each sample with its plan alone: targets, weights, and the rows that it reads.
     for b in range(SIZE):
         single = samples.choose(np.array([b]))
         expected = (ar if is_ar_B[b] else alone).plan(single, step)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eso.errors import ConfigError
+from megatron_eso.errors import ConfigError, DataError
 from megatron_eso.runs.restarts import write_failure
 from megatron_eso.runs.run_directory import RunDirectory
 from pretrain import train
@@ -123,7 +123,7 @@ def test_what_the_user_has_to_correct_stops_whichever_rank_met_it(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.write_status("failed", 12, reason="RuntimeError: connection closed by peer")
-    write_failure(run.failure, "shards/train: shard 3 is damaged")
+    write_failure(run.failure, DataError("shards/train: shard 3 is damaged"))
     outcome = judge(run, JOB)
     assert outcome.decision == "stop"
     assert outcome.reason == (

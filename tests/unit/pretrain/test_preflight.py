@@ -1,4 +1,4 @@
-"""What the pre-flight makes of facts and measurements: who is named, and who is not."""
+"""The faults that the pre-flight finds in facts and measurements, and the nodes that it names."""
 
 import dataclasses
 import threading

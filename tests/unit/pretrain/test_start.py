@@ -131,7 +131,7 @@ def test_a_refused_resume_leaves_the_run_as_it_is(
     with pytest.raises(UserError) as refused:
         main([*arguments, *(["--dry-run"] if is_dry else [])])
     checkpoint = finished_run.checkpoints / "step_00000005"
-    assert str(refused.value).startswith(line.format(checkpoint=checkpoint))
+    assert str(refused.value).startswith(f"command line: {line.format(checkpoint=checkpoint)}")
     assert finished_run.status.read_bytes() == before
     assert sorted(path.name for path in finished_run.path.iterdir()) == [
         "checkpoints",
@@ -144,7 +144,9 @@ def test_another_sequence_length_of_a_resumed_run_is_refused_by_the_dry_run(
 ) -> None:
     length = TINY["data.sequence_length"] // 2
     arguments = tiny_arguments(finished_run.path, tiny_data, {"data.sequence_length": length})
-    with pytest.raises(ConfigError, match=r"data.sequence_length = 12, but .* written with 24"):
+    with pytest.raises(
+        ConfigError, match=r"^command line: data.sequence_length = 12, but .* written with 24"
+    ):
         main([*arguments, "--dry-run"])
 
 

@@ -58,7 +58,7 @@ def test_a_missing_package_is_one_line(tmp_path: Path) -> None:
     )
     assert said.returncode == 2
     assert said.stderr == (
-        "error: run.wandb_project = eso: the package wandb is not installed: "
+        'error: command line: run.wandb_project = "eso": the package wandb is not installed; '
         "pip install 'megatron-eso[wandb]', or leave the key out\n"
     )
 

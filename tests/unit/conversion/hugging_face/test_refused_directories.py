@@ -102,7 +102,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str, int]] = {
     "no config": (lambda path: (path / "config.json").unlink(), "config.json: cannot be read", 2),
     "damaged config": (
         lambda path: (path / "config.json").write_text("{"),
-        "config.json: is no valid JSON",
+        "config.json: is not valid JSON",
         1,
     ),
     "a pickle alone": (keep_pickle, "has only pytorch_model.bin, a pickle, which is not read", 2),

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from megatron_eso.data.remote.cache import ShardCache
+from megatron_eso.data.remote.copies import copy_shards
 from megatron_eso.data.remote.datasets import open_dataset
-from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError, DataError, UserError
 from tests.support.file_server import FileServer
@@ -24,7 +24,7 @@ from tests.support.remote_shards import (
 
 def test_a_damaged_copy_is_made_anew(server: FileServer, corpora: Path, cache: ShardCache) -> None:
     dataset = open_dataset(f"{server.url}/a", cache=cache, retry_seconds=(0.0, 0.0))
-    stage_shards([dataset.shards])
+    copy_shards([dataset.shards])
     flipped, shortened = dataset.manifest.shards[3:5]
     path = cache.shards / flipped.sha256
     content = bytearray(path.read_bytes())

@@ -10,10 +10,10 @@ import pytest
 
 from megatron_eso.data.remote import folder as remote_folder
 from megatron_eso.data.remote.cache import ShardCache
+from megatron_eso.data.remote.copies import copy_shards
 from megatron_eso.data.remote.datasets import find_datasets, open_dataset
-from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.shards.reader import TokenDataset
-from megatron_eso.errors import ConfigError, DataError
+from megatron_eso.errors import ConfigError, DataError, OutageError
 from tests.support.file_server import Fault, FileServer, serve_folder
 from tests.support.remote_shards import (
     is_equal,
@@ -27,7 +27,7 @@ def test_rows_over_http_equal_those_on_disk(
 ) -> None:
     dataset = open_dataset(f"{server.url}/a/", cache=cache)
     assert not any(name.endswith(".tar") for name in server.num_requests)
-    stage_shards([dataset.shards])
+    copy_shards([dataset.shards])
     names = [shard.name for shard in dataset.manifest.shards]
     assert len(names) == 7
     assert all(server.num_requests[f"a/{name}"] == 1 for name in names)
@@ -38,7 +38,7 @@ def test_rows_over_http_equal_those_on_disk(
     # Another start requests the manifest alone.
     server.num_requests.clear()
     again = open_dataset(f"{server.url}/a", cache=cache)
-    stage_shards([again.shards])
+    copy_shards([again.shards])
     assert dict(server.num_requests) == {"a/manifest.json": 1}
 
 
@@ -49,7 +49,7 @@ def test_equally_named_shards_do_not_mix(
     a, b = (dataset.manifest.shards for dataset in datasets)
     assert [shard.name for shard in a] == [shard.name for shard in b]
     assert not {shard.sha256 for shard in a} & {shard.sha256 for shard in b}
-    stage_shards([dataset.shards for dataset in datasets])
+    copy_shards([dataset.shards for dataset in datasets])
     assert is_equal(datasets[0], corpora / "a")
     assert is_equal(datasets[1], corpora / "b")
     assert len(list_files(cache.shards)) == 14
@@ -70,7 +70,7 @@ def test_a_failed_download_is_repeated(
 ) -> None:
     server.fail("a/shard-00002.tar", *faults)
     dataset = open_dataset(f"{server.url}/a", cache=cache)
-    stage_shards([dataset.shards])
+    copy_shards([dataset.shards])
     assert server.num_requests["a/shard-00002.tar"] == 1 + len(faults)
     assert is_equal(dataset, corpora / "a")
 
@@ -84,7 +84,7 @@ def test_a_damaged_shard_is_never_delivered(
     dataset = open_dataset(f"{server.url}/a", cache=cache)
     expected = dataset.manifest.shards[1].sha256
     with pytest.raises(DataError, match=rf"{server.url}/{name}: its sha256 is [0-9a-f]+.*3 att"):
-        stage_shards([dataset.shards])
+        copy_shards([dataset.shards])
     with pytest.raises(DataError, match=f"not the manifest's {expected}"):
         read_all(dataset)
     assert server.num_requests[name] == 2 * remote_folder.HASH_ATTEMPTS
@@ -107,13 +107,14 @@ def test_refusals_name_the_url(server: FileServer, cache: ShardCache, tmp_path: 
         assert find_datasets(split.url) == parts
         assert find_datasets(parts[0]) == parts[:1]
     server.fail("a/manifest.json", Fault(status=403))
-    with pytest.raises(DataError, match="HTTP status 403.*credentials"):
+    with pytest.raises(DataError, match="HTTP status 403.*credentials") as refused:
         open_dataset(f"{server.url}/a", cache=cache)
+    assert not isinstance(refused.value, OutageError)
     assert server.num_requests["a/manifest.json"] == 1
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/a"
-        with pytest.raises(DataError, match=f"cannot read {url}/manifest.json.*7 attempts"):
+        with pytest.raises(OutageError, match=f"cannot read {url}/manifest.json.*7 attempts"):
             open_dataset(url, cache=cache)
 
 

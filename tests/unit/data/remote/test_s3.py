@@ -13,8 +13,8 @@ import pytest
 
 from megatron_eso.data.remote import folder as remote_folder
 from megatron_eso.data.remote.cache import ShardCache
+from megatron_eso.data.remote.copies import copy_shards
 from megatron_eso.data.remote.datasets import find_datasets, open_dataset
-from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.errors import DataError
 from tests.support.processes import HANG_SECONDS
 from tests.support.remote_shards import (
@@ -69,7 +69,7 @@ def test_rows_over_s3_equal_those_on_disk(
 ) -> None:
     caplog.set_level(logging.DEBUG, logger="megatron_eso")
     datasets = [open_dataset(f"{s3_url}/{name}", cache=cache) for name in "ab"]
-    stage_shards([dataset.shards for dataset in datasets])
+    copy_shards([dataset.shards for dataset in datasets])
     for name, dataset in zip("ab", datasets, strict=True):
         assert is_equal(dataset, corpora / name)
     assert "shards copied" in caplog.text
@@ -93,7 +93,7 @@ def test_another_object_in_a_shards_place_is_refused(
     files.copy("bucket/corpora/b/shard-00000.tar", "bucket/mixed/shard-00000.tar")
     dataset = open_dataset("s3://bucket/mixed", cache=cache)
     with pytest.raises(DataError, match="s3://bucket/mixed/shard-00000.tar: its sha256 is"):
-        stage_shards([dataset.shards])
+        copy_shards([dataset.shards])
     files.pipe("bucket/mixed/shard-00000.tar", b"short")
     with pytest.raises(DataError, match="it has 5 bytes, not the manifest's"):
-        stage_shards([dataset.shards])
+        copy_shards([dataset.shards])

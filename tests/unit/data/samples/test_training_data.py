@@ -33,6 +33,7 @@ LENGTH = 50
 RECORD_TOKENS = 1010
 NUM_TOKENS = {"a": 60_000, "b": 30_000, "c": 9_999}
 SOURCE = "runs/x/checkpoints/step_00000100"
+ORIGINS = {"data.train": "command line"}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,7 @@ def checkpoint(data: TrainingData) -> dict[str, Any]:
 
 def resume(config: Config, state: dict[str, Any], consumed_samples: int) -> TrainingData:
     data = open_data(config)
-    data.resume(state, consumed_samples=consumed_samples, source=SOURCE)
+    data.resume(state, consumed_samples=consumed_samples, source=SOURCE, origins=ORIGINS)
     return data
 
 
@@ -212,7 +213,7 @@ def test_another_blend_is_a_new_phase_or_refused(
     assert f"another run.directory with checkpoint.init_from = {SOURCE}" in line
     for phase in (3, 7):
         line = refuse(configure(folder, ["a", "b", "c"], phase=phase, **changed), state)
-        assert f"data.phase = {phase}: {SOURCE} is in phase 1 of" in line
+        assert line.startswith(f"default: data.phase = {phase}: {SOURCE} is in phase 1 of")
 
     # With it, the new blend begins at the next block.
     with caplog.at_level(logging.INFO):
@@ -238,6 +239,7 @@ def test_another_blend_is_a_new_phase_or_refused(
 def test_a_corpus_is_kept_until_its_last_block(folder: Path) -> None:
     state = checkpoint(open_data(configure(folder, ["a", "b"])))
     line = refuse(configure(folder, "a", phase=2), state, 100)
+    assert line.startswith("command line: data.train = ")
     assert "up to sample 4096: name it too, with weight 0 in data.train_weights" in line
     kept = configure(folder, ["a", "b"], phase=2, train_weights=(1.0, 0.0))
     data = resume(kept, state, 100)

@@ -164,7 +164,7 @@ def test_splits_hold_every_document_once_by_its_text(
         (b'{"text": "a"}\n{"text": "b"\n', "bad.jsonl:2: invalid JSON"),
         (b'{"text": "a"}\n\n{"body": "b"}\n', "bad.jsonl:3: no key 'text'"),
         (b'{"text": 1}\n', "bad.jsonl:1: 'text' is not a string"),
-        (b"[1]\n", "bad.jsonl:1: is no JSON object"),
+        (b"[1]\n", "bad.jsonl:1: is not a JSON object"),
         (b'{"text": "\xff"}\n', "bad.jsonl:1: invalid UTF-8"),
         (b'{"text": "\\ud800"}\n', "bad.jsonl:1: the text holds half a surrogate pair"),
         (b"[" * 10**6, "bad.jsonl:1: invalid JSON"),

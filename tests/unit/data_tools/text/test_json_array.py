@@ -58,7 +58,7 @@ def test_other_json_files_are_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('[{"text": "a"}, 5]', "row 2: is no JSON object"),
+        ('[{"text": "a"}, 5]', "row 2: is not a JSON object"),
         ('[{"text": "a"}, {"body": "b"}]', "row 2: no key 'text'"),
         ('[{"text": "a"}, {"text": "b"', "row 2: invalid JSON"),
         ('[{"text": "a"} {"text": "b"}]', "row 2: no comma"),

@@ -18,8 +18,8 @@ import pytest
 from megatron_eso.config.model import ModelConfig
 from megatron_eso.config.sections import Config, DataConfig, OptimizerConfig, RunConfig, TrainConfig
 from megatron_eso.data.remote.cache import ShardCache
+from megatron_eso.data.remote.copies import copy_shards
 from megatron_eso.data.remote.datasets import open_dataset
-from megatron_eso.data.remote.staging import stage_shards
 from megatron_eso.data.samples.training_data import TrainingData
 from megatron_eso.data.shards.reader import TokenDataset
 from megatron_eso.errors import ConfigError, DataError
@@ -58,7 +58,7 @@ def test_a_run_over_urls_is_that_over_local_shards(
     # The samples and the state are equal to those of local shards.
     remote = open_data(configure(f"{server.url}/a", f"{server.url}/b"))
     local = open_data(configure(str(corpora / "a"), str(corpora / "b")))
-    stage_shards(remote.sources)
+    copy_shards(remote.sources)
     samples = np.arange(500)
     assert np.array_equal(remote.rows(samples), local.rows(samples))
     assert remote.state == local.state
@@ -81,11 +81,11 @@ def test_a_shard_of_another_size_is_found_at_the_start(
     cache = ShardCache.at(str(tmp_path / "cache"), 300_000 / 2**30)
     with serve_folder(served) as server:
         dataset = open_dataset(server.url, cache=cache)
-        stage_shards([dataset.shards])
+        copy_shards([dataset.shards])
         assert re.search("the shards take .* GiB, data.cache_gib = .*raise", caplog.text)
         os.truncate(served / "shard-00006.tar", 5000)
         with pytest.raises(DataError, match="shard-00006.tar has 5000 bytes"):
-            stage_shards([dataset.shards])
+            copy_shards([dataset.shards])
 
 
 WORKER = """
@@ -93,12 +93,12 @@ import hashlib, sys
 import numpy as np
 from megatron_eso.data.remote.datasets import open_dataset
 from megatron_eso.data.remote.cache import ShardCache
-from megatron_eso.data.remote.staging import stage_shards
+from megatron_eso.data.remote.copies import copy_shards
 url, cache, length, first = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "first"
 dataset = open_dataset(url, cache=ShardCache.at(cache, 0.1))
 print("open", flush=True)
 if first:
-    stage_shards([dataset.shards])
+    copy_shards([dataset.shards])
 print(hashlib.sha256(dataset.rows(np.arange(dataset.num_rows(length)), length)).hexdigest())
 """
 

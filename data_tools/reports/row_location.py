@@ -28,7 +28,7 @@ class DocumentPart:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RowPlace:
+class RowLocation:
     """Location of a data row on the disk, and its documents."""
 
     shard: str
@@ -55,7 +55,7 @@ class RowPlace:
             )
 
 
-def locate_row(dataset: TokenDataset, row: int, length: int) -> RowPlace:
+def locate_row(dataset: TokenDataset, row: int, length: int) -> RowLocation:
     """Find a row of `length` tokens, and read its record.
 
     Raises:
@@ -71,7 +71,7 @@ def locate_row(dataset: TokenDataset, row: int, length: int) -> RowPlace:
     ends = (np.flatnonzero(is_end[first : first + length]) + 1).tolist()
     edges = [0, *(end for end in ends if end < length), length]
     # The row on the disk.
-    return RowPlace(
+    return RowLocation(
         shard=manifest.shards[record // layout.shard_records].name,
         record=record,
         member=record_name(record, layout.dtype),

@@ -1,4 +1,4 @@
-"""Copying of all remote shards of a run before its first step, once on each node."""
+"""Copies of all remote shards of a run, made before its first step, once on each node."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ class _Job:
         return self.shards.manifest.shards[self.number]
 
 
-def stage_shards(sources: Iterable[ShardSource]) -> None:
+def copy_shards(sources: Iterable[ShardSource]) -> None:
     """Copy every remote shard of a run to its cache, or warn once that they do not fit.
 
     Every process calls this once with all datasets of the run; the processes of a node share the
@@ -66,7 +66,7 @@ def stage_shards(sources: Iterable[ShardSource]) -> None:
                 pass
         return
     _check_disk(cache, total)
-    _stage_all(list(jobs.values()))
+    _copy_all(list(jobs.values()))
 
 
 def _check_disk(cache: ShardCache, total: int) -> None:
@@ -79,7 +79,7 @@ def _check_disk(cache: ShardCache, total: int) -> None:
         )
 
 
-def _stage_all(jobs: list[_Job]) -> None:
+def _copy_all(jobs: list[_Job]) -> None:
     # Opening a copy records its use, so that other copies are removed to make room.
     missing = [job for job in jobs if not _close(job.shards.cache.open(job.file))]
     if not missing:
@@ -92,12 +92,12 @@ def _stage_all(jobs: list[_Job]) -> None:
     with ThreadPoolExecutor(_THREADS) as pool:
         # First the shards that no other process is downloading, then the others.
         for wait in (False, True):
-            done = pool.map(partial(_stage_job, progress=progress, wait=wait), missing)
+            done = pool.map(partial(_copy_job, progress=progress, wait=wait), missing)
             missing = [job for job, is_done in zip(missing, done, strict=True) if not is_done]
     progress.finish()
 
 
-def _stage_job(job: _Job, progress: Progress, wait: bool) -> bool:
+def _copy_job(job: _Job, progress: Progress, wait: bool) -> bool:
     downloaded = 0
 
     def advance(num_bytes: int) -> None:
@@ -105,7 +105,7 @@ def _stage_job(job: _Job, progress: Progress, wait: bool) -> bool:
         downloaded += num_bytes
         progress.advance(num_bytes)
 
-    is_done = _close(job.shards.stage(job.number, wait=wait, advance=advance))
+    is_done = _close(job.shards.make_copy(job.number, wait=wait, advance=advance))
     if is_done:
         progress.advance(job.file.bytes - downloaded)  # the bytes that another process downloaded
     return is_done
