@@ -1,27 +1,11 @@
 """Converts a Llama, Qwen2 or Qwen3 directory to an `ar` sampler directory with a mask token."""
 
-import json
-import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from checkpoints_conversion.conversions import Conversion, count_parameters
-from checkpoints_conversion.hugging_face.families import describe_hugging_face
-from checkpoints_conversion.hugging_face.tensors import REMEDY, common_dtype, read_tensors
-from checkpoints_conversion.hugging_face.vocabulary import (
-    EMBEDDING,
-    HEAD,
-    MaskedVocabulary,
-    add_mask_rows,
-)
+from checkpoints_conversion.hugging_face.reading import read_hugging_face
 from checkpoints_conversion.sampler_directory import hash_tensors, write_sampler_directory
-from megatron_eso.data.tokenizers.tokenizer import Tokenizer, has_tokenizer
-from megatron_eso.errors import CheckpointError, ConfigError
-from megatron_eso.sampler.network.directory import WEIGHTS_FILE, build_network
-from megatron_eso.sampler.network.layers_eso_lm import NetworkConfig
-
-logger = logging.getLogger(__name__)
 
 
 def convert_from_hugging_face(
@@ -41,45 +25,28 @@ def convert_from_hugging_face(
         CheckpointError: A file is missing or damaged.
         DataError: The tokenizer is damaged.
     """
-    # What config.json and the tokenizer state.
-    path = source / "config.json"
-    fields = describe_hugging_face(_read_config(path), path)
-    num_rows = fields["vocab_size"]
-    if tokenizer is None and has_tokenizer(source):
-        tokenizer = source
-    vocabulary, bos_token_id = _choose_vocabulary(tokenizer, num_rows, path)
-    fields |= {"vocab_size": vocabulary.size, "mask_token_id": vocabulary.mask_token_id}
-    try:
-        config = NetworkConfig.from_dict(fields)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}; give another model") from None
-    # The tensors, of which those of the vocabulary change.
-    found = read_tensors(source, is_tied=config.tie_word_embeddings)
-    dtype = common_dtype(found, source)
-    for name in (EMBEDDING, HEAD):
-        if name in found and tuple(found[name].shape) != (num_rows, config.hidden_size):
-            raise CheckpointError(
-                f"{source}: tensor {name} has the shape {tuple(found[name].shape)}, but "
-                f"config.json states {(num_rows, config.hidden_size)}; {REMEDY}"
-            )
-    tensors, cut = add_mask_rows(found, vocabulary, seed)
-    build_network(config, tensors, dtype, "cpu", source=source)
-    # The directory.
+    model = read_hugging_face(source, tokenizer=tokenizer, seed=seed)
     description = {
-        **asdict(config),
+        **asdict(model.config),
         "objective": "ar",
         "prepend_token": "none",
-        "bos_token_id": bos_token_id,
+        "bos_token_id": model.bos_token_id,
         "source": {
             "kind": "hugging_face",
             "step": None,
             "weights": "raw",
-            "sha256": hash_tensors(found),
+            "sha256": hash_tensors(model.found),
         },
     }
     write_sampler_directory(
-        out_dir, description, tensors, dtype=dtype, tokenizer=tokenizer, cut_rows=cut
+        out_dir,
+        description,
+        model.tensors,
+        dtype=model.dtype,
+        tokenizer=model.tokenizer,
+        cut_rows=model.cut_rows,
     )
+<<<<<<< HEAD
     return Conversion(
         directory=out_dir, step=None, weights="raw", num_parameters=count_parameters(tensors)
     )
@@ -119,3 +86,7 @@ def _choose_vocabulary(
             f"{vocabulary.num_kept} tokens; give the model's own by --tokenizer"
         )
     return vocabulary, loaded.bos_token_id
+=======
+    num_parameters = count_parameters(model.tensors)
+    return Conversion(directory=out_dir, step=None, weights="raw", num_parameters=num_parameters)
+>>>>>>> hf_fix

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoints_conversion.hugging_face.reading import is_hugging_face, read_hugging_face
 from checkpoints_conversion.official import (
     OfficialOptions,
     fold_official,
@@ -95,7 +96,7 @@ def load_any(
     weights: str | None = None,
     mask_token_id: int | None = None,
 ) -> Loaded:
-    """Load a sampler or run directory, a distributed checkpoint or an official one.
+    """Load a directory of a sampler, of a run or of transformers, or another checkpoint.
 
     Args:
         path: The directory or file.
@@ -114,16 +115,7 @@ def load_any(
             f"{path}: is a bare backbone; convert it by from-official and name the result"
         )
     if path.is_file():
-        official = read_official(path, weights or "ema")
-        config = infer_config(official, mask_token_id)
-        describe_official(official, config, OfficialOptions())  # refuses other models
-        return Loaded(
-            path=path,
-            kind="official checkpoint",
-            config=config,
-            tensors=fold_official(official),
-            weights=official.weights,
-        )
+        return _load_official(path, weights or "ema", mask_token_id)
     # The kind of a directory follows from its files.
     if is_sampler_directory(path):
         config = read_network_config(path)
@@ -133,6 +125,15 @@ def load_any(
             config=config,
             tensors=read_weights(path),
             weights=recorded_weights(path) or "raw",
+        )
+    if is_hugging_face(path):
+        model = read_hugging_face(path)
+        return Loaded(
+            path=path,
+            kind="directory of transformers",
+            config=model.config,
+            tensors=model.tensors,
+            weights="raw",
         )
     if is_torch_dist(path) or RunDirectory(path).checkpoints.is_dir():
         checkpoint = open_checkpoint(path, step)
@@ -145,8 +146,21 @@ def load_any(
             weights=description["source"]["weights"],
         )
     raise CheckpointError(
-        f"{path}: is neither a sampler directory, a run directory, a distributed checkpoint nor a "
-        "file; name one of these"
+        f"{path}: is neither a sampler directory, a run directory, a directory of transformers, a "
+        "distributed checkpoint nor a file; name one of these"
+    )
+
+
+def _load_official(path: Path, weights: str, mask_token_id: int | None) -> Loaded:
+    official = read_official(path, weights)
+    config = infer_config(official, mask_token_id)
+    describe_official(official, config, OfficialOptions())  # refuses other models
+    return Loaded(
+        path=path,
+        kind="official checkpoint",
+        config=config,
+        tensors=fold_official(official),
+        weights=official.weights,
     )
 
 

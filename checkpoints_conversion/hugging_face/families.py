@@ -125,6 +125,12 @@ def describe_network(network: NetworkConfig, source: Path) -> dict[str, Any]:
             f"{source}: has add_qkv_bias and qk_layernorm, of which Qwen2 has the first and Qwen3 "
             "the second; export a model with one of them"
         )
+    heads = network.num_attention_heads
+    if kinds[parts] == "llama" and network.hidden_size % heads:
+        raise ConfigError(
+            f"{source}: hidden_size is {network.hidden_size}, in LlamaForCausalLM a multiple of "
+            f"{heads} heads; export a model of its shape"
+        )
     # Transformers 4 and 5 read these names of the rotary keys.
     scaling = {key: getattr(network, field) for key, field in LLAMA3_FACTORS.items()}
     return {
@@ -168,8 +174,11 @@ def _check_fixed(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _describe_rotary(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return the rotary fields; transformers 5 keeps them in one entry, and 4 in two."""
-    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Return the rotary fields; transformers 5 keeps them in one entry, and 4 in two.
+
+    Where both versions' entries are set, transformers takes `rope_scaling`.
+    """
+    rotary = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rotary = rotary if isinstance(rotary, dict) else {"rope_type": rotary}
     base = {"rope_theta": config.get("rope_theta", ROTARY_BASE), **rotary}
     fields: dict[str, Any] = {"rotary_base": _read(base, "rope_theta", float, path)}

@@ -15,7 +15,7 @@ from megatron_eso.data.tokenizers.tokenizer import Tokenizer
 from megatron_eso.sampler import load
 from megatron_eso.sampler.network.directory import read_weights
 from tests.support.hugging_face import make_gpt2, make_llama3
-from tests.support.hugging_face_models import MODELS, SIZES, save_model
+from tests.support.hugging_face_models import LLAMA3, MODELS, SIZES, save_model
 
 TOLERANCE = 1e-5
 WEIGHTS = "model.safetensors"
@@ -90,12 +90,15 @@ def test_the_mask_token_is_one_more_row_near_the_mean_of_the_others(tmp_path: Pa
         assert not torch.equal(rows["c"][name][-1], row)
 
 
-def test_rows_beyond_the_tokenizer_are_never_predicted_and_are_exported(tmp_path: Path) -> None:
+def test_rows_beyond_the_tokenizer_are_never_predicted_and_are_exported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tokenizer = make_gpt2()
     num_tokens = tokenizer.get_vocab_size()
     model = save_model(tmp_path / "hf", vocab_size=num_tokens + 21)
     tokenizer.save(str(tmp_path / "hf" / "tokenizer.json"))
     back = convert_back(tmp_path)
+    assert f"21 of the {num_tokens + 21} rows are beyond the tokenizer" in caplog.text
     sampler = load(tmp_path / "sampler")
     assert sampler.config.vocab_size == num_tokens + 1
     assert sampler.config.mask_token_id == num_tokens
@@ -160,6 +163,35 @@ def test_a_config_of_transformers_4_is_read(tmp_path: Path) -> None:
     found = load(tmp_path / "sampler").logits(draw_texts())[..., :NUM_TOKENS]
     expected = compute_logits(model, draw_texts())
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
+def test_rope_scaling_comes_before_rope_parameters_as_in_transformers(tmp_path: Path) -> None:
+    """A user adds `rope_scaling` to a file that transformers 5 wrote."""
+    save_model(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text())
+    assert config["rope_parameters"]["rope_type"] == "default"
+    path.write_text(json.dumps({**config, "rope_scaling": LLAMA3}))
+    convert_back(tmp_path)
+    expected = compute_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), draw_texts())
+    found = load(tmp_path / "sampler").logits(draw_texts())[..., :NUM_TOKENS]
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3, tied"])
+def test_verify_compares_directories_of_transformers(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "hf", name)
+    back = convert_back(tmp_path)
+    for other in ("sampler", back.name):
+        assert main(["verify", str(tmp_path / "hf"), str(tmp_path / other)]) == 0
+    assert "directory of transformers, raw weights" in capsys.readouterr().out
+    tensors = load_file(back / WEIGHTS)
+    tensors["model.norm.weight"][3] += 1
+    save_file(tensors, back / WEIGHTS)
+    assert main(["verify", str(tmp_path / "hf"), str(back)]) == 1
+    assert "1 in norm.weight" in capsys.readouterr().out
 
 
 def test_a_mask_token_that_predicts_the_first_token_is_exported(tmp_path: Path) -> None:

@@ -69,8 +69,6 @@ def test_a_model_that_the_network_does_not_compute_is_refused_by_name(
     case: str, directory: Path
 ) -> None:
     changes, message = CONFIGS[case]
-    if "rope_scaling" in changes:
-        changes = {"rope_parameters": None, **changes}
     change_config(directory, **changes)
     error = read_refusal(directory)
     assert f"{directory / 'config.json'}: {message}" in str(error)
@@ -147,6 +145,7 @@ SAMPLERS: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"activation": "gelu"}, "activation is 'gelu', 'swiglu' in Llama, Qwen2"),
     "norm": ({"normalization": "LayerNorm"}, "normalization is 'LayerNorm', 'RMSNorm' in Llama"),
     "head bias": ({"head_bias": True}, "head_bias is True, False in Llama"),
+    "width": ({"hidden_size": 33}, "hidden_size is 33, in LlamaForCausalLM a multiple of 4 heads"),
     "both": ({"add_qkv_bias": True, "qk_layernorm": True}, "has add_qkv_bias and qk_layernorm"),
 }
 
