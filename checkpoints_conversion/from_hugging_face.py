@@ -46,47 +46,5 @@ def convert_from_hugging_face(
         tokenizer=model.tokenizer,
         cut_rows=model.cut_rows,
     )
-<<<<<<< HEAD
-    return Conversion(
-        directory=out_dir, step=None, weights="raw", num_parameters=count_parameters(tensors)
-    )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}); give a directory of transformers with "
-            f"config.json and {WEIGHTS_FILE}"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: is not valid JSON ({error}); {REMEDY}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: is not a JSON object; {REMEDY}")
-    return config
-
-
-def _choose_vocabulary(
-    tokenizer: Path | None, num_rows: int, path: Path
-) -> tuple[MaskedVocabulary, int | None]:
-    """Return the tokens of the network, and the token that begins a text."""
-    if tokenizer is None:
-        logger.warning(
-            "%s: has no tokenizer that this package reads; the mask token is %d, after the last "
-            "row; see --tokenizer",
-            *(path.parent, num_rows),
-        )
-        return MaskedVocabulary(size=num_rows + 1, mask_token_id=num_rows), None
-    loaded = Tokenizer.load(tokenizer)
-    vocabulary = MaskedVocabulary(size=loaded.vocab_size, mask_token_id=loaded.mask_token_id)
-    if vocabulary.num_kept > num_rows:
-        raise ConfigError(
-            f"{path}: vocab_size is {num_rows}, but the tokenizer {tokenizer} has "
-            f"{vocabulary.num_kept} tokens; give the model's own by --tokenizer"
-        )
-    return vocabulary, loaded.bos_token_id
-=======
     num_parameters = count_parameters(model.tensors)
     return Conversion(directory=out_dir, step=None, weights="raw", num_parameters=num_parameters)
->>>>>>> hf_fix

@@ -110,9 +110,9 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"config.json and {WEIGHTS_FILE}"
         ) from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: is no valid JSON ({error}); {REMEDY}") from None
+        raise CheckpointError(f"{path}: is not valid JSON ({error}); {REMEDY}") from None
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: is no JSON object; {REMEDY}")
+        raise CheckpointError(f"{path}: is not a JSON object; {REMEDY}")
     return config
 
 
