@@ -178,7 +178,7 @@ def test_a_changed_model_is_refused_on_resume(
         [*command, *arguments, "run.seed=5"], capture_output=True, text=True, check=False
     )
     assert finished.returncode == 2
-    assert "error: run.seed = 5, but" in finished.stderr
+    assert "error: command line: run.seed = 5, but" in finished.stderr
     more = subprocess.run(
         [*command, *arguments, "train.num_steps=3", "optimizer.learning_rate=1e-3"],
         capture_output=True,
