@@ -217,7 +217,7 @@ def test_a_step_of_mdlm_that_reveals_nothing_needs_no_forward_pass() -> None:
 def test_requests_that_an_objective_cannot_serve_are_refused() -> None:
     gap = torch.tensor([[MASK, 1, MASK, MASK]])
     cases: list[tuple[str, dict[str, Any], str]] = [
-        ("ar_mask", {"prompt": gap}, "no prefix"),
+        ("ar_mask", {"prompt": gap}, "not a prefix"),
         ("ar_none", {"length": 4}, "prepend_token = none"),
         ("ar_mask", {"length": 4, "schedule": [2, 2]}, "one token in each step"),
         ("ar_mask", {"length": 4, "steps": 2}, "one token in each step"),
