@@ -145,14 +145,14 @@ class Tiled:
 def count_tiled(objective: Objective, num_tokens: int, mask_token_id: int) -> tuple[Tiled, Tiled]:
     """Return the mean attention of a sample outside streams: in a body layer, in the last layer.
 
-    It is that of the planned rows of one step.
+    It is that of the planned rows of one step after every warm-up.
 
     Args:
         objective: The objective.
         num_tokens: Tokens of a sample.
         mask_token_id: The mask token.
     """
-    step = Step(number=0, first_index=0, batch_size=NUM_PLANNED)
+    step = Step.late(NUM_PLANNED)
     rows = objective.plan(Samples.blank(NUM_PLANNED, num_tokens, mask_token_id), step).rows
     body, last = (
         sum((_count_span(span) for span in spans if span.reading not in STREAMS), Tiled())
@@ -162,17 +162,16 @@ def count_tiled(objective: Objective, num_tokens: int, mask_token_id: int) -> tu
 
 
 def _count_span(span: Span) -> Tiled:
-    """Count the tiles of a span; small blocks share tiles with their neighbours."""
-    size, is_block = span.num_rows, span.reading is Reading.BLOCK
-    shared = min(size, TILE_QUERIES)
-    if not is_block:
+    """Count the tiles of a span; small spans share tiles with their neighbours."""
+    size, tiles = span.num_rows, span.num_rows / TILE_QUERIES
+    if span.reading is not Reading.BLOCK:
         pairs = size * (span.num_keys - size / 2)
-        tiles = -(-size // TILE_QUERIES)
-        return Tiled(pairs=pairs, scores=pairs + size * shared / 2, tiles=tiles)
+        # A row is scored with the keys of its whole tile, half a tile more in the mean.
+        return Tiled(pairs=pairs, scores=pairs + size * TILE_QUERIES / 2, tiles=tiles)
     pairs = size * (span.num_keys + span.num_own)
-    hidden = 1.5 * (TILE_QUERIES - shared)  # half of the keys, and the rows of other blocks
+    hidden = 1.5 * (TILE_QUERIES - min(size, TILE_QUERIES))  # keys, and rows of other blocks
     cost = SHARED_TILE if size < TILE_QUERIES else 1.0
-    return Tiled(pairs=pairs, scores=cost * (pairs + size * hidden), tiles=size / TILE_QUERIES)
+    return Tiled(pairs=pairs, scores=cost * (pairs + size * hidden), tiles=tiles)
 
 
 def _estimate_micro_batch(config: Config, objective: Objective, gpu: Gpu) -> float:

@@ -21,6 +21,8 @@ from megatron_eso.objectives.row_counts import RowCounts
 
 # The noise of validation does not depend on the run's seed, so runs are compared on the same noise.
 VALIDATION_SEED = 0
+MAX_STEPS = 2**40
+"""More steps than a run has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +47,11 @@ class Step:
     """Global index of the step's first sample."""
     batch_size: int
     """Samples of the step over all ranks: `train.global_batch_size`."""
+
+    @classmethod
+    def late(cls, batch_size: int) -> "Step":
+        """Return a step after every warm-up, with the samples from 0 on, for estimates."""
+        return cls(number=MAX_STEPS, first_index=0, batch_size=batch_size)
 
     def next(self) -> "Step":
         """Return the step after this one."""

@@ -99,7 +99,7 @@ def _find_usual(
 ) -> MicroBatch:
     """Return the micro-batch of a kind whose rows and loss rows are closest to their mean."""
     num_tokens, vocabulary = config.data.sequence_length, config.data.vocabulary
-    step = Step(number=0, first_index=0, batch_size=dealing.global_batch_size)
+    step = Step.late(dealing.global_batch_size)
     # The expected rows, and the places of the micro-batches of this kind.
     expected = RowCounts()
     for counts, number in zip(objective.expect_rows(num_tokens), phases, strict=False):

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_eso.estimates.step_time import TILE_QUERIES, count_tiled
 from megatron_eso.model import torch_attention
-from tests.support.planning import family_objective
+from tests.support.planning import WARM, family_objective
 
 T, MASK = 512, 9
 CAUSAL = T * (T + 1) / 2
@@ -12,6 +12,13 @@ CAUSAL = T * (T + 1) / 2
 
 def test_tiles_are_those_of_the_backend() -> None:
     assert TILE_QUERIES == torch_attention.TILE_QUERIES
+
+
+@pytest.mark.parametrize("name", ["mdlm", "eso_lm", "eso_lm next"])
+def test_steps_of_a_warm_up_are_not_counted(name: str) -> None:
+    after = count_tiled(family_objective(name, MASK), T, MASK)
+    more = {"alpha_0_warmup_steps": 10} if "eso_lm" in name else {}
+    assert count_tiled(family_objective(name, MASK, **WARM, **more), T, MASK) == after
 
 
 @pytest.mark.parametrize(
