@@ -27,6 +27,11 @@ CELLS = {
         name: (*BASE, f"objective.name={name}", *OTHERS)
         for name in ("any_order_ar", "set_dlm", "ar", "mdlm", "bd3_lm")
     },
+    "next-token rows": (
+        *BASE,
+        "objective.alpha_0=0.125",
+        "objective.sequential_prediction=next",
+    ),
     "variant a": (*BASE, "objective.variant=a", "objective.alpha_0=0.125"),
     "swiglu": (
         *BASE,
