@@ -104,6 +104,7 @@ def time_step_without_cache(model: SamplerModel, length: int) -> float:
 
 @pytest.mark.bench
 def test_sampling_takes_the_time_that_its_rows_say() -> None:
+    # The models, all with the same network.
     torch.set_num_threads(1)
     models = {name: make_model(settings) for name, settings in FAMILY.items()}
     latency: dict[tuple[str, int], float] = {}
@@ -120,6 +121,7 @@ def test_sampling_takes_the_time_that_its_rows_say() -> None:
             # The number of steps of a text is that of the schedule, whatever is timed.
             nfe = length if is_long else nfe
             latency[name, length] = seconds * nfe
+            # The line of the table, with the control where there is a cache.
             line = (
                 f"{name:28s} {seconds * 1e3:8.2f} ms a step, {nfe:4d} steps: {seconds * nfe:8.2f} s"
                 f"; over AR {latency[name, length] / latency['ar', length]:6.2f}x"
