@@ -105,11 +105,17 @@ def default_schedule(description: Mapping[str, Any]) -> dict[str, float]:
 
 def is_sampler_directory(directory: Path) -> bool:
     """Return whether the `config.json` of a directory is that of a sampler directory."""
+    return find_model_type(directory) == "eso_lm"
+
+
+def find_model_type(directory: Path) -> str | None:
+    """Return `model_type` in the `config.json` of a directory; None where there is none."""
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == "eso_lm"
+        return None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def write_sorted_json(path: Path, content: Mapping[str, Any]) -> None:

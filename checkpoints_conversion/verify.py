@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints_conversion.hugging_face.reading import is_hugging_face, read_hugging_face
+from checkpoints_conversion.hugging_face.families import FAMILIES
+from checkpoints_conversion.hugging_face.reading import read_hugging_face
 from checkpoints_conversion.official import (
     OfficialOptions,
     fold_official,
@@ -20,7 +21,7 @@ from checkpoints_conversion.official import (
 )
 from checkpoints_conversion.official_objective import describe_official
 from checkpoints_conversion.run_network import read_network
-from checkpoints_conversion.sampler_directory import is_sampler_directory
+from checkpoints_conversion.sampler_directory import find_model_type, is_sampler_directory
 from megatron_eso.errors import CheckpointError
 from megatron_eso.randomness.bits import random_bits
 from megatron_eso.randomness.purposes import Purpose
@@ -126,7 +127,7 @@ def load_any(
             tensors=read_weights(path),
             weights=recorded_weights(path) or "raw",
         )
-    if is_hugging_face(path):
+    if find_model_type(path) in FAMILIES:
         model = read_hugging_face(path)
         return Loaded(
             path=path,

@@ -202,5 +202,5 @@ def _read(config: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
     if is_number and value > 0:
         return kind(value)
     raise ConfigError(
-        f"{path}: {key} is {value!r}, no positive number; give the config.json of transformers"
+        f"{path}: {key} is {value!r}, not a positive number; give the config.json of transformers"
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints_conversion.hugging_face.families import FAMILIES, describe_hugging_face
+from checkpoints_conversion.hugging_face.families import describe_hugging_face
 from checkpoints_conversion.hugging_face.tensors import REMEDY, common_dtype, read_tensors
 from checkpoints_conversion.hugging_face.vocabulary import (
     EMBEDDING,
@@ -35,20 +35,10 @@ class HuggingFaceModel:
     tensors: dict[str, Tensor]
     """Those of the network."""
     cut_rows: dict[str, Tensor]
-    """Rows of embedding and head that are no tokens."""
+    """Rows of embedding and head that belong to no token."""
     dtype: torch.dtype
     tokenizer: Path | None
     bos_token_id: int | None
-
-
-def is_hugging_face(directory: Path) -> bool:
-    """Return whether the `config.json` of a directory is that of a Llama, Qwen2 or Qwen3."""
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    return isinstance(kind, str) and kind in FAMILIES
 
 
 def read_hugging_face(
@@ -137,7 +127,7 @@ def _choose_vocabulary(
         )
     if num_beyond > 0:
         logger.warning(
-            "%s: %d of the %d rows are beyond the tokenizer; they are no tokens of the network",
+            "%s: %d of the %d rows are beyond the tokenizer; the network leaves them out",
             *(path.parent, num_beyond, num_rows),
         )
     return vocabulary, loaded.bos_token_id

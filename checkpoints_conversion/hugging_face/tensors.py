@@ -13,7 +13,7 @@ from megatron_eso.sampler.network.directory import INDEX_FILE, WEIGHTS_FILE, rea
 PREFIX = "model."
 """Transformers have this before the sampler's name of each tensor but the head's."""
 ROTARY = ".rotary_emb.inv_freq"
-"""End of names in old directories: frequencies, which are no parameter."""
+"""End of names in old directories: frequencies, which are not parameters."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REMEDY = "save it again by save_pretrained of transformers"
 

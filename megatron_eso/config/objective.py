@@ -50,7 +50,7 @@ class ObjectiveConfig:
     sampling_eps: Annotated[float, Interval(ge=0, lt=1), Logged(), TIMED] = 1e-3
     """Diffusion times are drawn from [sampling_eps, 1]."""
     sequential_prediction: Annotated[Prediction, Frozen("run"), Logged(), Only("eso_lm")] = "own"
-    """What predicts a token: a mask query at its `own` slot, or the row before, for the `next`."""
+    """What predicts a token one by one: `own`, a mask query; `next`, the token before it."""
     order: Annotated[Order, Logged(), ORDERED] = DERIVED
     """Order of the tokens that are predicted one by one; the default depends on the objective."""
     set_size: Annotated[int, Gt(0), Largest(MAX_SET), Logged(), ORDERED] = 8

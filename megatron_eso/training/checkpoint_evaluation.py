@@ -98,7 +98,15 @@ def load_checkpoint(
 ) -> Iterator[LoadedCheckpoint]:
     """Start the process groups, and load weights and validation set; collective over the world.
 
-    Arguments and errors are those of `evaluate_checkpoint`.
+    Args:
+        checkpoint: A checkpoint of any layout.
+        config: The model and objective of the checkpoint, and the layout of these ranks.
+        validation: The shards to evaluate on.
+        weights: `ema` or `raw`; by default EMA if the checkpoint has it.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged, or lacks these weights.
+        DataError: The shards are of another tokenizer.
     """
     record = read_checkpoint_state(checkpoint)
     weights = choose_weights(checkpoint, record, validation, weights)

@@ -32,6 +32,7 @@ NUM_WORKERS = 2
 NUM_ROUNDS = 3
 SPEED_BYTES = 100_000_000
 SMALL_BYTES, NUM_COPIES = 100_000_000, 10
+LARGEST_GROWTH = 1.5  # of the peak memory, for ten times the text
 VOCAB_SIZE = 4000
 BATCH_DOCUMENTS = 500
 POLL_SECONDS = 0.2
@@ -193,3 +194,4 @@ def test_memory_of_build_is_flat(folder: Path) -> None:
         f"{large_peak:.0f} MB ({large_seconds:.0f} s), {small.stat().st_size / 1e6:.0f} MB "
         f"{small_peak:.0f} MB ({small_seconds:.0f} s): {large_peak / small_peak:.2f}x"
     )
+    assert large_peak < LARGEST_GROWTH * small_peak

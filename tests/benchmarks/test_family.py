@@ -52,7 +52,7 @@ FAMILY: dict[str, Overrides] = {
 
 @pytest.mark.bench
 @pytest.mark.parametrize("length", [256, 1024])
-def test_a_step_takes_the_time_that_its_flops_say(
+def test_time_of_a_step_of_every_objective(
     world: World, tiny_data: Path, tmp_path: Path, length: int
 ) -> None:
     overrides = MODEL | {"data.sequence_length": length}

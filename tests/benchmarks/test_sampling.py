@@ -103,7 +103,7 @@ def time_step_without_cache(model: SamplerModel, length: int) -> float:
 
 
 @pytest.mark.bench
-def test_sampling_takes_the_time_that_its_rows_say() -> None:
+def test_latency_of_sampling() -> None:
     # The models, all with the same network.
     torch.set_num_threads(1)
     models = {name: make_model(settings) for name, settings in FAMILY.items()}

@@ -21,9 +21,7 @@ MODEL: Overrides = {
 
 
 @pytest.mark.bench
-def test_the_sequential_phase_costs_what_its_flops_say(
-    world: World, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_time_of_the_sequential_phase(world: World, tiny_data: Path, tmp_path: Path) -> None:
     baseline = None
     for alpha_0 in (1.0, 0.5, 0.25, 0.125, 0.0):
         overrides = MODEL | {"objective.alpha_0": alpha_0}

@@ -36,6 +36,8 @@ NO_SIZES = (*NO_COUNTS, "0")
 NO_SHARES = (*NO_REALS, "1.5", "0,5")
 NO_PATHS = ("nowhere", "nowhere/deeper", "", "x" * 300)
 NO_CHOICES = ("", "x", "EMA")
+NO_WEIGHTS = {"--weights": NO_CHOICES}
+NO_STEP = {"--step": (*NO_COUNTS, "99")}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +84,12 @@ part of the command line."""
 
 def list_commands(places: Places) -> list[Command]:
     """Every command with arguments that are right, and what is wrong for each."""
-    return [*_data_commands(places), *_reading_commands(places), *_model_commands(places)]
+    return [
+        *_data_commands(places),
+        *_reading_commands(places),
+        *_conversion_commands(places),
+        *_model_commands(places),
+    ]
 
 
 def _data_commands(places: Places) -> list[Command]:
@@ -163,21 +170,11 @@ def _reading_commands(places: Places) -> list[Command]:
     ]
 
 
-def _model_commands(places: Places) -> list[Command]:
+def _conversion_commands(places: Places) -> list[Command]:
     # Values that several commands share.
-    run, sampler, text = [str(places.run)], [str(places.sampler)], [str(places.text)]
+    run, sampler = [str(places.run)], [str(places.sampler)]
     out, bad_out = [str(places.folder / "out")], places.no_outputs
-    choice = {"--weights": NO_CHOICES}
-    step = {"--step": (*NO_COUNTS, "99")}
-    mask = {"--mask-token-id": NO_COUNTS}
-    evaluated = {"run": run, "--data": [str(places.shards / "validation")]}
-    not_evaluated = {
-        "run": NO_PATHS,
-        **step,
-        **choice,
-        "--data": NO_PATHS,
-        "overrides": ("x", "model.num_layers=3", "a.b=1", "validation.num_samples=-1"),
-    }
+    choice, step, mask = NO_WEIGHTS, NO_STEP, {"--mask-token-id": NO_COUNTS}
     # Each command: arguments that are right, and wrong values for each.
     return [
         (
@@ -213,6 +210,22 @@ def _model_commands(places: Places) -> list[Command]:
             {"": ["verify"], "a": run, "b": sampler},
             {"a": NO_PATHS, "b": NO_PATHS, **step, **mask, "--tolerance": NO_REALS},
         ),
+    ]
+
+
+def _model_commands(places: Places) -> list[Command]:
+    # Values that several commands share.
+    sampler, text = [str(places.sampler)], [str(places.text)]
+    evaluated = {"run": [str(places.run)], "--data": [str(places.shards / "validation")]}
+    not_evaluated = {
+        "run": NO_PATHS,
+        **NO_STEP,
+        **NO_WEIGHTS,
+        "--data": NO_PATHS,
+        "overrides": ("x", "model.num_layers=3", "a.b=1", "validation.num_samples=-1"),
+    }
+    # Each command: arguments that are right, and wrong values for each.
+    return [
         (
             "sampler",
             {"": ["sample"], "directory": sampler},

@@ -18,8 +18,9 @@ class EsoLM(SlotModel):
     phase read each other both ways, and still do so in the sequential phase; so each step of the
     diffusion phase computes all its rows, and only the sequential phase has a cache.
 
-    With `sequential_prediction` `next`, a step of the sequential phase reads one row, that of the
-    token before, where this is the token of the slot before; otherwise it also reads a mask.
+    With `sequential_prediction` `next`, a step of the sequential phase that reveals one token
+    computes the row of the token before it only, if the slot before has that token. Every other
+    step has a mask for each token that it reveals.
 
     By default `generate` has the paper's ancestral schedule of T time steps, then one token at a
     time. The order is random up to `alpha_0 T` slots, then that of training, which is left to right

@@ -68,7 +68,7 @@ def set_defaults(config: Config) -> None:
     }
     if "PYTORCH_CUDA_ALLOC_CONF" in os.environ:  # the earlier name, which the user has set
         del defaults["PYTORCH_ALLOC_CONF"]
-    if EARLIER_FLIGHT_RECORDER_SIZE in os.environ:  # likewise
+    if EARLIER_FLIGHT_RECORDER_SIZE in os.environ:  # its earlier name, which the user has set
         del defaults[FLIGHT_RECORDER_SIZE]
     if config.parallel.tensor_model_parallel_size > 1:
         # Megatron-Core's tensor parallelism relies on the order in which kernels are queued.

@@ -41,7 +41,13 @@ def test_the_last_status_is_not_replaced_by_the_one_before(tmp_path: Path) -> No
 
 def test_the_end_of_a_run_waits_for_a_limited_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status_writer, "WAIT_SECONDS", 0.01)
-    writer, may_end = StatusWriter(), threading.Event()
-    writer.start(may_end.wait)
+    writer, may_end, written = StatusWriter(), threading.Event(), []
+
+    def hang() -> None:
+        may_end.wait()
+        written.append(1)
+
+    writer.start(hang)
     writer.wait()
+    assert written == []  # the write still hangs
     may_end.set()

@@ -36,9 +36,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "llama3 without its numbers": (
         {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
-        "low_freq_factor is None, no positive number",
+        "low_freq_factor is None, not a positive number",
     ),
-    "no size": ({"hidden_size": None}, "hidden_size is None, no positive number"),
+    "no size": ({"hidden_size": None}, "hidden_size is None, not a positive number"),
     "uneven heads": ({"head_dim": 7}, "head_dim 7 is odd; give another model"),
 }
 for kind in ("linear", "dynamic", "yarn", "longrope"):
