@@ -72,7 +72,7 @@ def check_sequential_prediction(traced: TracedConfig) -> None:
     if objective.sequential_prediction == "next":
         key = "objective.sequential_prediction"
         traced.require(
-            objective.variant == "b", key, 'needs objective.variant = "b"; use "b" or "own"'
+            objective.variant == "b", key, 'needs objective.variant = "b"; set that, or use "own"'
         )
         traced.require(
             objective.order == "left_to_right",

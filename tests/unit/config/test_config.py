@@ -173,7 +173,7 @@ REFUSALS = [
     ),
     (
         ["objective.sequential_prediction=next", "objective.variant=a"],
-        'needs objective.variant = "b"; use "b" or "own"',
+        'needs objective.variant = "b"; set that, or use "own"',
     ),
     (
         ["objective.sequential_prediction=next", "objective.order=uniform"],
